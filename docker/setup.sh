@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# setup.sh VENV: all that the project needs on Debian 12, in the order in which it is needed: system packages, a virtual
+# environment, torch, TensorFlow, MLflow, Horovod built for them, the project itself (editable). Safe to run again.
+#
+# TORCH_INDEX_URL   where pip looks for torch (else: PyTorch's CPU wheels on a machine without a GPU, if they can be reached)
+# PYTHON            the interpreter to build the environment from (python3)
+set -euo pipefail
+
+venv=$1
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+constraints=$here/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+# system packages: an MPI, a compiler, and python3-venv where the interpreter is Debian's own
+packages=(build-essential cmake openmpi-bin libopenmpi-dev openssh-client)
+interpreter=$(readlink -f "$(command -v "${PYTHON:-python3}")")
+case $interpreter in
+  /usr/bin/*) version=$(basename "$interpreter"); packages+=("$version-venv" "$version-dev") ;;
+esac
+missing=()
+for package in "${packages[@]}"; do
+  [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  echo "setup: installing ${missing[*]}"
+  sudo=""
+  [ "$(id -u)" = 0 ] || sudo=sudo
+  $sudo apt-get update -qq
+  $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+[ -x "$venv/bin/python" ] || "$interpreter" -m venv "$venv"
+python=$(cd "$venv/bin" && pwd)/python
+pip() { "$python" -m pip install -q -c "$constraints" "$@"; }
+pip --upgrade "setuptools<81" wheel
+
+# torch: its wheel first and alone, so that an index with nothing but torch in it is enough
+torch=$(grep '^torch==' "$constraints")
+index=${TORCH_INDEX_URL:-}
+if [ -z "$index" ] && ! command -v nvidia-smi >/dev/null; then
+  index=$("$python" - <<'PY'
+import urllib.request
+url = "https://download.pytorch.org/whl/cpu"
+try:
+    urllib.request.urlopen(url + "/torch/", timeout=5).close()
+    print(url)
+except OSError:
+    pass
+PY
+)
+fi
+if ! "$python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null; then
+  pip --no-deps ${index:+--index-url "$index"} "$torch"
+fi
+# TensorFlow: the CPU build unless a GPU is there
+tensorflow=tensorflow-cpu
+if command -v nvidia-smi >/dev/null; then tensorflow=tensorflow; fi
+pip torch "$tensorflow" "cmake<4" cffi cloudpickle psutil pyyaml packaging
+
+wheel=$("$here/build_horovod.sh" "$python" | tail -n 1)
+"$python" -c "import horovod" 2>/dev/null || "$python" -m pip install -q --no-deps "$wheel"
+
+pip --no-build-isolation -e "$root[mlflow,test,examples]"

@@ -1,0 +1,21 @@
+"""Adaptive gradient compression for Horovod. This package imports no framework; its subpackages import one each."""
+
+from hvd_accordion.accordion import Accordion, Regime
+from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.tracking import MLflowLogger
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BF16",
+    "FP16",
+    "QSGD",
+    "Accordion",
+    "CompressionSpec",
+    "Dense",
+    "MLflowLogger",
+    "PowerSGD",
+    "RandomK",
+    "Regime",
+    "TopK",
+]

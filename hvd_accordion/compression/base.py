@@ -1,0 +1,104 @@
+"""What every compression spec is: a frozen, validated value with a cost, a contraction parameter and an exchange."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+from hvd_accordion import checks, seeds
+from hvd_accordion.collectives import AllReduce, Rounds, Tensor, sent
+from hvd_accordion.ops.protocol import Ops
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+Memory = dict[str, Tensor]  # what a spec keeps of one layer from step to step, equal on all ranks
+
+
+def dtype_name(dtype: Any) -> str:
+    """"float32" from "float32", numpy.float32, torch.float32, tf.float32. ValueError for anything else than a float."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    name = name.rsplit(".", 1)[-1]
+    if name not in ITEMSIZE:
+        raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
+    return name
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where an exchange runs: the layers it is for and what seeds and slices depend on."""
+
+    names: tuple[str, ...]
+    dtype: str  # of the gradients as the framework gave them; values arrive in fp32 at least
+    step: int
+    seed: int
+    rank: int
+    size: int
+
+    def key(self, *parts: object) -> int:
+        """A seed for this step from (seed, *parts, step)."""
+        return seeds.stable_hash(self.seed, *parts, self.step)
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What an exchange gives back: one entry a layer, in the order of the values it got."""
+
+    mean: list[Tensor]  # the averaged gradient, as every rank holds it
+    remainder: Callable[[], list[Tensor]]  # what this rank's values still hold unsent; called only under error feedback
+    memory: list[Memory]
+    ok: Tensor  # a flag on the device: false if any exchange of this step saw NaN or Inf
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """Base of all specs.
+
+    Args:
+        error_feedback: keep what was not sent and add it to the next gradient (Karimireddy et al. 2019).
+    """
+
+    _: KW_ONLY
+    error_feedback: bool = True
+
+    lossy: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.boolean("error_feedback", self.error_feedback)
+
+    @property
+    def tag(self) -> str:
+        """Short name, part of the names of collectives."""
+        return type(self).__name__.lower()
+
+    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
+        """Bytes that one rank sends a step for a tensor of this shape and dtype, among `world_size` ranks."""
+        raise NotImplementedError
+
+    def delta(self, shape: Sequence[int]) -> float:
+        """The contraction parameter: E||x - C(x)||^2 <= (1 - delta) ||x||^2, 0 < delta <= 1."""
+        raise NotImplementedError
+
+    def suits(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
+        """Whether a tensor of this shape gets smaller on the wire (of two ranks, where there is but one)."""
+        n = max(2, world_size)
+        return self.bytes_per_step(shape, dtype, n) < dense_bytes(shape, dtype, n)
+
+    def active(self, step: int) -> bool:
+        """Whether the spec compresses at this step (counted from 0); before that its tensors travel dense."""
+        del step
+        return True
+
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+        """One round trip for a group of layers: yields the collectives it needs, returns what came of it."""
+        raise NotImplementedError
+
+
+def size(shape: Sequence[int]) -> int:
+    return math.prod(shape)
+
+
+def dense_bytes(shape: Sequence[int], dtype: Any, world_size: int) -> float:
+    """Bytes that one rank sends for the uncompressed tensor, in its own dtype."""
+    return sent(AllReduce, size(shape) * ITEMSIZE[dtype_name(dtype)], world_size)

@@ -1,0 +1,41 @@
+"""Error feedback, around any spec's exchange (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvd_accordion.collectives import Rounds, Tensor
+from hvd_accordion.compression.base import CompressionSpec, Context, Memory
+from hvd_accordion.ops.protocol import Ops
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a group's step leaves: averaged gradients, residuals, the spec's memory, and whether the step was sound."""
+
+    mean: list[Tensor]
+    residual: list[Tensor] | None
+    memory: list[Memory]
+    ok: Tensor
+
+
+def exchange(
+    spec: CompressionSpec,
+    ops: Ops,
+    grads: list[Tensor],
+    residual: list[Tensor] | None,
+    memory: list[Memory],
+    ctx: Context,
+) -> Rounds[Step]:
+    """v = g + e; C(v) is sent; e' = v - C(v).
+
+    A residual is also taken in by a spec that loses nothing: then all of it is sent. Where a step met NaN or Inf (`ok`
+    false) residual and memory stay as they were.
+    """
+    values = ops.widen(grads)
+    if residual is not None:
+        values = ops.add(values, residual)
+    done = yield from spec.exchange(ops, values, memory, ctx)
+    if residual is not None:
+        residual = ops.commit(done.ok, done.remainder(), residual)
+    return Step(done.mean, residual, done.memory, done.ok)

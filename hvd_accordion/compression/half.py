@@ -1,0 +1,63 @@
+"""16-bit floats on the wire, summed in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hvd_accordion.collectives import Rounds, Tensor
+from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, size
+from hvd_accordion.compression.two_hop import two_hop, two_hop_bytes
+from hvd_accordion.ops.protocol import Ops
+
+
+@dataclass(frozen=True)
+class HalfCode:
+    """Each value rounded to a 16-bit float, as two bytes."""
+
+    dtype: str
+    block: ClassVar[int] = 1
+
+    def nbytes(self, count: int) -> int:
+        return 2 * count
+
+    def encode(self, ops: Ops, x: Tensor, seed: int) -> Tensor:
+        del seed
+        return ops.to_bytes(ops.cast(x, self.dtype))
+
+    def decode(self, ops: Ops, code: Tensor, like: Tensor) -> Tensor:
+        return ops.cast_like(ops.from_bytes(code, self.dtype), like)
+
+
+@dataclass(frozen=True)
+class _Half(CompressionSpec):
+    dtype: ClassVar[str]
+
+    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
+        return two_hop_bytes(HalfCode(self.dtype), size(shape), world_size)
+
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+        return (yield from two_hop(ops, values, memory, HalfCode(self.dtype), ctx))
+
+
+@dataclass(frozen=True)
+class FP16(_Half):
+    """IEEE half precision (11 bits of mantissa, |x| <= 65504). The ranks' values meet in an fp32 sum, not an fp16 one."""
+
+    dtype: ClassVar[str] = "float16"
+
+    def delta(self, shape: Sequence[int]) -> float:
+        """1 - 2^-22: rounding to nearest errs by at most 2^-11 relative (for normal numbers)."""
+        return 1.0 - 2.0**-22
+
+
+@dataclass(frozen=True)
+class BF16(_Half):
+    """bfloat16 (8 bits of mantissa, the range of fp32), which Horovod itself can't sum."""
+
+    dtype: ClassVar[str] = "bfloat16"
+
+    def delta(self, shape: Sequence[int]) -> float:
+        """1 - 2^-16: rounding to nearest errs by at most 2^-8 relative."""
+        return 1.0 - 2.0**-16

@@ -1,0 +1,141 @@
+"""PowerSGD: each gradient matrix as a product of two thin ones, found by a step of power iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvd_accordion import checks
+from hvd_accordion.collectives import Agree, AllReduce, Rounds, Tensor, sent
+from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, dtype_name, size
+from hvd_accordion.ops.protocol import Ops
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor as a matrix: its first axis by all the others."""
+    return (shape[0], size(shape[1:])) if len(shape) > 1 else (size(shape), 1)
+
+
+@dataclass(frozen=True)
+class PowerSGD(CompressionSpec):
+    """PowerSGD (Vogels, Karimireddy, Jaggi 2019, arXiv 1905.13727, Algorithm 1).
+
+    P = M Q; P <- mean over ranks; P <- orthonormalised; Q = M^T P; Q <- mean over ranks; the result is P Q^T, and Q is
+    where the next step starts. Matrices of one shape go as one batch.
+
+    Args:
+        rank: r, columns of P and Q, >= 1; higher is closer and larger. Capped at the matrix's smaller side.
+        start_after: steps before which everything travels dense, >= 0.
+        min_compression_rate: a matrix stays dense unless n m >= rate r (n + m); > 0.
+        iterations: power iterations a step, >= 1; each costs two rounds.
+        warm_start: start from the last step's Q instead of a fresh random one.
+    """
+
+    rank: int = 4
+    start_after: int = 0
+    min_compression_rate: float = 2.0
+    iterations: int = 1
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.integer("rank", self.rank, 1)
+        checks.integer("start_after", self.start_after, 0)
+        checks.real("min_compression_rate", self.min_compression_rate, 0.0)
+        checks.integer("iterations", self.iterations, 1)
+        checks.boolean("warm_start", self.warm_start)
+
+    def columns(self, shape: Sequence[int]) -> int:
+        return min(self.rank, *matrix_shape(shape))
+
+    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
+        floats = self.columns(shape) * sum(matrix_shape(shape)) * self.iterations
+        return sent(AllReduce, floats * max(4, ITEMSIZE[dtype_name(dtype)]), world_size)
+
+    def delta(self, shape: Sequence[int]) -> float:
+        """r / min(n, m): what the best rank-r matrix keeps at least; a converged warm start comes to it."""
+        return self.columns(shape) / min(matrix_shape(shape))
+
+    def suits(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
+        n, m = matrix_shape(shape)
+        factors = self.columns(shape) * (n + m)
+        return super().suits(shape, dtype, world_size) and n * m >= self.min_compression_rate * factors
+
+    def active(self, step: int) -> bool:
+        return step >= self.start_after
+
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+        matrices = [ops.reshape(v, matrix_shape(v.shape)) for v in values]
+        batches = by_shape(matrices)
+        stacks = [[matrices[i] for i in batch] for batch in batches]
+        starts = [
+            ops.stack([self.start(ops, matrices[i], memory[i], ctx.key(ctx.names[i], "q")) for i in batch])
+            for batch in batches
+        ]
+        ps, qs = [], starts
+        for _ in range(self.iterations):
+            ps = yield AllReduce([ops.project(m, q) for m, q in zip(stacks, qs, strict=True)])
+            ps = [orthonormalise(ops, p) for p in ps]
+            qs = yield AllReduce([ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
+        ok = yield Agree(ops.all_finite(qs))
+
+        mean: list[Tensor] = [None] * len(values)
+        kept: list[Memory] = [{}] * len(values)
+        for batch, p, q, q0 in zip(batches, ps, qs, starts, strict=True):
+            warm = ops.where(ok, q, q0) if self.warm_start else None
+            for row, i in enumerate(batch):
+                mean[i] = ops.reshape(ops.outer(p[row], q[row]), values[i].shape)
+                kept[i] = {} if warm is None else {"q": warm[row]}
+        return Exchanged(mean, lambda: ops.subtract(values, mean), kept, ok)
+
+    def start(self, ops: Ops, matrix: Tensor, memory: Memory, seed: int) -> Tensor:
+        """Q to start from: the last step's, its leading columns after a cut of the rank, new random ones after a rise."""
+        m, r = matrix.shape[1], self.columns(matrix.shape)
+        q = memory.get("q") if self.warm_start else None
+        have = 0 if q is None else min(r, q.shape[1])
+        if q is not None and have == r:
+            return q[:, :r]
+        fresh = ops.reshape(ops.uniform(seed, m * (r - have), matrix), (m, r - have)) - 0.5
+        return fresh if q is None else ops.concat([q[:, :have], fresh], 1)
+
+
+def by_shape(matrices: list[Tensor]) -> list[list[int]]:
+    """Indices of the matrices of each shape, in order of first appearance."""
+    batches: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        batches.setdefault(tuple(matrix.shape), []).append(i)
+    return list(batches.values())
+
+
+def orthonormalise(ops: Ops, p: Tensor) -> Tensor:
+    """Orthonormal columns that span those of each matrix of the batch p (b, n, r), r <= n, by Gram-Schmidt done twice.
+
+    Each matrix is scaled by its largest entry first, so that no square over- or underflows. A column that vanishes
+    (a zero gradient, a rank below r) is replaced by an arbitrary one: the factors stay finite, and Q is never stuck at
+    zero. NaN and Inf come out as NaN.
+    """
+    peak = ops.max(ops.max(abs(p), -1, keepdims=True), -2, keepdims=True)
+    p = p / ops.where(peak == 0, 1.0, peak)
+    basis: Tensor | None = None
+    for j in range(p.shape[-1]):
+        given = p[..., j : j + 1]
+        column = reject(ops, given, basis)
+        vanished = norm(ops, column) <= VANISHED * norm(ops, given)
+        column = ops.where(vanished, ops.wave(j + 1, p), column)
+        column = reject(ops, column / norm(ops, column), basis)
+        column = column / norm(ops, column)
+        basis = column if basis is None else ops.concat([basis, column], -1)
+    return basis
+
+
+VANISHED = 1e-6  # of a column's length: less than this left after projection is rounding noise in fp32
+
+
+def reject(ops: Ops, column: Tensor, basis: Tensor | None) -> Tensor:
+    """What of the column (b, n, 1) is orthogonal to the basis (b, n, j)."""
+    return column if basis is None else column - basis @ (ops.transpose(basis) @ column)
+
+
+def norm(ops: Ops, column: Tensor) -> Tensor:
+    return ops.sum(column * column, -2, keepdims=True) ** 0.5

@@ -1,0 +1,116 @@
+"""Sparsification: a share of each layer's entries travels, the rest waits in the residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvd_accordion import checks, seeds
+from hvd_accordion.collectives import Agree, AllGather, AllReduce, Rounds, Tensor, sent
+from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, dtype_name, size
+from hvd_accordion.ops.protocol import Ops
+
+
+def kept(ratio: float, count: int) -> int:
+    """k = ceil(ratio d): at least one entry."""
+    return max(1, math.ceil(ratio * count))
+
+
+def value_bytes(dtype: Any) -> int:
+    return max(4, ITEMSIZE[dtype_name(dtype)])  # 16-bit gradients are exchanged in fp32
+
+
+def offsets(counts: Sequence[int]) -> list[int]:
+    return [sum(counts[:i]) for i in range(len(counts))]
+
+
+@dataclass(frozen=True)
+class _Sparse(CompressionSpec):
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.real("ratio", self.ratio, 0.0, 1.0)
+
+    def delta(self, shape: Sequence[int]) -> float:
+        """k/d."""
+        return kept(self.ratio, size(shape)) / size(shape)
+
+
+@dataclass(frozen=True)
+class TopK(_Sparse):
+    """The k = ceil(ratio d) entries of each layer that are largest in magnitude (Stich et al. 2018, arXiv 1809.07599).
+
+    One allgather of values and int32 indices packed in one message; each rank adds the messages in rank order.
+
+    Args:
+        ratio: share of the entries that is sent, in (0, 1].
+    """
+
+    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
+        return sent(AllGather, kept(self.ratio, size(shape)) * (value_bytes(dtype) + 4), world_size)
+
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+        flats = [ops.reshape(v, (-1,)) for v in values]
+        counts = [f.shape[0] for f in flats]
+        picks = [ops.top_k(f, kept(self.ratio, d)) for f, d in zip(flats, counts, strict=True)]
+        mine = ops.concat([ops.take(f, i) for f, i in zip(flats, picks, strict=True)], 0)
+        where = ops.concat([i + start for i, start in zip(picks, offsets(counts), strict=True)], 0)
+        message = ops.concat([ops.to_bytes(mine), ops.to_bytes(where)], 0)
+        gathered = yield AllGather(message)
+
+        split = message.shape[0] - 4 * where.shape[0]
+        mean = ops.zeros(sum(counts), mine)
+        parts = [ops.cast_like(ops.from_bytes(gathered[r, :split], ops.dtype(mine)), mine) for r in range(ctx.size)]
+        for r, part in enumerate(parts):  # rank by rank: a fixed order of addition keeps the ranks bit-equal
+            mean = ops.scatter_add(mean, ops.from_bytes(gathered[r, split:], "int32"), part / ctx.size)
+        ok = yield Agree(ops.all_finite(parts))
+
+        def remainder() -> list[Tensor]:
+            left = [ops.put(f, i, 0.0) for f, i in zip(flats, picks, strict=True)]
+            return [ops.reshape(f, v.shape) for f, v in zip(left, values, strict=True)]
+
+        return Exchanged(ops.unflatten(mean, values), remainder, memory, ok)
+
+
+@dataclass(frozen=True)
+class RandomK(_Sparse):
+    """k = ceil(ratio d) entries of each layer, the same random ones on every rank: values alone travel, by one allreduce.
+
+    (Stich et al. 2018, arXiv 1809.07599, unscaled.) The indices are a j + b mod d with a coprime to d, from the seed of
+    (seed, layer, step): distinct, each entry equally likely, no sort.
+
+    Args:
+        ratio: share of the entries that is sent, in (0, 1].
+    """
+
+    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
+        return sent(AllReduce, kept(self.ratio, size(shape)) * value_bytes(dtype), world_size)
+
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+        flats = [ops.reshape(v, (-1,)) for v in values]
+        counts = [f.shape[0] for f in flats]
+        picks = [
+            ops.affine(*affine_map(ctx.key(name), d), kept(self.ratio, d), d, f)
+            for name, f, d in zip(ctx.names, flats, counts, strict=True)
+        ]
+        where = ops.concat([i + start for i, start in zip(picks, offsets(counts), strict=True)], 0)
+        (mine,) = yield AllReduce([ops.concat([ops.take(f, i) for f, i in zip(flats, picks, strict=True)], 0)])
+        ok = yield Agree(ops.all_finite([mine]))
+        mean = ops.scatter_add(ops.zeros(sum(counts), mine), where, mine)
+
+        def remainder() -> list[Tensor]:
+            left = [ops.put(f, i, 0.0) for f, i in zip(flats, picks, strict=True)]
+            return [ops.reshape(f, v.shape) for f, v in zip(left, values, strict=True)]
+
+        return Exchanged(ops.unflatten(mean, values), remainder, memory, ok)
+
+
+def affine_map(seed: int, count: int) -> tuple[int, int]:
+    """(a, b) of the random bijection j -> a j + b mod count."""
+    a = 1 + seeds.stable_hash(seed, "a") % max(1, count - 1)
+    while math.gcd(a, count) != 1:
+        a = a % count + 1
+    return a, seeds.stable_hash(seed, "b") % count

@@ -1,0 +1,168 @@
+"""The primitives in numpy: the oracle of the tests, and what simulated clusters run on. See protocol.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy import clip, concatenate, floor, reshape, stack, where
+
+Array = np.ndarray
+
+__all__ = ["clip", "floor", "reshape", "stack", "where"]
+
+
+def widen(xs: Sequence[Array]) -> list[Array]:
+    return [np.ascontiguousarray(x, dtype=np.float64 if x.dtype == np.float64 else np.float32) for x in xs]
+
+
+def add(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def subtract(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
+    with np.errstate(invalid="ignore"):
+        return [x - y for x, y in zip(xs, ys, strict=True)]
+
+
+def zeros_like(xs: Sequence[Array]) -> list[Array]:
+    return [np.zeros_like(x) for x in xs]
+
+
+def commit(ok: Array, new: Sequence[Array], old: Sequence[Array]) -> list[Array]:
+    return [np.where(ok, n, o) for n, o in zip(new, old, strict=True)]
+
+
+def all_finite(xs: Sequence[Array]) -> Array:
+    return np.array(all(np.isfinite(x).all() for x in xs))
+
+
+def flatten(xs: Sequence[Array]) -> Array:
+    return np.concatenate([x.reshape(-1) for x in xs])
+
+
+def unflatten(flat: Array, like: Sequence[Array]) -> list[Array]:
+    ends = np.cumsum([x.size for x in like])
+    return [flat[end - x.size : end].reshape(x.shape) for x, end in zip(like, ends, strict=True)]
+
+
+def transpose(x: Array) -> Array:
+    return np.swapaxes(x, -1, -2)
+
+
+def concat(xs: Sequence[Array], axis: int) -> Array:
+    return concatenate(list(xs), axis=axis)
+
+
+def pad(flat: Array, size: int, shape: Sequence[int]) -> Array:
+    return np.pad(flat, (0, size - flat.size)).reshape(shape)
+
+
+def zeros(size: int, like: Array) -> Array:
+    return np.zeros(size, like.dtype)
+
+
+def dtype(x: Array) -> str:
+    return x.dtype.name
+
+
+def cast(x: Array, dtype: str) -> Array:
+    if dtype == "bfloat16":  # numpy has none: the upper half of an fp32's bits, rounded to nearest, ties to even
+        bits = x.astype(np.float32).view(np.uint32)
+        upper = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+        return np.where(np.isnan(x), np.uint32(0x7FC0), upper).astype(np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(dtype)
+
+
+def cast_like(x: Array, like: Array) -> Array:
+    return x.astype(like.dtype)
+
+
+def to_bytes(x: Array) -> Array:
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+def from_bytes(x: Array, dtype: str) -> Array:
+    x = np.ascontiguousarray(x)
+    if dtype == "bfloat16":
+        return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return x.view(dtype)
+
+
+def max(x: Array, axis: int, keepdims: bool) -> Array:
+    return np.max(x, axis=axis, keepdims=keepdims)
+
+
+def sum(x: Array, axis: int, keepdims: bool) -> Array:
+    return np.sum(x, axis=axis, keepdims=keepdims)
+
+
+def top_k(x: Array, k: int) -> Array:
+    return np.argpartition(np.abs(x), x.size - k)[x.size - k :].astype(np.int32)
+
+
+def affine(a: int, b: int, k: int, count: int, like: Array) -> Array:
+    return ((np.arange(k, dtype=np.int64) * a + b) % count).astype(np.int32)
+
+
+def take(x: Array, index: Array) -> Array:
+    return x[index]
+
+
+def put(x: Array, index: Array, value: float) -> Array:
+    x = x.copy()
+    x[index] = value
+    return x
+
+
+def scatter_add(x: Array, index: Array, values: Array) -> Array:
+    x = x.copy()
+    x[index] += values
+    return x
+
+
+def add_row(x: Array, row: int, values: Array) -> Array:
+    x = x.copy()
+    x[row] += values
+    return x
+
+
+def uniform(seed: int, count: int, like: Array) -> Array:
+    x = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B1) + np.uint32(seed)
+    x ^= x >> 16
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> 15
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> 16
+    return (x >> 8).astype(like.dtype) * like.dtype.type(2.0**-24)
+
+
+def wave(frequency: int, like: Array) -> Array:
+    return np.sin(frequency * np.arange(1, like.shape[-2] + 1, dtype=np.float64)).astype(like.dtype)[:, None]
+
+
+def pack_bits(x: Array, bits: int) -> Array:
+    words = x.reshape(*x.shape[:-1], -1, 8).astype(np.int64) << (bits * np.arange(8))
+    word = np.bitwise_or.reduce(words, axis=-1)[..., None]
+    return ((word >> (8 * np.arange(bits))) & 0xFF).astype(np.uint8).reshape(*x.shape[:-1], -1)
+
+
+def unpack_bits(x: Array, bits: int) -> Array:
+    words = x.reshape(*x.shape[:-1], -1, bits).astype(np.int64) << (8 * np.arange(bits))
+    word = np.bitwise_or.reduce(words, axis=-1)[..., None]
+    return ((word >> (bits * np.arange(8))) & ((1 << bits) - 1)).astype(np.uint8).reshape(*x.shape[:-1], -1)
+
+
+def project(matrices: Sequence[Array], q: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.stack(matrices) @ q
+
+
+def project_t(matrices: Sequence[Array], p: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return transpose(np.stack(matrices)) @ p
+
+
+def outer(p: Array, q: Array) -> Array:
+    return p @ q.T

@@ -1,0 +1,94 @@
+"""What a framework must supply. Arithmetic (+ - * / ** @ abs, comparisons, slices) comes from the tensors themselves.
+
+Names and meanings are numpy's where numpy has them. `add`, `subtract`, `commit`, `add_row`, `put` and `scatter_add` may
+reuse the memory of the tensor that they update. Nothing here may wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Tensor = Any
+
+
+class Ops(Protocol):
+    # lists of tensors, many at once
+    def widen(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """Each in fp32, or in fp64 if it is so already; contiguous."""
+
+    def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]: ...
+    def subtract(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]: ...
+    def zeros_like(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
+    def commit(self, ok: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+        """`new` where `ok` holds, else `old`; in `old`'s memory where it can."""
+
+    def all_finite(self, xs: Sequence[Tensor]) -> Tensor:
+        """A flag: no NaN, no Inf in any."""
+
+    def flatten(self, xs: Sequence[Tensor]) -> Tensor:
+        """All of them in one vector."""
+
+    def unflatten(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The vector cut up into the shapes of `like`; what is left over is padding."""
+
+    # shapes and types
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
+    def transpose(self, x: Tensor) -> Tensor:
+        """The last two axes swapped."""
+
+    def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor: ...
+    def stack(self, xs: Sequence[Tensor]) -> Tensor: ...
+    def pad(self, flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
+        """The vector, zeros behind it up to `size`, in `shape`."""
+
+    def zeros(self, size: int, like: Tensor) -> Tensor: ...
+    def dtype(self, x: Tensor) -> str: ...
+    def cast(self, x: Tensor, dtype: str) -> Tensor: ...
+    def cast_like(self, x: Tensor, like: Tensor) -> Tensor: ...
+    def to_bytes(self, x: Tensor) -> Tensor:
+        """uint8, the last axis longer by the size of an item."""
+
+    def from_bytes(self, x: Tensor, dtype: str) -> Tensor: ...
+
+    # elementwise and reductions
+    def where(self, condition: Tensor, x: Tensor, y: Tensor) -> Tensor: ...
+    def floor(self, x: Tensor) -> Tensor: ...
+    def clip(self, x: Tensor, low: float, high: float) -> Tensor: ...
+    def max(self, x: Tensor, axis: int, keepdims: bool) -> Tensor: ...
+    def sum(self, x: Tensor, axis: int, keepdims: bool) -> Tensor: ...
+
+    # entries of vectors
+    def top_k(self, x: Tensor, k: int) -> Tensor:
+        """int32 indices of the k entries largest in magnitude; NaN counts as largest."""
+
+    def affine(self, a: int, b: int, k: int, count: int, like: Tensor) -> Tensor:
+        """int32 (a j + b) mod count for j < k."""
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor: ...
+    def put(self, x: Tensor, index: Tensor, value: float) -> Tensor: ...
+    def scatter_add(self, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        """x with the values added; no index stands twice."""
+
+    def add_row(self, x: Tensor, row: int, values: Tensor) -> Tensor: ...
+
+    # pseudo-random numbers from counters, the same in every framework and on every device
+    def uniform(self, seed: int, count: int, like: Tensor) -> Tensor:
+        """`count` numbers in [0, 1), multiples of 2^-24: number i is `mix(i * 0x9E3779B1 + seed)`, in like's dtype."""
+
+    def wave(self, frequency: int, like: Tensor) -> Tensor:
+        """sin(frequency (i + 1)) as a column (n, 1) for the n rows of `like`."""
+
+    # packed codes, along the last axis: value i of each 8 takes bits [i b, (i + 1) b) of b little-endian bytes
+    def pack_bits(self, x: Tensor, bits: int) -> Tensor: ...
+    def unpack_bits(self, x: Tensor, bits: int) -> Tensor: ...
+
+    # matrices of one shape (n, m) as a list, thin factors as batches (b, ., r)
+    def project(self, matrices: Sequence[Tensor], q: Tensor) -> Tensor:
+        """M Q, (b, n, r)."""
+
+    def project_t(self, matrices: Sequence[Tensor], p: Tensor) -> Tensor:
+        """M^T P, (b, m, r)."""
+
+    def outer(self, p: Tensor, q: Tensor) -> Tensor:
+        """P Q^T of one matrix's factors."""

@@ -1,0 +1,141 @@
+"""Which layer gets which compression, in which group, in which order: pure functions of names, shapes and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from hvd_accordion import checks
+from hvd_accordion.accordion import Accordion
+from hvd_accordion.compression import CompressionSpec, Dense
+from hvd_accordion.compression.base import ITEMSIZE, size
+
+Policy: TypeAlias = CompressionSpec | Accordion
+Compression: TypeAlias = Policy | Mapping[str, Policy | None] | None
+
+MIN_NUMEL = 1024  # smaller tensors travel dense: their compressed form saves less than its handling costs
+BUCKET_BYTES = 16 * 2**20  # one group's gradients: large enough for few collectives, small enough to start early
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One parameter tensor, as all ranks must know it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str = "cpu"
+
+    @property
+    def numel(self) -> int:
+        return size(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are exchanged together: one spec, one dtype, one device."""
+
+    name: str
+    spec: CompressionSpec
+    layers: tuple[Layer, ...]
+
+
+def is_policy(value: Any) -> bool:
+    return isinstance(value, CompressionSpec | Accordion)
+
+
+def assign(compression: Compression, names: Sequence[str]) -> dict[str, Policy]:
+    """Layer name -> spec or Accordion. In a dict of globs the first that matches counts; no match means dense.
+
+    TypeError for anything that is no spec, ValueError for a glob that matches no layer.
+    """
+    if compression is None:
+        compression = Dense()
+    if is_policy(compression):
+        return dict.fromkeys(names, compression)  # type: ignore[arg-type]
+    if not isinstance(compression, Mapping):
+        raise TypeError(
+            "compression must be None, hvd.Compression.none or fp16, a spec such as PowerSGD(4), an Accordion, "
+            f"or a dict from parameter-name glob to one of those, got {compression!r}"
+        )
+    for glob, policy in compression.items():
+        if not isinstance(glob, str):
+            raise TypeError(f"compression: a key must be a glob of parameter names (a string), got {glob!r}")
+        if policy is not None and not is_policy(policy):
+            raise TypeError(f"compression[{glob!r}] must be None, a spec or an Accordion, got {policy!r}")
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"compression: the glob {glob!r} matches no parameter name; they are {', '.join(names)}")
+    chosen: dict[str, Policy] = {}
+    for name in names:
+        policy = next((p for glob, p in compression.items() if fnmatchcase(name, glob)), None)
+        chosen[name] = Dense() if policy is None else policy
+    return chosen
+
+
+def allowed(layer: Layer, spec: CompressionSpec, world_size: int, min_numel: int = MIN_NUMEL) -> bool:
+    """Whether the spec may compress the layer: not if that is 1-D, small, or would not get smaller on the wire."""
+    return (
+        len(layer.shape) > 1
+        and layer.numel >= min_numel
+        and spec.lossy
+        and spec.suits(layer.shape, layer.dtype, world_size)
+    )
+
+
+def level(layer: Layer, policy: Policy, step: int, world_size: int, min_numel: int = MIN_NUMEL) -> CompressionSpec:
+    """The spec that the layer travels under at this step."""
+    spec = policy.spec(layer.name) if isinstance(policy, Accordion) else policy
+    return spec if spec.active(step) and allowed(layer, spec, world_size, min_numel) else Dense()
+
+
+def adaptive(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL) -> bool:
+    """Whether the layer's regime makes any difference to it."""
+    return isinstance(policy, Accordion) and any(
+        allowed(layer, spec, world_size, min_numel) for spec in (policy.critical, policy.relaxed)
+    )
+
+
+def buckets(layers: Sequence[Layer], limit: int = BUCKET_BYTES) -> list[list[Layer]]:
+    """The layers cut into runs of at most `limit` bytes, the last layer first: the order in which backward gives gradients."""
+    runs: list[list[Layer]] = []
+    filled = 0
+    for layer in reversed(layers):
+        if not runs or filled + layer.nbytes > limit:
+            runs.append([])
+            filled = 0
+        runs[-1].append(layer)
+        filled += layer.nbytes
+    return runs
+
+
+def split(layers: Sequence[Layer], parts: int) -> list[list[Layer]]:
+    """The layers in `parts` runs of nearly equal count, the last layer first (Horovod's `groups=N`)."""
+    backward = list(reversed(layers))
+    parts = min(parts, len(backward))
+    small, more = divmod(len(backward), max(1, parts))
+    runs, start = [], 0
+    for i in range(parts):
+        end = start + small + (i < more)
+        runs.append(backward[start:end])
+        start = end
+    return runs
+
+
+def grouped(runs: Sequence[Sequence[Layer]], specs: Mapping[str, CompressionSpec]) -> list[Group]:
+    """Each run cut up by what its layers have in common, under names that are the same on every rank."""
+    groups = []
+    for i, run in enumerate(runs):
+        parts: dict[tuple[CompressionSpec, str, str], list[Layer]] = {}
+        for layer in run:
+            parts.setdefault((specs[layer.name], layer.dtype, layer.device), []).append(layer)
+        for j, ((spec, dtype, _), members) in enumerate(parts.items()):
+            groups.append(Group(f"{i}.{j}.{spec.tag}.{dtype}", spec, tuple(members)))
+    return groups
+
+
