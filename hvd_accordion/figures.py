@@ -1,32 +1,37 @@
 """Pictures of a run: what was sent, which layer was critical when, accuracy over traffic.
 
-Each function takes plain numbers and returns a `matplotlib.figure.Figure`. pyplot is never used, so they work in
-any thread and without a display.
+Each function takes plain numbers and returns a `matplotlib.figure.Figure`. pyplot is never used, so they work
+in any thread and without a display.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Okabe-Ito colours: told apart with any kind of colour blindness. Critical is also the darker one in grey print.
+# Okabe-Ito colours: told apart with any kind of colour blindness. In grey print critical is the darker one.
 CRITICAL, RELAXED = "#D55E00", "#9CCDEB"
 SENT, DENSE = "#0072B2", "#8C8C8C"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REGIMES = {"relaxed": 0.0, "critical": 1.0}
 
+Runs = Mapping[str, Sequence[tuple[float, float]]]  # points (MB sent, accuracy) by run name
+
 
 def sent_figure(epochs: Sequence[int], sent: Sequence[float], dense: Sequence[float]) -> Figure:
     """MB sent per epoch beside the MB that uncompressed gradients would have taken."""
     if not len(epochs) == len(sent) == len(dense):
-        raise ValueError(f"epochs, sent and dense must be equally long, got {len(epochs)}, {len(sent)}, {len(dense)}")
+        lengths = f"{len(epochs)}, {len(sent)} and {len(dense)}"
+        raise ValueError(f"epochs, sent and dense must be equally long, got {lengths} values")
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     marker = "o" if len(epochs) <= 40 else None
@@ -39,9 +44,9 @@ def sent_figure(epochs: Sequence[int], sent: Sequence[float], dense: Sequence[fl
     else:
         axes.set_ylim(0, None)
     if sum(sent) > 0:
-        total = f"{sum(sent):,.4g} of {sum(dense):,.4g} MB, {sum(dense) / sum(sent):.3g} times less"
-        axes.set_title(f"Gradient traffic per rank: {total}", fontsize=11)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        share = f"{_number(sum(sent))} of {_number(sum(dense))} MB, {sum(dense) / sum(sent):.3g} times less"
+        axes.set_title(f"Gradient traffic per rank: {share}", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="epoch", ylabel="MB per epoch")
     _clean(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -52,8 +57,8 @@ def regimes_figure(windows: Sequence[Mapping[str, str]], labels: Sequence[str] |
     """Heat map of regimes: a row for each layer, a column for each detection window.
 
     Args:
-        windows: for each window, the regime ("critical" or "relaxed") by layer name; the rows keep this order, and a
-            layer missing from a window stays white.
+        windows: for each window, the regime ("critical" or "relaxed") by layer name. The rows keep this order;
+            a layer missing from a window stays white.
         labels: names of the windows, by default 0, 1, 2...
     """
     layers, grid = _grid(windows)
@@ -68,9 +73,7 @@ def regimes_figure(windows: Sequence[Mapping[str, str]], labels: Sequence[str] |
     return figure
 
 
-def accuracy_figure(
-    runs: Mapping[str, Sequence[tuple[float, float]]], xlabel: str = "MB sent per rank", ylabel: str = "test accuracy"
-) -> Figure:
+def accuracy_figure(runs: Runs, xlabel: str = "MB sent per rank", ylabel: str = "test accuracy") -> Figure:
     """One line for each run through its points (MB sent, accuracy), over a logarithmic axis."""
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
@@ -80,32 +83,45 @@ def accuracy_figure(
 
 
 def demo_figure(
-    runs: Mapping[str, Sequence[tuple[float, float]]],
+    runs: Runs,
     windows_by_run: Mapping[str, Sequence[Mapping[str, str]]],
     xlabel: str = "MB sent per rank",
     ylabel: str = "test accuracy",
 ) -> Figure:
-    """Left: accuracy over traffic for all runs. Right: the regimes of each adaptive run, one under the other."""
+    """Left: accuracy over traffic of all runs. Right: regimes of each adaptive run, one under the other."""
     panels = {name: windows for name, windows in windows_by_run.items() if windows}
     if not panels:
         return accuracy_figure(runs, xlabel, ylabel)
     tallest = max(len(_grid(windows)[0]) for windows in panels.values())
-    panel_height = min(1.2 + 0.2 * max(tallest, 6), 6.0)
-    figure = Figure(figsize=(14, max(5.4, 0.6 + panel_height * len(panels))), layout="constrained")
+    panel_height = min(0.9 + 0.2 * max(tallest, 6), 4.8)
+    height = max(5.4, 0.6 + panel_height * len(panels))
+    figure = Figure(figsize=(14, height), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05), wspace=0.03)
-    # a very tall column of heat maps must not stretch the curves: they keep the upper part
-    parts = left.subfigures(2, 1, height_ratios=(1, 0.5)) if figure.get_figheight() > 9 else [left]
+    # a tall column of heat maps must not stretch the curves: they keep the upper part
+    parts = left.subfigures(2, 1, height_ratios=(7.5, height - 7.5)) if height > 10.5 else [left]
     axes = parts[0].add_subplot()
     _draw_accuracy(axes, runs, xlabel, ylabel)
     parts[0].legend(loc="outside lower center", ncols=2, frameon=False)
     for index, (name, windows) in enumerate(panels.items(), start=1):
         axes = right.add_subplot(len(panels), 1, index)
         layers, grid = _grid(windows)
-        _draw_regimes(axes, layers, grid, None, rows=max(4, int(5.5 * (panel_height - 0.8))), columns=20)
+        _draw_regimes(axes, layers, grid, None, rows=int(5.5 * (panel_height - 0.6)), columns=20)
         axes.set_title(name, fontsize=10)
     axes.set_xlabel("detection window")
     right.legend(handles=_regime_patches(), loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def short_name(name: str, limit: int = 32) -> str:
+    """Cut a long layer name to `limit`: from the left words become initials, but numbers tell layers apart."""
+    parts = re.split(r"([./])", name)
+    for index, part in enumerate(parts):
+        if len(name) <= limit:
+            return name
+        if not any(c.isdigit() for c in part):
+            parts[index] = part[:1]
+        name = "".join(parts)
+    return name if len(name) <= limit else "…" + name[1 - limit :]
 
 
 def _grid(windows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[float]]]:
@@ -121,26 +137,32 @@ def _grid(windows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[fl
 
 
 def _draw_regimes(
-    axes: Axes, layers: Sequence[str], grid: list[list[float]], labels: Sequence[str] | None, rows: int, columns: int
+    axes: Axes,
+    layers: Sequence[str],
+    grid: list[list[float]],
+    labels: Sequence[str] | None,
+    rows: int,
+    columns: int,
 ) -> None:
     """Draw the heat map with at most `rows` and `columns` tick labels, so that they never touch."""
     n_rows, n_columns = len(grid), len(grid[0])
-    axes.imshow(grid, cmap=ListedColormap([RELAXED, CRITICAL]), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    colours = ListedColormap([RELAXED, CRITICAL])
+    axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if n_columns <= 120 and n_rows <= 120:  # white lines between cells, as long as cells are wider than lines
         axes.xaxis.set_minor_locator(FixedLocator([i + 0.5 for i in range(n_columns - 1)]))
         axes.yaxis.set_minor_locator(FixedLocator([i + 0.5 for i in range(n_rows - 1)]))
         axes.grid(which="minor", color="white", linewidth=0.8)
-    # labels such as "epoch 10" take the room of several digits
-    widest = max((len(str(label)) for label in labels), default=1) if labels else 3
-    step_x, step_y = math.ceil(n_columns * max(widest, 3) / 3 / columns), math.ceil(n_rows / rows)
-    ticks = range(0, n_columns, step_x)
-    axes.set_xticks(ticks, [str(labels[i] if labels else i) for i in ticks], fontsize=8)
-    axes.set_yticks(range(0, n_rows, step_y), [_short(layers[i]) for i in range(0, n_rows, step_y)], fontsize=8)
+    names = [str(label) for label in labels] if labels else [str(i) for i in range(n_columns)]
+    columns = max(1, columns * 3 // max(3, *map(len, names)))  # a long label takes the room of several
+    shown = range(0, n_columns, _step(n_columns, columns))
+    axes.set_xticks(shown, [names[i] for i in shown], fontsize=8)
+    shown = range(0, n_rows, _step(n_rows, rows))
+    axes.set_yticks(shown, [short_name(layers[i]) for i in shown], fontsize=8)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
 
 
-def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> None:
+def _draw_accuracy(axes: Axes, runs: Runs, xlabel: str, ylabel: str) -> None:
     """Draw one line for each run; points at 0 MB have no place on a logarithmic axis and are left out."""
     seen: list[float] = []
     for index, (name, points) in enumerate(runs.items()):
@@ -153,7 +175,7 @@ def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[tuple[float, float]]]
             color=LINES[index % len(LINES)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle=style,
-            markersize=5,
+            markersize=6,
             markeredgecolor="white",
             markeredgewidth=0.5,
             label=name,
@@ -165,15 +187,23 @@ def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[tuple[float, float]]]
     _clean(axes)
 
 
-def _plain_log_ticks(axis: object, ratio: float) -> None:
+def _plain_log_ticks(axis: Axis, ratio: float) -> None:
     """Numbers such as 20, 50, 100 instead of powers of ten; fewer of them when the axis spans more."""
-    subs = (1.0, 2.0, 5.0) if ratio < 2e3 else (1.0,)
-    if ratio < 4:
-        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    choices = ((4, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)), (200, (1.0, 2.0, 5.0)), (1e4, (1.0, 3.0)))
+    subs = next((subs for limit, subs in choices if ratio < limit), (1.0,))
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if 1e-3 <= value < 1e6 else f"{value:.0e}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
+
+
+def _step(count: int, room: int) -> int:
+    """Smallest step of 1, 2, 5, 10, 20... with which at most `room` of `count` labels are shown."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return next(step for step in steps if math.ceil(count / step) <= room)
 
 
 def _regime_patches() -> list[Patch]:
@@ -184,8 +214,3 @@ def _clean(axes: Axes) -> None:
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _short(name: str, limit: int = 32) -> str:
-    """Cut a long layer name in the middle: both its module and its last part tell layers apart."""
-    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"

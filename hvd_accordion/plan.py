@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-from hvd_accordion import checks
 from hvd_accordion.accordion import Accordion
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.compression.base import ITEMSIZE, size
@@ -39,21 +38,22 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are exchanged together: one spec, one dtype, one device."""
+    """Layers that are exchanged together: one spec, one dtype, one device, all with a residual or all without."""
 
     name: str
     spec: CompressionSpec
     layers: tuple[Layer, ...]
+    feeds_back: bool
 
 
 def is_policy(value: Any) -> bool:
     return isinstance(value, CompressionSpec | Accordion)
 
 
-def assign(compression: Compression, names: Sequence[str]) -> dict[str, Policy]:
+def assign(compression: Compression, names: Sequence[str], strict: bool = True) -> dict[str, Policy]:
     """Layer name -> spec or Accordion. In a dict of globs the first that matches counts; no match means dense.
 
-    TypeError for anything that is no spec, ValueError for a glob that matches no layer.
+    TypeError for anything that is no spec, ValueError (where `strict`) for a glob that matches no layer.
     """
     if compression is None:
         compression = Dense()
@@ -69,7 +69,7 @@ def assign(compression: Compression, names: Sequence[str]) -> dict[str, Policy]:
             raise TypeError(f"compression: a key must be a glob of parameter names (a string), got {glob!r}")
         if policy is not None and not is_policy(policy):
             raise TypeError(f"compression[{glob!r}] must be None, a spec or an Accordion, got {policy!r}")
-        if not any(fnmatchcase(name, glob) for name in names):
+        if strict and not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"compression: the glob {glob!r} matches no parameter name; they are {', '.join(names)}")
     chosen: dict[str, Policy] = {}
     for name in names:
@@ -127,15 +127,20 @@ def split(layers: Sequence[Layer], parts: int) -> list[list[Layer]]:
     return runs
 
 
-def grouped(runs: Sequence[Sequence[Layer]], specs: Mapping[str, CompressionSpec]) -> list[Group]:
-    """Each run cut up by what its layers have in common, under names that are the same on every rank."""
+def grouped(
+    runs: Sequence[Sequence[Layer]], specs: Mapping[str, CompressionSpec], carried: Collection[str] = ()
+) -> list[Group]:
+    """Each run cut up by what its layers have in common, under names that are the same on every rank.
+
+    Layers in `carried` hold a residual; they stay apart from those that need none.
+    """
     groups = []
     for i, run in enumerate(runs):
-        parts: dict[tuple[CompressionSpec, str, str], list[Layer]] = {}
+        parts: dict[tuple[CompressionSpec, str, str, bool], list[Layer]] = {}
         for layer in run:
-            parts.setdefault((specs[layer.name], layer.dtype, layer.device), []).append(layer)
-        for j, ((spec, dtype, _), members) in enumerate(parts.items()):
-            groups.append(Group(f"{i}.{j}.{spec.tag}.{dtype}", spec, tuple(members)))
+            spec = specs[layer.name]
+            feeds_back = layer.name in carried or (spec.lossy and spec.error_feedback)
+            parts.setdefault((spec, layer.dtype, layer.device, feeds_back), []).append(layer)
+        for j, ((spec, dtype, _, feeds_back), members) in enumerate(parts.items()):
+            groups.append(Group(f"{i}.{j}.{spec.tag}.{dtype}", spec, tuple(members), feeds_back))
     return groups
-
-

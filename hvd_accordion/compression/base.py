@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
 
 from hvd_accordion import checks, seeds
@@ -66,6 +66,12 @@ class CompressionSpec:
 
     def __post_init__(self) -> None:
         checks.boolean("error_feedback", self.error_feedback)
+
+    def __str__(self) -> str:
+        """PowerSGD(rank=4): the first argument, and whatever else differs from its default."""
+        own = [f for f in fields(self) if f.name != "error_feedback"] + [f for f in fields(self) if f.name == "error_feedback"]
+        shown = [f for i, f in enumerate(own) if getattr(self, f.name) != f.default or (i == 0 and len(own) > 1)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
     def tag(self) -> str:

@@ -72,7 +72,7 @@ def cast(x: Array, dtype: str) -> Array:
         upper = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
         return np.where(np.isnan(x), np.uint32(0x7FC0), upper).astype(np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(dtype)
+        return (x.astype(np.float32) if dtype == "float16" else x).astype(dtype)  # frameworks round fp64 twice
 
 
 def cast_like(x: Array, like: Array) -> Array:

@@ -1,0 +1,230 @@
+"""When what happens in a training: epochs and windows, levels of the layers, totals, what goes to the logger.
+
+Floats, names and shapes only. A framework's engine tells it of steps and norms and asks it for levels.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from hvd_accordion.accordion import Accordion, Regime
+from hvd_accordion.compression import CompressionSpec
+from hvd_accordion.compression.base import dense_bytes
+from hvd_accordion.plan import MIN_NUMEL, Layer, Policy, adaptive, level
+from hvd_accordion.report import CompressionReport, LayerReport, Stats
+from hvd_accordion.tracking import LayerRecord
+
+log = logging.getLogger("hvd_accordion")
+
+MAX_STEPS_OF_EPOCH = 10_000  # of a first epoch whose end only end_epoch() can tell
+
+
+class Logger(Protocol):
+    """What the optimizer tells on rank 0. MLflowLogger is one; none of these may wait or raise."""
+
+    def start(self, params: Mapping[str, object]) -> None: ...
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None: ...
+    def log_window(self, window: int, layers: Mapping[str, LayerRecord]) -> None: ...
+
+
+class Controller:
+    """Keeps the levels of all layers.
+
+    Args:
+        layers: all that are exchanged, in the order of the parameters.
+        policy: layer name -> spec or Accordion. Accordions are copied: their state is this training's.
+        world_size: ranks that exchange.
+        steps_per_epoch: steps after which an epoch ends by itself; None: `end_epoch` tells.
+        logger: on rank 0, else None.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        policy: Mapping[str, Policy],
+        world_size: int,
+        steps_per_epoch: int | None = None,
+        logger: Logger | None = None,
+        min_numel: int = MIN_NUMEL,
+    ) -> None:
+        self.policy: dict[str, Policy] = {}
+        self._copies: dict[int, tuple[Accordion, Accordion]] = {}  # by the identity of the user's object
+        self.adopt(policy)
+        self.world_size, self.steps_per_epoch, self.min_numel = world_size, steps_per_epoch, min_numel
+        self.logger = logger
+        self.step = self.epoch = self.step_of_epoch = self.window = 0
+        self.stats, self._epoch_start = Stats(), Stats()
+        self._due: list[Accordion] = []
+        self.set_layers(layers)
+        self._silence = {"steps": 0, "counted": not self._needs_epochs}
+        weakref.finalize(self, _warn_of_no_epochs, self._silence)
+
+    def adopt(self, policy: Mapping[str, Policy]) -> None:
+        """Takes in policies of layers; to be followed by `set_layers`."""
+        for name, given in policy.items():
+            if isinstance(given, Accordion):
+                _, given = self._copies.setdefault(id(given), (given, copy.deepcopy(given)))
+            self.policy[name] = given
+        self.accordions = [mine for _, mine in self._copies.values()]
+        levels = [(p.critical, p.relaxed) if isinstance(p, Accordion) else (p,) for p in self.policy.values()]
+        self._specs = set(itertools.chain.from_iterable(levels))
+
+    def set_layers(self, layers: Sequence[Layer]) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.adaptive = [x for x in layers if adaptive(x, self.policy[x.name], self.world_size, self.min_numel)]
+        self.dense_bytes = sum(dense_bytes(x.shape, x.dtype, self.world_size) for x in layers)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """After a change of levels or of the epoch: what every step would else work out anew."""
+        self.changed = True  # the engine's, to reset when it has followed
+        self.measured = [x.name for x in self.adaptive if self._accordion(x.name).measures(self.epoch)]
+        critical = [x for x in self.adaptive if self.regime(x.name) is Regime.CRITICAL]
+        self._critical_layers = len(critical) / max(1, len(self.adaptive))
+        self._critical_bytes = sum(x.nbytes for x in critical) / max(1, sum(x.nbytes for x in self.adaptive))
+
+    @property
+    def _needs_epochs(self) -> bool:
+        return self.steps_per_epoch is None and any(a.unit == "epochs" for a in self.accordions)
+
+    # levels
+
+    def specs(self) -> dict[str, CompressionSpec]:
+        """The spec of each layer at the step to come."""
+        return {
+            name: level(layer, self.policy[name], self.step, self.world_size, self.min_numel)
+            for name, layer in self.layers.items()
+        }
+
+    def regime(self, name: str) -> Regime | None:
+        policy = self.policy[name]
+        return policy.regime(name) if isinstance(policy, Accordion) else None
+
+    def _accordion(self, name: str) -> Accordion:
+        policy = self.policy[name]
+        assert isinstance(policy, Accordion)
+        return policy
+
+    # steps and windows
+
+    def advance(self, sent: float, seconds: float) -> bool:
+        """Counts a step; tells whether it was an epoch's last.
+
+        Raises ValueError where an Accordion counts in epochs and nothing has told of one for too long.
+        """
+        stats = self.stats
+        stats.steps += 1
+        stats.sent_bytes += sent
+        stats.dense_bytes += self.dense_bytes
+        stats.exchange_seconds += seconds
+        stats.critical_layers += self._critical_layers
+        stats.critical_bytes += self._critical_bytes
+        self.step += 1
+        self.step_of_epoch += 1
+        if any(spec.active(self.step) != spec.active(self.step - 1) for spec in self._specs):
+            self._refresh()
+        self._silence["steps"] = self.step
+        if self._needs_epochs and self.epoch == 0 and self.step_of_epoch > MAX_STEPS_OF_EPOCH:
+            raise ValueError(
+                f"steps_per_epoch is None and end_epoch() was not called in {MAX_STEPS_OF_EPOCH} steps, but the Accordion's "
+                "interval counts epochs, so every layer would stay critical for ever: pass steps_per_epoch=len(loader), "
+                'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
+            )
+        self._due += [a for a in self.accordions if a.unit == "steps" and self.step % a.interval == 0]
+        return self.steps_per_epoch is not None and self.step_of_epoch >= self.steps_per_epoch
+
+    def end_epoch(self) -> bool:
+        """Counts an epoch, unless it has just ended by itself; tells whether it counted."""
+        if self.step_of_epoch == 0:
+            return False
+        self._due += [a for a in self.accordions if a.unit == "epochs" and a.measures(self.epoch)]
+        done = self.stats.since(self._epoch_start)
+        self._epoch_start = replace(self.stats)
+        if self.logger is not None:
+            self.logger.log_epoch(self.epoch, done.metrics())
+        self.epoch += 1
+        self.step_of_epoch = 0
+        self._silence["counted"] = True
+        self._refresh()
+        return True
+
+    def due(self) -> list[str]:
+        """Layers whose gradient norms `observe` must be told now."""
+        return [x.name for x in self.adaptive if any(a is self.policy[x.name] for a in self._due)]
+
+    @property
+    def wants_lr(self) -> bool:
+        """Whether the step that just ended was the first of an epoch or window: the time to see a drop of the rate."""
+        return any(
+            (self.step_of_epoch == 1 if a.unit == "epochs" else (self.step - 1) % a.interval == 0) for a in self.accordions
+        )
+
+    def observe(self, norms: Mapping[str, float], lr: float) -> None:
+        """A check: new regimes from the norms of the layers that are due, in the numbers all ranks share."""
+        records: dict[str, LayerRecord] = {}
+        for accordion in self._due:
+            mine = {name: norm for name, norm in norms.items() if self.policy[name] is accordion}
+            accordion.observe(mine, lr)
+            for name, norm in mine.items():
+                layer, spec = self.layers[name], level(self.layers[name], accordion, self.step, self.world_size, self.min_numel)
+                nbytes = spec.bytes_per_step(layer.shape, layer.dtype, self.world_size)
+                ratio = accordion.ratios.get(name)
+                records[name] = LayerRecord(norm, ratio, str(accordion.regime(name)), str(spec), round(nbytes))
+        self._due = []
+        self._refresh()
+        if self.logger is not None and records:
+            self.logger.log_window(self.window, records)
+        self.window += 1
+
+    def observe_lr(self, lr: float) -> bool:
+        """Tells whether a drop of the learning rate made layers critical."""
+        dropped = any([accordion.observe_lr(lr) for accordion in self.accordions])
+        if dropped:
+            self._refresh()
+        return dropped
+
+    # reports and state
+
+    def report(self, sent: Mapping[str, float]) -> CompressionReport:
+        """`sent`: bytes of each layer at the levels of now."""
+        specs, total = self.specs(), sum(sent.values())
+        rows = []
+        for name, layer in self.layers.items():
+            regime = self.regime(name) if layer in self.adaptive else None
+            dense = dense_bytes(layer.shape, layer.dtype, self.world_size)
+            share = sent[name] / total if total else 0.0
+            spec = str(specs[name])
+            rows.append(LayerReport(name, layer.shape, spec, regime and str(regime), sent[name], dense, share))
+        return CompressionReport(tuple(rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = {key: getattr(self, key) for key in ("step", "epoch", "step_of_epoch", "window")}
+        totals = {"stats": dict(vars(self.stats)), "epoch_start": dict(vars(self._epoch_start))}
+        return {**counters, **totals, "accordions": [a.state_dict() for a in self.accordions]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = state["accordions"]
+        if len(saved) != len(self.accordions):
+            raise ValueError(f"state_dict holds {len(saved)} Accordions, compression has {len(self.accordions)}")
+        for key in ("step", "epoch", "step_of_epoch", "window"):
+            setattr(self, key, int(state[key]))
+        self.stats, self._epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
+        for accordion, its in zip(self.accordions, saved, strict=True):
+            accordion.load_state_dict(its)
+        self._refresh()
+        self._silence["counted"] = self._silence["counted"] or self.epoch > 0
+
+
+def _warn_of_no_epochs(silence: Mapping[str, Any]) -> None:
+    if silence["steps"] and not silence["counted"]:
+        log.warning(
+            "Accordion's interval counts epochs, but in %d steps neither steps_per_epoch nor end_epoch() told of one: every "
+            "layer stayed critical",
+            silence["steps"],
+        )

@@ -1,0 +1,380 @@
+"""DistributedOptimizer: Horovod's, with compression that keeps state."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
+
+from hvd_accordion import checks
+from hvd_accordion.accordion import Accordion
+from hvd_accordion.compression import FP16, CompressionSpec, Dense
+from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.plan import MIN_NUMEL, Compression, assign
+from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.torch.agreement import require_equal
+from hvd_accordion.torch.engine import Engine, Settings, layer_of, named
+from hvd_accordion.torch.plain import PlainEngine
+
+STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
+_serial = itertools.count()  # tells the optimizers of one process apart, alike on all ranks
+
+
+def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+    compression: Compression | type[Compressor] = None,
+    backward_passes_per_step: int = 1,
+    op: Any = hvd.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | list[list[torch.Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+    *,
+    steps_per_epoch: int | None = None,
+    logger: Logger | None = None,
+    seed: int = 0,
+    min_compress_numel: int = MIN_NUMEL,
+) -> torch.optim.Optimizer:
+    """An optimizer that averages gradients over the ranks, compressed, before it steps.
+
+    All arguments of `horovod.torch.DistributedOptimizer` keep their meaning. Compressed exchanges overlap backward;
+    `synchronize()` ends them, `step()` calls it. What compression loses is kept per parameter and sent later.
+    Every rank must construct it at the same point: a small allgather compares the ranks' settings.
+
+    Args:
+        optimizer: any torch optimizer, or one that `horovod.torch.DistributedOptimizer` wrapped: it is taken over with
+            its settings.
+        compression: None, `hvd.Compression.none` or `.fp16`: plain Horovod; a spec (`PowerSGD(4)`, `TopK(0.01)`, ...);
+            an `Accordion`; or a dict from parameter-name glob to any of these, first match counts, no match is dense.
+            1-D and small tensors, and those that would not get smaller, travel dense.
+        groups: as Horovod's; by default runs of layers of up to 16 MiB, in the order of backward.
+        steps_per_epoch: calls of `step()` in an epoch; otherwise call `optimizer.end_epoch()` after each.
+        logger: told on rank 0 of what happened, such as `MLflowLogger()`.
+        seed: of everything random in compression; the global generators are left alone.
+        min_compress_numel: tensors of fewer elements travel dense.
+
+    The result is a `torch.optim.Optimizer` that also has `synchronize`, `skip_synchronize`,
+    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `compression_report` and `stats`.
+
+    Raises ValueError or TypeError, on every rank the same, for arguments out of range, unknown globs, parameters without
+    or with doubled names, `op=Adasum` with lossy compression, and ranks that are configured differently.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    if hasattr(optimizer, "_hvd"):
+        raise ValueError("optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from")
+    wrapped = _take_over(optimizer)
+    if wrapped is not None:
+        optimizer, theirs = wrapped
+        named_parameters = theirs["named_parameters"] if named_parameters is None else named_parameters
+        compression = theirs["compression"] if compression is None else compression
+        backward_passes_per_step, op = theirs["backward_passes_per_step"], theirs["op"]
+        gradient_predivide_factor, groups = theirs["gradient_predivide_factor"], theirs["groups"]
+        sparse_as_dense, process_set = theirs["sparse_as_dense"], theirs["process_set"]
+    checks.integer("backward_passes_per_step", backward_passes_per_step, 1)
+    checks.real("gradient_predivide_factor", gradient_predivide_factor, 0.0)
+    checks.boolean("sparse_as_dense", sparse_as_dense)
+    checks.integer("seed", seed, 0)
+    checks.integer("min_compress_numel", min_compress_numel, 1)
+    if steps_per_epoch is not None:
+        checks.integer("steps_per_epoch", steps_per_epoch, 1)
+    if gradient_predivide_factor != 1.0 and op != hvd.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    for method in ("log_epoch", "log_window", "start"):
+        if logger is not None and not callable(getattr(logger, method, None)):
+            raise TypeError(f"logger must have a method {method}(), as MLflowLogger has, got {logger!r}")
+    if num_groups != 0:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    _check_groups(groups)
+
+    params = named(named_parameters, optimizer.param_groups)
+    plain = compression is None or isinstance(compression, Compressor) or _is_horovods(compression)
+    policy = assign(None if plain else compression, list(params))  # type: ignore[arg-type]
+    if op not in (hvd.Average, hvd.Sum) and not plain:
+        raise ValueError(
+            f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
+        )
+
+    prefix = f"hvd_accordion.{next(_serial)}"
+    settings = Settings(
+        backward_passes_per_step, op, gradient_predivide_factor, groups, sparse_as_dense, process_set, seed
+    )
+    if process_set.included():
+        described = _described(params, policy if not plain else str(compression), settings, steps_per_epoch, min_compress_numel)
+        require_equal(described, prefix, process_set)
+    if not process_set.included() or process_set.rank() != 0:
+        logger = None
+    size = process_set.size() if process_set.included() else 1
+    trainable = [layer_of(name, p) for name, p in params.items() if p.requires_grad]
+    controller = Controller(trainable, policy, size, steps_per_epoch, logger, min_compress_numel)
+    if plain:
+        result = _plain(optimizer, params, compression or NoneCompressor, settings, controller)
+    else:
+        result = _compressed(optimizer, params, compression, settings, controller, prefix)  # type: ignore[arg-type]
+    if logger is not None:
+        logger.start(_logged(result, compression, policy, settings, size, steps_per_epoch))
+    return result
+
+
+def _is_horovods(compression: Any) -> bool:
+    return isinstance(compression, type) and issubclass(compression, Compressor)
+
+
+def _check_groups(groups: Any) -> None:
+    if groups is None:
+        return
+    if not isinstance(groups, list):
+        checks.integer("groups", groups, 0)
+        return
+    members = [p for group in groups for p in group]
+    if any(not isinstance(p, torch.Tensor) for p in members):
+        raise ValueError("groups must consist of torch.Tensor.")
+    if len({id(p) for p in members}) != len(members):
+        raise ValueError("A parameter can only appear once in groups.")
+
+
+def _take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
+    """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none.
+
+    Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those.
+    """
+    if type(optimizer).__module__ != hvd.DistributedOptimizer.__module__ or not hasattr(optimizer, "_parameter_names"):
+        return None
+    if optimizer._handles:
+        raise ValueError("optimizer is in the middle of a step: wrap it before backward() or after step()")
+    theirs = {
+        "named_parameters": [(name, p) for p, name in optimizer._parameter_names.items()],
+        "compression": optimizer._compression,
+        "backward_passes_per_step": optimizer.backward_passes_per_step,
+        "op": getattr(optimizer, "op", hvd.Adasum),
+        "gradient_predivide_factor": getattr(optimizer, "gradient_predivide_factor", 1.0),
+        "groups": getattr(optimizer, "_groups", None),
+        "sparse_as_dense": getattr(optimizer, "sparse_as_dense", False),
+        "process_set": getattr(optimizer, "process_set", hvd.global_process_set),
+    }
+    optimizer._grad_accs.clear()
+    base = type(optimizer).__bases__[0]
+    inner = base.__new__(base)
+    inner.__dict__.update(optimizer.__dict__)
+    for own in ("_parameter_names", "_compression", "_handles", "_grad_accs", "_requires_update", "_allreduce_delay", "step"):
+        inner.__dict__.pop(own, None)
+    return inner, theirs
+
+
+def _described(
+    params: Mapping[str, torch.nn.Parameter],
+    policy: Mapping[str, Any] | str,
+    settings: Settings,
+    steps_per_epoch: int | None,
+    min_numel: int,
+) -> dict[str, str]:
+    """Everything in which ranks must agree, as text."""
+    order = {id(p): name for name, p in params.items()}
+    groups = settings.groups
+    if isinstance(groups, list):
+        groups = [[order.get(id(p), "?") for p in group] for group in groups]  # type: ignore[misc]
+    described = {
+        "versions": f"hvd_accordion {version('hvd_accordion')}, horovod {version('horovod')}, torch {torch.__version__}",
+        "number of parameters": str(len(params)),
+        "op": str(settings.op),
+        "backward_passes_per_step": str(settings.backward_passes_per_step),
+        "gradient_predivide_factor": str(settings.gradient_predivide_factor),
+        "groups": str(groups),
+        "sparse_as_dense": str(settings.sparse_as_dense),
+        "steps_per_epoch": str(steps_per_epoch),
+        "seed": str(settings.seed),
+        "min_compress_numel": str(min_numel),
+    }
+    if isinstance(policy, str):
+        described["compression"] = policy
+    for i, (name, p) in enumerate(params.items()):
+        kind = "" if isinstance(policy, str) else f", {policy[name]!r}"
+        grad = "" if p.requires_grad else ", frozen"
+        described[f"parameter {i}"] = f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{grad}{kind}"
+    return described
+
+
+def _logged(
+    optimizer: Any, compression: Any, policy: Mapping[str, Any], settings: Settings, size: int, steps_per_epoch: int | None
+) -> dict[str, object]:
+    """The parameters of a run, for the logger."""
+    logged: dict[str, object] = {
+        "optimizer": type(optimizer).__name__,
+        "compression": getattr(compression, "__name__", None) or str(compression),
+        "world_size": size,
+        "backward_passes_per_step": settings.backward_passes_per_step,
+        "steps_per_epoch": steps_per_epoch,
+        "seed": settings.seed,
+        "version.hvd_accordion": version("hvd_accordion"),
+        "version.horovod": version("horovod"),
+        "version.torch": torch.__version__,
+    }
+    accordion = next((p for p in policy.values() if isinstance(p, Accordion)), None)
+    if accordion is not None:
+        logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop")}
+        logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
+    return logged
+
+
+def _plain(
+    optimizer: torch.optim.Optimizer,
+    params: Mapping[str, torch.nn.Parameter],
+    compression: type[Compressor],
+    settings: Settings,
+    controller: Controller,
+) -> torch.optim.Optimizer:
+    """Horovod's own DistributedOptimizer, untouched, made to count."""
+
+    class Counted(_Reports, type(optimizer)):  # type: ignore[misc]
+        pass
+
+    Counted.__name__ = Counted.__qualname__ = type(optimizer).__name__
+    shell = Counted.__new__(Counted)
+    shell.__dict__.update(optimizer.__dict__)
+    result = hvd.DistributedOptimizer(
+        shell,
+        list(params.items()),
+        compression,
+        settings.backward_passes_per_step,
+        settings.op,
+        settings.gradient_predivide_factor,
+        groups=settings.groups or None,
+        sparse_as_dense=settings.sparse_as_dense,
+        process_set=settings.process_set,
+    )
+    spec: CompressionSpec = FP16() if compression is FP16Compressor else Dense()
+    result._hvd = PlainEngine(controller, spec, result.synchronize)
+    result.synchronize = result._hvd.synchronize  # Horovod's step() calls it
+    return result
+
+
+class _Reports:
+    """What every DistributedOptimizer of this package can tell."""
+
+    _hvd: Engine | PlainEngine
+
+    def end_epoch(self) -> None:
+        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
+        self._hvd.end_epoch()
+
+    def compression_report(self) -> CompressionReport:
+        """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        return self._hvd.controller.report(self._hvd.predicted())
+
+    @property
+    def stats(self) -> Stats:
+        """Running totals of steps, bytes and seconds."""
+        return self._hvd.controller.stats
+
+
+def _compressed(
+    optimizer: torch.optim.Optimizer,
+    params: Mapping[str, torch.nn.Parameter],
+    compression: Compression,
+    settings: Settings,
+    controller: Controller,
+    prefix: str,
+) -> torch.optim.Optimizer:
+    """An object of a subclass of the optimizer's own class, with its parameters, state and hooks."""
+    base = type(optimizer)
+
+    class Distributed(_Reports, base):  # type: ignore[misc, valid-type]
+        # horovod.torch.broadcast_optimizer_state (and elastic training) look at the module to know a wrapped optimizer
+        # and then step its base class, past any exchange
+        __module__ = hvd.DistributedOptimizer.__module__
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            """The optimizer's step on the averaged gradients; a closure's gradients are averaged each time it is called."""
+            if closure is not None:
+                return super().step(self._synchronized_after(closure) if self._should_synchronize else closure)
+            if self._should_synchronize:
+                if self._synchronized:
+                    warnings.warn(
+                        "optimizer.step() called without optimizer.skip_synchronize() context after "
+                        "optimizer.synchronize(): the gradients are exchanged twice.",
+                        stacklevel=2,
+                    )
+                self.synchronize()
+            self._synchronized = False
+            return super().step()
+
+        def _synchronized_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+            def synchronized() -> Any:
+                with torch.enable_grad():
+                    loss = closure()
+                self._hvd.synchronize()
+                return loss
+
+            return synchronized
+
+        def synchronize(self) -> None:
+            """Waits until `.grad` of every parameter is the average over the ranks."""
+            self._hvd.synchronize()
+            self._synchronized = True
+
+        @contextmanager
+        def skip_synchronize(self) -> Iterator[None]:
+            """`step()` in this context leaves the gradients as they are (after a `synchronize()` of your own)."""
+            self._should_synchronize = False
+            try:
+                yield
+            finally:
+                self._should_synchronize = True
+
+        def set_backward_passes_per_step(self, passes: int) -> None:
+            """Backward passes whose gradients add up locally before they are exchanged."""
+            self._hvd.set_backward_passes_per_step(checks.integer("passes", passes, 1))
+            self.backward_passes_per_step = passes
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            if self._hvd.in_flight:
+                raise AssertionError(
+                    "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
+                    "optimizer.synchronize(). This is prohibited as it can cause a race condition."
+                )
+            super().zero_grad(set_to_none)
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            """Exchanges these parameters too, under made-up names. Every rank must add them at the same point."""
+            super().add_param_group(param_group)
+            i = len(self.param_groups) - 1
+            more = {f"param_groups.{i}.{j}": p for j, p in enumerate(self.param_groups[i]["params"])}
+            self._hvd.add(more, assign(compression, list(more), strict=False))
+
+        def state_dict(self) -> dict[str, Any]:
+            """The optimizer's, and this rank's residuals, factors, regimes and counts under "hvd_accordion"."""
+            return {**super().state_dict(), STATE: self._hvd.state_dict()}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Residuals are a rank's own: save and load one file per rank to resume exactly."""
+            state_dict = dict(state_dict)
+            ours = state_dict.pop(STATE, None)
+            super().load_state_dict(state_dict)
+            if ours is not None:
+                self._hvd.load_state_dict(ours)
+            self._hvd.reset()
+            self._synchronized, self._should_synchronize = False, True
+
+    Distributed.__name__ = Distributed.__qualname__ = base.__name__
+    result = Distributed.__new__(Distributed)
+    result.__dict__.update(optimizer.__dict__)
+    result.__dict__.pop("step", None)  # a scheduler's wrapper around the old object's step
+    result._synchronized, result._should_synchronize = False, True
+    result.backward_passes_per_step = settings.backward_passes_per_step
+    result.op, result.process_set = settings.op, settings.process_set
+    result._hvd = Engine(params, controller, settings, lambda: _learning_rate(result.param_groups), prefix)
+    return result
+
+
+def _learning_rate(groups: list[dict[str, Any]]) -> float:
+    return max((float(group["lr"]) for group in groups if "lr" in group), default=1.0)

@@ -1,0 +1,122 @@
+"""Runs many exchanges at once over Horovod's asynchronous collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll, Request, Rounds, payload, sent
+from hvd_accordion.compression.feedback import Step
+
+
+@dataclass
+class Running:
+    """An exchange on its way: what it waits for, how many rounds it has had, what it sent."""
+
+    name: str
+    rounds: Rounds[Step]
+    request: Request | None = None
+    handle: Any = None
+    round: int = 0
+    nbytes: float = 0.0
+
+
+@dataclass
+class Driver:
+    """Starts exchanges, takes each up again when its collective is done, ends all of them together.
+
+    Collectives are named after the exchange and its round, so that ranks may start and resume in any order.
+
+    Args:
+        prefix: of all names; unique to an optimizer, equal on all ranks.
+        process_set: the ranks that exchange.
+        predivide: Horovod's `gradient_predivide_factor`; 1 divides by the number of ranks before the sum.
+    """
+
+    prefix: str
+    process_set: hvd.ProcessSet
+    predivide: float = 1.0
+    running: dict[str, Running] = field(default_factory=dict)
+
+    def start(self, name: str, rounds: Rounds[Step]) -> None:
+        self.running[name] = Running(name, rounds)
+        self._resume(self.running[name], None)
+
+    def poll(self) -> None:
+        """Takes up every exchange whose collective is done; never waits."""
+        for running in self.running.values():
+            if running.handle is not None and hvd.poll(running.handle):
+                self._receive(running)
+
+    def finish(self) -> dict[str, tuple[Step, float]]:
+        """Waits for all rounds of all exchanges. Name -> result and the bytes that this rank sent for it."""
+        waiting = list(self.running.values())
+        while waiting:
+            for running in waiting:
+                if running.handle is not None:
+                    self._receive(running)
+            waiting = [running for running in waiting if running.handle is not None]
+        # all wait for the same answer now: was the step sound in every exchange
+        flags = [running.request.flag for running in self.running.values() if isinstance(running.request, Agree)]
+        assert len(flags) == len(self.running), "an exchange ended without asking whether the step was sound"
+        results = {}
+        for name, running in self.running.items():
+            try:
+                running.rounds.send(all_true(flags, running.request.flag.device))
+            except StopIteration as stop:
+                results[name] = (stop.value, running.nbytes)
+            else:
+                raise RuntimeError(f"{name}: a collective was asked for after Agree")
+        self.running = {}
+        return results
+
+    def reset(self) -> None:
+        """Forgets what is on its way, after an error."""
+        self.running = {}
+
+    def _receive(self, running: Running) -> None:
+        handle, running.handle = running.handle, None
+        result = hvd.synchronize(handle)
+        if isinstance(running.request, AllReduce):
+            answer: Any = list(result)
+        elif isinstance(running.request, AllGather):
+            answer = result.view(self.process_set.size(), -1)
+        else:
+            answer = result[0] if isinstance(result, tuple) else result  # alltoall: (output, received splits)
+        self._resume(running, answer)
+
+    def _resume(self, running: Running, answer: Any) -> None:
+        request = running.rounds.send(answer)
+        running.request = request
+        running.nbytes += sum(sent(type(request), x.nbytes, self.process_set.size()) for x in payload(request))
+        running.handle = self._launch(request, f"{self.prefix}.{running.name}.{running.round}")
+        running.round += 1
+
+    def _launch(self, request: Request, name: str) -> Any:
+        if isinstance(request, AllReduce):
+            return self._allreduce(request.tensors, name)
+        if isinstance(request, AllGather):
+            return hvd.allgather_async(request.tensor, name=name, process_set=self.process_set)
+        if isinstance(request, AllToAll):
+            return hvd.alltoall_async(request.tensor, name=name, process_set=self.process_set)
+        return None
+
+    def _allreduce(self, tensors: Sequence[torch.Tensor], name: str) -> Any:
+        n = self.process_set.size()
+        before, after = (1 / n, 1.0) if self.predivide == 1.0 else (1 / self.predivide, self.predivide / n)
+        return hvd.grouped_allreduce_async_(
+            list(tensors),
+            name=name,
+            op=hvd.Sum,
+            prescale_factor=before,
+            postscale_factor=after,
+            process_set=self.process_set,
+        )
+
+
+def all_true(flags: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.stack([flag.to(device) for flag in flags]).all()

@@ -1,0 +1,404 @@
+"""The way of a torch gradient: from its backward hook through its group's exchange back into `.grad`."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_accordion import plan
+from hvd_accordion.compression import Context, exchange
+from hvd_accordion.compression.base import Memory
+from hvd_accordion.controller import Controller
+from hvd_accordion.ops import torch as ops
+from hvd_accordion.plan import Group, Layer, Policy
+from hvd_accordion.torch import sparse
+from hvd_accordion.torch.agreement import from_rank_0, require_equal
+from hvd_accordion.torch.driver import Driver
+
+TOO_MANY_PASSES = (
+    "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
+    "backward_passes_per_step to accumulate gradients locally."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What DistributedOptimizer was asked for, Horovod's arguments under Horovod's names."""
+
+    backward_passes_per_step: int
+    op: Any
+    gradient_predivide_factor: float
+    groups: int | list[list[torch.Tensor]] | None
+    sparse_as_dense: bool
+    process_set: hvd.ProcessSet
+    seed: int
+
+
+def layer_of(name: str, p: torch.Tensor) -> Layer:
+    return Layer(name, tuple(p.shape), ops.dtype(p), str(p.device))
+
+
+class Engine:
+    """Exchanges the gradients of named parameters.
+
+    Args:
+        params: name -> parameter, in the order of the optimizer's parameters.
+        controller: knows levels and windows; its layers are those of `params`.
+        lr: gives the learning rate of now.
+        prefix: of all names of collectives; unique to an optimizer, equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.nn.Parameter],
+        controller: Controller,
+        settings: Settings,
+        lr: Callable[[], float],
+        prefix: str,
+    ) -> None:
+        self.params, self.controller, self.settings, self.lr, self.prefix = dict(params), controller, settings, lr, prefix
+        self.process_set = settings.process_set
+        self.active = self.process_set.included()
+        self.size = self.process_set.size() if self.active else 1
+        self.rank = self.process_set.rank() if self.active else 0
+        self.driver = Driver(prefix, self.process_set, settings.gradient_predivide_factor)
+        self.residual: dict[str, torch.Tensor] = {}
+        self.memory: dict[str, Memory] = {}
+        self.summed: dict[str, torch.Tensor] = {}  # averaged gradients since the window's start
+        self.sent: dict[str, float] = {}  # bytes of each layer at its last exchange
+        self.sparse: sparse.SparseLayers | None = None  # unknown until the first gradients are
+        self.backward_passes_per_step = settings.backward_passes_per_step
+        self.passes: dict[str, int] = {}
+        self.seconds = 0.0
+        self._hooks: dict[str, Any] = {}
+        self._replan()
+
+    # plan: which layers, in which groups
+
+    def trainable(self) -> list[str]:
+        return [name for name, p in self.params.items() if p.requires_grad]
+
+    def add(self, params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Policy]) -> None:
+        """Takes in more parameters, the same on every rank."""
+        described = {name: f"{layer_of(name, p)} {policy[name]!r}" for name, p in params.items()}
+        if self.active:
+            require_equal(described, f"{self.prefix}.{len(self.params)}", self.process_set)
+        self.params.update(params)
+        self.controller.adopt(policy)
+        self._replan()
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        self.backward_passes_per_step = passes
+        self.passes = dict.fromkeys(self.passes, passes)
+
+    def _replan(self) -> None:
+        """Between steps: takes in a change of the trainable parameters or of the levels."""
+        names = self.trainable()
+        self.planned = names
+        layers = [layer_of(name, self.params[name]) for name in names]
+        self.controller.set_layers(layers)
+        dense = [x for x in layers if self.sparse is None or x.name not in self.sparse.dims]
+        self.groups = self._grouped(dense)
+        self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
+        for name in names:
+            self.passes.setdefault(name, self.backward_passes_per_step)
+            if self.active and name not in self._hooks:
+                self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
+        self.controller.changed = False
+        self._begin()
+
+    def _grouped(self, layers: list[Layer]) -> list[Group]:
+        return plan.grouped(self._runs(layers), self.controller.specs(), self.residual)
+
+    def _runs(self, layers: list[Layer]) -> list[list[Layer]]:
+        groups = self.settings.groups
+        if isinstance(groups, int) and groups > 0:
+            return plan.split(layers, groups)
+        if isinstance(groups, list):
+            by_id = {id(self.params[x.name]): x for x in layers}
+            runs = [[by_id.pop(id(p)) for p in group if id(p) in by_id] for group in groups]
+            return [run for run in runs if run] + [[x] for x in by_id.values()]
+        return plan.buckets(layers)
+
+    def _begin(self) -> None:
+        self.missing = {group.name: {layer.name for layer in group.layers} for group in self.groups}
+        self.started: dict[str, Group] = {}
+        self.measured = set(self.controller.measured)
+
+    # a step: hooks, then synchronize
+
+    @property
+    def in_flight(self) -> bool:
+        return bool(self.started)
+
+    def on_gradient(self, name: str) -> None:
+        """A backward pass has added to the parameter's gradient."""
+        begin = time.perf_counter()
+        if self.passes[name] <= 0:
+            raise AssertionError(TOO_MANY_PASSES)
+        self.passes[name] -= 1
+        if self.passes[name] == 0 and self.size > 1 and self.sparse is not None:
+            group = self.group_of.get(name)
+            if group is None:
+                self._start_sparse(name)
+            else:
+                self.missing[group.name].discard(name)
+                if not self.missing[group.name]:
+                    self._start(group)
+            self.driver.poll()
+        self.seconds += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Ends the exchange of all gradients: every rank's `.grad` holds the mean (or sum)."""
+        if not self.active:
+            return
+        begin = time.perf_counter()
+        try:
+            if self.size > 1:
+                sent = self._exchange()
+            else:
+                sent = self._alone()
+        except BaseException:
+            self.reset()
+            raise
+        self.seconds += time.perf_counter() - begin
+        ended = self.controller.advance(sent, self.seconds)
+        self.reset()
+        if self.controller.wants_lr:
+            (lr,) = from_rank_0([self.lr()], f"{self.prefix}.lr", self.process_set)
+            self.controller.observe_lr(lr)
+        if ended:
+            self.controller.end_epoch()
+        self._check()
+
+    def end_epoch(self) -> None:
+        if self.active and self.controller.end_epoch():
+            self._check()
+
+    def reset(self) -> None:
+        """Ready for the next backward pass, whatever became of the last."""
+        self.driver.reset()
+        self.seconds = 0.0
+        self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
+        self._begin()
+
+    def _exchange(self) -> float:
+        late = [name for name in self.trainable() if name not in self.planned]
+        if self.sparse is None:
+            names = [*self.planned, *late]
+            self.sparse = sparse.agree({n: self.params[n] for n in names}, f"{self.prefix}.sparse", self.settings)
+            if self.sparse.dims:
+                self._replan()
+        if late:  # unfrozen since the last step: every rank sees so, and they go in groups of their own
+            layers = [layer_of(name, self.params[name]) for name in late]
+            self.controller.set_layers([*self.controller.layers.values(), *layers])
+            self.groups = [*self.groups, *(_renamed(group, "late") for group in self._grouped(layers))]
+        for group in self.groups:
+            if group.name not in self.started:
+                self._start(group)
+        for name in self.sparse.dims:
+            if name not in self.started:
+                self._start_sparse(name)
+        results = self.driver.finish()
+        total = 0.0
+        for group in self.groups:
+            step, nbytes = results.pop(group.name)
+            self._accept(group, step)
+            self._count(group, nbytes)
+            total += nbytes
+        for name in self.sparse.dims:
+            self.sent[name] = self.sparse.finish(name, self.params[name])
+            total += self.sent[name]
+        return total
+
+    def _start(self, group: Group) -> None:
+        self.started[group.name] = group
+        names = tuple(layer.name for layer in group.layers)
+        grads = [self._gradient(layer) for layer in group.layers]
+        residual = None
+        if group.feeds_back:
+            for name, grad in zip(names, grads, strict=True):
+                if name not in self.residual:
+                    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+                    self.residual[name] = torch.zeros_like(grad, dtype=wide, memory_format=torch.contiguous_format)
+            residual = [self.residual[name] for name in names]
+        memory = [self.memory.get(name, {}) for name in names]
+        ctx = Context(names, group.layers[0].dtype, self.controller.step, self.settings.seed, self.rank, self.size)
+        with torch.no_grad():
+            self.driver.start(group.name, exchange(group.spec, ops, grads, residual, memory, ctx))
+
+    def _start_sparse(self, name: str) -> None:
+        assert self.sparse is not None
+        self.started[name] = None  # type: ignore[assignment]
+        self.sparse.start(name, self.params[name])
+
+    def _gradient(self, layer: Layer) -> torch.Tensor:
+        """The gradient, zeros where there is none, dense; an error where it is not what the layer was planned for."""
+        p = self.params[layer.name]
+        if p.grad is None or not p.requires_grad:
+            return torch.zeros(layer.shape, dtype=p.dtype, device=p.device)
+        if p.grad.is_sparse:
+            if not self.settings.sparse_as_dense:
+                raise ValueError(
+                    f"the gradient of {layer.name} is sparse but was dense at the first step: pass sparse_as_dense=True"
+                )
+            return p.grad.to_dense()
+        if layer_of(layer.name, p.grad) != layer:
+            raise ValueError(
+                f"the gradient of {layer.name} was {layer.dtype} {layer.shape} on {layer.device} when the optimizer was "
+                f"made, now it is {ops.dtype(p.grad)} {tuple(p.grad.shape)} on {p.grad.device}; make a new optimizer for "
+                "changed parameters"
+            )
+        return p.grad
+
+    def _accept(self, group: Group, step: Any) -> None:
+        """Writes the means into the gradients, keeps residuals and memory, adds to the window's sums."""
+        names = [layer.name for layer in group.layers]
+        if step.residual is not None:
+            self.residual.update(zip(names, step.residual, strict=True))
+        self.memory.update(zip(names, step.memory, strict=True))
+        measured = [i for i, name in enumerate(names) if name in self.measured]
+        if measured:
+            sums = [self.summed.setdefault(names[i], torch.zeros_like(step.mean[i])) for i in measured]
+            torch._foreach_add_(sums, [torch.where(step.ok, step.mean[i], 0.0) for i in measured])
+        if self.settings.op == hvd.Sum:
+            torch._foreach_mul_(step.mean, float(self.size))
+        into, new = [], []
+        for name, mean in zip(names, step.mean, strict=True):
+            p = self.params[name]
+            if not p.requires_grad:
+                continue
+            if p.grad is None:
+                p.grad = mean.to(p.dtype)
+            elif p.grad.is_sparse:  # sparse_as_dense
+                p.grad = mean.to(p.dtype).to_sparse(p.grad.sparse_dim())
+            elif p.grad.data_ptr() != mean.data_ptr():
+                into.append(p.grad)
+                new.append(mean)
+        if into:
+            torch._foreach_copy_(into, new)
+
+    def _count(self, group: Group, nbytes: float) -> None:
+        """Shares a group's bytes among its layers as their own specs would have it."""
+        predicted = [group.spec.bytes_per_step(x.shape, x.dtype, self.size) for x in group.layers]
+        for layer, part in zip(group.layers, predicted, strict=True):
+            self.sent[layer.name] = nbytes * part / sum(predicted)
+
+    def _alone(self) -> float:
+        """One rank: gradients stay as they are; norms are watched all the same."""
+        for name in self.measured:
+            grad = self.params[name].grad
+            if grad is not None and not grad.is_sparse:
+                wide = ops.widen([grad])[0]
+                into = self.summed.setdefault(name, torch.zeros_like(wide))
+                into.add_(torch.where(torch.isfinite(wide).all(), wide, 0.0))
+        return 0.0
+
+    def _check(self) -> None:
+        """Between steps: the regimes from the norms that are due, and the plan that follows from them."""
+        names = self.controller.due()
+        if names:
+            sums = [self.summed.pop(name, None) for name in names]
+            norms = [torch.linalg.vector_norm(x).double().cpu() if x is not None else torch.zeros(()) for x in sums]
+            *shared, lr = from_rank_0([*map(float, norms), self.lr()], f"{self.prefix}.norms", self.process_set)
+            self.controller.observe(dict(zip(names, shared, strict=True)), lr)
+        if self.controller.changed or self.planned != self.trainable():
+            self._replan()
+
+    # reports and state
+
+    def predicted(self) -> dict[str, float]:
+        """Bytes of each layer a step, at the levels of now."""
+        specs = self.controller.specs()
+        return {
+            name: specs[name].bytes_per_step(layer.shape, layer.dtype, self.size)
+            for name, layer in self.controller.layers.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "size": self.size,
+            "controller": self.controller.state_dict(),
+            "residual": dict(self.residual),
+            "memory": {name: dict(memory) for name, memory in self.memory.items() if memory},
+            "summed": dict(self.summed),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up saved state. A residual is its rank's own: saved by another rank, it is not taken.
+
+        After a change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean.
+        """
+        tensors = ("residual", "memory", "summed")
+        unknown = sorted({name for part in tensors for name in state[part]} - self.params.keys())
+        if unknown:
+            raise ValueError(f"state_dict holds compression state of unknown parameters: {', '.join(unknown)}")
+        self.controller.load_state_dict(state["controller"])
+
+        def own(name: str, x: torch.Tensor) -> torch.Tensor:
+            return x.detach().to(self.params[name].device, copy=True)
+
+        self.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in state["memory"].items()}
+        self.summed = {name: own(name, x) for name, x in state["summed"].items()}
+        self.residual = {}
+        if state["rank"] == self.rank:
+            scale = self.size / state["size"]
+            self.residual = {name: own(name, x).mul_(scale) for name, x in state["residual"].items()}
+        self.reset()
+        self._replan()
+
+
+def _hook(engine: weakref.ref[Engine], name: str) -> Callable[[torch.Tensor], None]:
+    def hook(_: torch.Tensor) -> None:
+        alive = engine()
+        if alive is not None:
+            alive.on_gradient(name)
+
+    return hook
+
+
+def _renamed(group: Group, prefix: str) -> Group:
+    return Group(f"{prefix}.{group.name}", group.spec, group.layers, group.feeds_back)
+
+
+def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Name -> parameter for all parameters of the optimizer's groups, in their order.
+
+    Raises ValueError where a name stands twice or a parameter has none.
+    """
+    if parameters is None:
+        return {
+            f"allreduce.noname.{i}.{j}": p for i, group in enumerate(groups) for j, p in enumerate(group["params"])
+        }
+    pairs = list(parameters)
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
+            "model.named_parameters()."
+        )
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(twice)}")
+    name_of: dict[int, str] = {}
+    for name, p in pairs:
+        name_of.setdefault(id(p), name)
+    unnamed = [
+        f"param_groups[{i}]['params'][{j}] of shape {tuple(p.shape)}"
+        for i, group in enumerate(groups)
+        for j, p in enumerate(group["params"])
+        if id(p) not in name_of
+    ]
+    if unnamed:
+        raise ValueError(
+            "named_parameters was specified, but one or more model parameters were not named: " + ", ".join(unnamed)
+        )
+    return {name_of[id(p)]: p for group in groups for p in group["params"]}

@@ -1,0 +1,52 @@
+"""Sparse gradients (of `nn.Embedding(sparse=True)`): gathered as Horovod does, not compressed further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_accordion.collectives import AllGather, sent
+
+
+@dataclass
+class SparseLayers:
+    """The layers whose gradients are sparse: name -> sparse dimensions, the same on every rank."""
+
+    dims: dict[str, int]
+    prefix: str
+    op: Any
+    process_set: hvd.ProcessSet
+    handles: dict[str, Any] = field(default_factory=dict)
+    nbytes: dict[str, float] = field(default_factory=dict)
+
+    def start(self, name: str, p: torch.nn.Parameter) -> None:
+        """Sends the gradient off; a missing one as a sparse tensor without entries."""
+        grad = p.grad
+        if grad is None:
+            dims = self.dims[name]
+            indices = torch.empty((dims, 0), dtype=torch.int64, device=p.device)
+            values = torch.empty((0, *p.shape[dims:]), dtype=p.dtype, device=p.device)
+            grad = torch.sparse_coo_tensor(indices, values, p.shape)
+        elif not grad.is_sparse:
+            raise ValueError(f"the gradient of {name} is dense but was sparse at the first step")
+        entries = grad._indices().nbytes + grad._values().nbytes
+        self.nbytes[name] = sent(AllGather, entries, self.process_set.size())
+        self.handles[name] = hvd.sparse_allreduce_async(grad, f"{self.prefix}.{name}", self.op, self.process_set)
+
+    def finish(self, name: str, p: torch.nn.Parameter) -> float:
+        """Sets the joined gradient; returns the bytes that this rank sent."""
+        p.grad = self.handles.pop(name)()
+        return self.nbytes.pop(name)
+
+
+def agree(params: Mapping[str, torch.nn.Parameter], prefix: str, settings: Any) -> SparseLayers:
+    """Which gradients are sparse on any rank: one small allreduce, at the first step."""
+    found = [0 if p.grad is None or not p.grad.is_sparse else p.grad.sparse_dim() for p in params.values()]
+    dims = torch.tensor(found, dtype=torch.int32)
+    dims = hvd.allreduce(dims, op=hvd.Max, name=f"{prefix}.dims", process_set=settings.process_set)
+    chosen = {} if settings.sparse_as_dense else {n: d for n, d in zip(params, dims.tolist(), strict=True) if d}
+    return SparseLayers(chosen, prefix, settings.op, settings.process_set)
