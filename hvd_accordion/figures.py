@@ -57,8 +57,8 @@ def regimes_figure(windows: Sequence[Mapping[str, str]], labels: Sequence[str] |
     """Heat map of regimes: a row for each layer, a column for each detection window.
 
     Args:
-        windows: for each window, the regime ("critical" or "relaxed") by layer name. The rows keep this order;
-            a layer missing from a window stays white.
+        windows: for each window, the regime ("critical" or "relaxed") by layer name. Rows keep this order; a
+            layer missing from a window stays white.
         labels: names of the windows, by default 0, 1, 2...
     """
     layers, grid = _grid(windows)
@@ -96,7 +96,7 @@ def demo_figure(
     panel_height = min(0.9 + 0.2 * max(tallest, 6), 4.8)
     height = max(5.4, 0.6 + panel_height * len(panels))
     figure = Figure(figsize=(14, height), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05), wspace=0.03)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.05), wspace=0.03)[0]
     # a tall column of heat maps must not stretch the curves: they keep the upper part
     parts = left.subfigures(2, 1, height_ratios=(7.5, height - 7.5)) if height > 10.5 else [left]
     axes = parts[0].add_subplot()
@@ -113,7 +113,7 @@ def demo_figure(
 
 
 def short_name(name: str, limit: int = 32) -> str:
-    """Cut a long layer name to `limit`: from the left words become initials, but numbers tell layers apart."""
+    """Cut a long layer name to `limit`: words become initials from the left, numbers tell layers apart."""
     parts = re.split(r"([./])", name)
     for index, part in enumerate(parts):
         if len(name) <= limit:

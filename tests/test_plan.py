@@ -1,0 +1,274 @@
+"""Which layer gets which compression, in which group."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_accordion import BF16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.plan import Layer, adaptive, allowed, assign, buckets, grouped, level, split
+
+NAMES = ["conv1.weight", "conv1.bias", "conv2.weight", "fc.weight"]
+
+
+def layer(name="w", shape=(64, 64), dtype="float32", device="cpu") -> Layer:
+    return Layer(name, shape, dtype, device)
+
+
+def layers(count: int, shape=(64, 64)) -> list[Layer]:
+    return [layer(f"l{i}", shape) for i in range(count)]
+
+
+def names(runs) -> list[list[str]]:
+    return [[x.name for x in run] for run in runs]
+
+
+def test_a_layers_size():
+    assert layer(shape=(3, 4, 5)).numel == 60
+    assert [layer(shape=(10,), dtype=d).nbytes for d in ("float16", "bfloat16", "float32", "float64")] == [20, 20, 40, 80]
+    assert layer(shape=()).numel == 1
+
+
+# assign
+
+
+def test_one_policy_for_all_layers():
+    accordion = Accordion()
+    assert assign(TopK(0.1), NAMES) == dict.fromkeys(NAMES, TopK(0.1))
+    assert all(policy is accordion for policy in assign(accordion, NAMES).values())
+
+
+def test_no_compression_is_dense():
+    assert assign(None, NAMES) == dict.fromkeys(NAMES, Dense())
+    assert assign({}, NAMES) == dict.fromkeys(NAMES, Dense())
+
+
+def test_the_first_glob_that_matches_counts_and_no_match_is_dense():
+    chosen = assign({"conv1.*": TopK(0.1), "conv*": PowerSGD(2), "*.bias": BF16()}, [*NAMES, "fc.bias"])
+    assert chosen == {
+        "conv1.weight": TopK(0.1),
+        "conv1.bias": TopK(0.1),
+        "conv2.weight": PowerSGD(2),
+        "fc.weight": Dense(),
+        "fc.bias": BF16(),
+    }
+    assert list(chosen) == [*NAMES, "fc.bias"]
+
+
+def test_none_in_a_dict_is_dense_and_shields_from_later_globs():
+    assert assign({"fc.*": None, "*": TopK(0.1)}, NAMES)["fc.weight"] == Dense()
+    assert assign({"fc.*": None, "*": TopK(0.1)}, NAMES)["conv1.weight"] == TopK(0.1)
+
+
+def test_globs_know_case_and_ranges():
+    assert assign({"conv[12].w?ight": TopK(0.1)}, NAMES)["conv2.weight"] == TopK(0.1)
+    with pytest.raises(ValueError, match="Conv"):
+        assign({"Conv*": TopK(0.1)}, NAMES)
+
+
+def test_an_unknown_glob_is_named_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"'conv9\*' matches no parameter name.*conv1.weight.*fc.weight"):
+        assign({"conv*": TopK(0.1), "conv9*": TopK(0.2)}, NAMES)
+    assert assign({"conv9*": TopK(0.2)}, NAMES, strict=False) == dict.fromkeys(NAMES, Dense())
+
+
+def test_a_glob_whose_layers_an_earlier_one_took_is_no_error():
+    assert assign({"*": TopK(0.1), "fc.*": Dense()}, NAMES)["fc.weight"] == TopK(0.1)
+
+
+@pytest.mark.parametrize("wrong", [4, "powersgd", PowerSGD, [TopK(0.1)], 0.5])
+def test_a_wrong_type_is_named(wrong):
+    with pytest.raises(TypeError) as raised:
+        assign(wrong, NAMES)
+    assert str(raised.value).startswith("compression must be") and repr(wrong) in str(raised.value)
+    with pytest.raises(TypeError) as raised:
+        assign({"fc.*": wrong}, NAMES)
+    assert str(raised.value).startswith("compression['fc.*'] must be") and repr(wrong) in str(raised.value)
+
+
+def test_a_key_that_is_no_string_is_named():
+    with pytest.raises(TypeError, match=r"key must be a glob.*got 3"):
+        assign({3: TopK(0.1)}, NAMES)
+
+
+# dense fallback
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "compressed"),
+    [
+        ((64, 64), TopK(0.1), True),
+        ((16, 4, 4, 4), TopK(0.1), True),
+        ((4096,), TopK(0.1), False),  # 1-D
+        ((), TopK(0.1), False),
+        ((32, 31), TopK(0.1), False),  # small: 992 entries
+        ((32, 32), TopK(0.1), True),
+        ((64, 64), Dense(), False),
+        # TopK sends 8 bytes an entry to each other rank, dense 4 there and back
+        ((64, 64), TopK(0.51), False),
+        ((64, 64), TopK(0.49), True),
+        ((64, 64), RandomK(1.0), False),
+        ((64, 64), RandomK(0.9), True),
+        # rank 4 of 64 x 64: 4096 floats against 512
+        ((64, 64), PowerSGD(4), True),
+        ((64, 64), PowerSGD(16), True),  # 2048 floats: twice less, just enough
+        ((64, 64), PowerSGD(17), False),
+        ((64, 64), PowerSGD(17, min_compression_rate=1.5), True),
+        ((64, 64), PowerSGD(4, min_compression_rate=9), False),
+        ((64, 64), PowerSGD(16, iterations=2), False),  # sent twice: would not shrink
+        ((2048, 1), PowerSGD(1), False),  # a vector in effect
+    ],
+)
+def test_what_travels_dense(shape, spec, compressed):
+    assert allowed(layer(shape=shape), spec, 2) is compressed
+    assert level(layer(shape=shape), spec, 0, 2) == (spec if compressed else Dense())
+
+
+def test_topk_stops_shrinking_on_many_ranks():
+    assert allowed(layer(), TopK(0.1), 4) and not allowed(layer(), TopK(0.1), 16)  # an allgather grows with the ranks
+
+
+def test_sixteen_bits_do_not_shrink_to_sixteen_bits():
+    assert allowed(layer(dtype="float32"), BF16(), 2)
+    assert not allowed(layer(dtype="float16"), BF16(), 2)
+    assert allowed(layer(dtype="float16"), QSGD(7), 2)
+
+
+def test_one_rank_is_planned_like_two():
+    assert allowed(layer(), TopK(0.1), 1) and not allowed(layer(), TopK(0.6), 1)
+
+
+def test_the_limit_of_small_can_be_set():
+    assert allowed(layer(shape=(8, 8)), TopK(0.1), 2, min_numel=64)
+    assert not allowed(layer(shape=(8, 8)), TopK(0.1), 2, min_numel=65)
+
+
+# levels
+
+
+def test_power_sgd_starts_after_its_steps():
+    spec = PowerSGD(4, start_after=10)
+    assert level(layer(), spec, 9, 2) == Dense()
+    assert level(layer(), spec, 10, 2) == spec
+
+
+def test_an_accordions_level_is_that_of_the_layers_regime():
+    accordion = Accordion(critical=Dense(), relaxed=TopK(0.01))
+    assert level(layer("a"), accordion, 0, 2) == Dense()
+    for a in (1.0, 1.0):
+        accordion.observe({"a": a, "b": 5 * a}, 0.1)
+    accordion.observe({"a": 1.0, "b": 20.0}, 0.1)
+    assert level(layer("a"), accordion, 0, 2) == TopK(0.01)
+    assert level(layer("b"), accordion, 0, 2) == Dense()
+    assert level(layer("a", (4096,)), accordion, 0, 2) == Dense()
+
+
+def test_adaptive_is_what_a_regime_can_change():
+    accordion = Accordion(critical=PowerSGD(40), relaxed=PowerSGD(1))
+    assert adaptive(layer(), accordion, 2)  # one of the two is enough
+    assert not adaptive(layer(shape=(4096,)), accordion, 2)
+    assert not adaptive(layer(shape=(8, 8)), accordion, 2)
+    assert adaptive(layer(shape=(8, 8)), Accordion(relaxed=TopK(0.1)), 2, min_numel=1)
+    assert not adaptive(layer(), PowerSGD(1), 2)
+    assert not adaptive(layer(), Accordion(critical=PowerSGD(40), relaxed=PowerSGD(41)), 2)
+
+
+# buckets and groups
+
+
+def test_buckets_are_filled_from_the_last_layer_on():
+    assert names(buckets(layers(5), limit=2 * 64 * 64 * 4)) == [["l4", "l3"], ["l2", "l1"], ["l0"]]
+    assert names(buckets(layers(3))) == [["l2", "l1", "l0"]]
+    assert buckets([]) == []
+
+
+def test_a_layer_larger_than_a_bucket_has_its_own():
+    mixed = [layer("a"), layer("big", (1000, 1000)), layer("c")]
+    assert names(buckets(mixed, limit=100_000)) == [["c"], ["big"], ["a"]]
+
+
+@given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 400))
+def test_buckets_keep_every_layer_once_within_the_limit(sizes, limit):
+    given_layers = [layer(f"l{i}", (n,)) for i, n in enumerate(sizes)]
+    runs = buckets(given_layers, limit)
+    assert [x for run in runs for x in run] == given_layers[::-1]
+    assert all(sum(x.nbytes for x in run) <= limit or len(run) == 1 for run in runs)
+    assert all(runs)
+
+
+def test_split_is_horovods_groups():
+    assert names(split(layers(5), 2)) == [["l4", "l3", "l2"], ["l1", "l0"]]
+    assert names(split(layers(2), 5)) == [["l1"], ["l0"]]
+    assert split([], 3) == []
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_split_is_nearly_equal(count, parts):
+    runs = split(layers(count), parts)
+    assert [x for run in runs for x in run] == layers(count)[::-1]
+    assert len(runs) == min(parts, count)
+    assert all(len(a) - len(b) in (0, 1) for a, b in zip(runs, runs[1:], strict=False))
+
+
+def test_a_group_has_one_spec_dtype_device_and_kind_of_feedback():
+    run = [
+        layer("a"),
+        layer("b", dtype="float64"),
+        layer("c", device="cuda:0"),
+        layer("d"),
+        layer("e"),
+        layer("f"),
+        layer("g"),
+    ]
+    specs = {x.name: TopK(0.1) for x in run} | {"e": Dense(), "f": Dense(), "g": TopK(0.1, error_feedback=False)}
+    groups = grouped([run], specs, carried={"f"})
+    got = [([x.name for x in g.layers], g.spec, g.feeds_back) for g in groups]
+    assert got == [
+        (["a", "d"], TopK(0.1), True),
+        (["b"], TopK(0.1), True),
+        (["c"], TopK(0.1), True),
+        (["e"], Dense(), False),
+        (["f"], Dense(), True),  # its residual is to be sent
+        (["g"], TopK(0.1, error_feedback=False), False),
+    ]
+
+
+def test_a_residual_travels_on_when_feedback_is_off():
+    spec = TopK(0.1, error_feedback=False)
+    (group,) = grouped([[layer("a")]], {"a": spec}, carried=["a"])
+    assert group.feeds_back
+
+
+def test_group_names_are_unique_and_the_same_in_every_process():
+    run = [layer("a"), layer("b"), layer("c", dtype="float64"), layer("d", device="cuda:0"), layer("e")]
+    specs = {"a": TopK(0.1), "b": TopK(0.2), "c": TopK(0.1), "d": TopK(0.1), "e": Dense()}
+    groups = grouped([run, run[:2]], specs, carried=["e"])
+    assert [g.name for g in groups] == [
+        "0.0.topk.float32",
+        "0.1.topk.float32",
+        "0.2.topk.float64",
+        "0.3.topk.float32",
+        "0.4.dense.float32",
+        "1.0.topk.float32",
+        "1.1.topk.float32",
+    ]
+    assert grouped([run, run[:2]], specs, carried={"e"}) == groups
+
+
+spec_strategy = st.sampled_from([Dense(), TopK(0.1), TopK(0.2), PowerSGD(1), PowerSGD(1, error_feedback=False), QSGD(7)])
+kind_strategy = st.tuples(spec_strategy, st.sampled_from(["float32", "float64"]), st.booleans())
+
+
+@given(st.lists(kind_strategy, max_size=20), st.integers(1, 4))
+def test_grouping_loses_and_mixes_nothing(kinds, parts):
+    all_layers = [layer(f"l{i}", dtype=dtype) for i, (_, dtype, _) in enumerate(kinds)]
+    specs = {f"l{i}": spec for i, (spec, _, _) in enumerate(kinds)}
+    carried = {f"l{i}" for i, (_, _, held) in enumerate(kinds) if held}
+    groups = grouped(split(all_layers, parts), specs, carried)
+    assert sorted(x.name for g in groups for x in g.layers) == sorted(x.name for x in all_layers)
+    assert len({g.name for g in groups}) == len(groups)
+    for g in groups:
+        assert {specs[x.name] for x in g.layers} == {g.spec} and len({x.dtype for x in g.layers}) == 1
+        feedback = g.spec.lossy and g.spec.error_feedback
+        assert all(g.feeds_back == (feedback or x.name in carried) for x in g.layers)
