@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -298,14 +299,15 @@ def _compressed(
             if closure is not None:
                 return super().step(self._synchronized_after(closure) if self._should_synchronize else closure)
             if self._should_synchronize:
-                if self._synchronized:
+                if self._hvd.synchronized:
                     warnings.warn(
                         "optimizer.step() called without optimizer.skip_synchronize() context after "
-                        "optimizer.synchronize(): the gradients are exchanged twice.",
+                        "optimizer.synchronize(): the gradients are averaged already and not exchanged again.",
                         stacklevel=2,
                     )
-                self.synchronize()
-            self._synchronized = False
+                else:
+                    self._hvd.synchronize()
+            self._hvd.synchronized = False
             return super().step()
 
         def _synchronized_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -320,7 +322,7 @@ def _compressed(
         def synchronize(self) -> None:
             """Waits until `.grad` of every parameter is the average over the ranks."""
             self._hvd.synchronize()
-            self._synchronized = True
+            self._hvd.synchronized = True
 
         @contextmanager
         def skip_synchronize(self) -> Iterator[None]:
@@ -363,18 +365,21 @@ def _compressed(
             if ours is not None:
                 self._hvd.load_state_dict(ours)
             self._hvd.reset()
-            self._synchronized, self._should_synchronize = False, True
+            self._should_synchronize = True
 
     Distributed.__name__ = Distributed.__qualname__ = base.__name__
     result = Distributed.__new__(Distributed)
     result.__dict__.update(optimizer.__dict__)
     result.__dict__.pop("step", None)  # a scheduler's wrapper around the old object's step
-    result._synchronized, result._should_synchronize = False, True
+    result._should_synchronize = True
     result.backward_passes_per_step = settings.backward_passes_per_step
     result.op, result.process_set = settings.op, settings.process_set
-    result._hvd = Engine(params, controller, settings, lambda: _learning_rate(result.param_groups), prefix)
+    itself = weakref.ref(result)  # no cycle: its hooks go as soon as the user lets go of it
+    result._hvd = Engine(params, controller, settings, lambda: _learning_rate(itself()), prefix)
     return result
 
 
-def _learning_rate(groups: list[dict[str, Any]]) -> float:
+def _learning_rate(optimizer: torch.optim.Optimizer | None) -> float:
+    """The largest of the groups'; 1 for an optimizer without."""
+    groups = optimizer.param_groups if optimizer is not None else []
     return max((float(group["lr"]) for group in groups if "lr" in group), default=1.0)

@@ -76,6 +76,7 @@ class Engine:
         self.backward_passes_per_step = settings.backward_passes_per_step
         self.passes: dict[str, int] = {}
         self.seconds = 0.0
+        self.synchronized = False  # by the user, with no backward pass since
         self._hooks: dict[str, Any] = {}
         self._replan()
 
@@ -140,6 +141,7 @@ class Engine:
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
         begin = time.perf_counter()
+        self.synchronized = False
         if self.passes[name] <= 0:
             raise AssertionError(TOO_MANY_PASSES)
         self.passes[name] -= 1
@@ -184,6 +186,7 @@ class Engine:
 
     def reset(self) -> None:
         """Ready for the next backward pass, whatever became of the last."""
+        self.synchronized = False
         self.driver.reset()
         self.seconds = 0.0
         self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)

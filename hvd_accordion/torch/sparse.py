@@ -30,7 +30,7 @@ class SparseLayers:
             dims = self.dims[name]
             indices = torch.empty((dims, 0), dtype=torch.int64, device=p.device)
             values = torch.empty((0, *p.shape[dims:]), dtype=p.dtype, device=p.device)
-            grad = torch.sparse_coo_tensor(indices, values, p.shape)
+            grad = torch.sparse_coo_tensor(indices, values, p.shape, check_invariants=False)
         elif not grad.is_sparse:
             raise ValueError(f"the gradient of {name} is dense but was sparse at the first step")
         entries = grad._indices().nbytes + grad._values().nbytes

@@ -22,6 +22,7 @@ def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: 
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONUNBUFFERED": "1",
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
         "HVD_ACCORDION_TEST_RUN": mark,
         **env,
     }
@@ -55,11 +56,12 @@ def end(mark: str) -> None:
             pass
 
 
-def marked(mark: str) -> list[psutil.Process]:
+def marked(mark: str, variable: str = "HVD_ACCORDION_TEST_RUN") -> list[psutil.Process]:
+    """Processes whose environment has the mark."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("HVD_ACCORDION_TEST_RUN") == mark:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(variable) == mark:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 import hvd_accordion.torch as hvd
@@ -67,12 +70,22 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, 
         optimizer.step()
 
 
+def checkpointed(name: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    net = model()
+    options = {"compression": SPECS[name], "steps_per_epoch": 4}
+    return net, hvd.DistributedOptimizer(sgd(net), net.named_parameters(), **options)
+
+
+def checkpoint(name: str, what: str, rank: int | None = None) -> Path:
+    return Path(os.environ["CHECKPOINTS"]) / f"{name}.{what}.{hvd.rank() if rank is None else rank}.pt"
+
+
 def flat(net: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in net.parameters()])
 
 
 def assert_ranks_equal(x: torch.Tensor, what: object = "") -> None:
-    everyone = hvd.allgather(x.reshape(1, -1))
+    everyone = hvd.allgather(x.reshape(1, -1), name="ranks.equal")  # unnamed ones are numbered per rank
     assert torch.isfinite(everyone).all(), what
     for other in everyone[1:]:
         assert torch.equal(everyone[0], other), f"ranks differ: {what}"

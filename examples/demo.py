@@ -1,0 +1,204 @@
+"""Five trainings of examples/pytorch/pytorch_mnist.py under horovodrun, alike but for the compression, and what came of them.
+
+Writes table.md, results.json, demo.png and a log of each training to build/demo/, and everything to MLflow (mlflow.db).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "pytorch" / "pytorch_mnist.py"
+OUT = ROOT / "build" / "demo"
+MLFLOW_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
+EXPERIMENT = "pytorch_mnist"
+
+RUNS = {
+    "plain Horovod": ["--compression", "none"],
+    "PowerSGD, relaxed only": ["--compression", "powersgd", "--level", "relaxed"],
+    "PowerSGD, critical only": ["--compression", "powersgd", "--level", "critical"],
+    "Accordion over PowerSGD": ["--compression", "accordion-powersgd"],
+    "Accordion over TopK": ["--compression", "accordion-topk"],
+}
+ENVIRONMENT = {  # the same for all
+    "HOROVOD_CYCLE_TIME": "1",
+    "OMP_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # horovodrun imports TensorFlow where there is one
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+}
+TAG = re.compile(r"\[[\d,]+\]<std(?:out|err)>:")  # what horovodrun puts before each write of a rank
+BAR = re.compile(r"\d+%\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--np", type=int, default=2, help="ranks")
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one training may take")
+    args = parser.parse_args()
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo: terminated"))
+    begin = time.perf_counter()
+    OUT.mkdir(parents=True, exist_ok=True)
+    client, experiment = mlflow_experiment()
+    results = {}
+    for i, (name, arguments) in enumerate(RUNS.items(), 1):
+        print(f"[{i}/{len(RUNS)}] {name}", flush=True)
+        results[name] = train(name, [*arguments, "--seed", str(args.seed), "--epochs", str(args.epochs)], args.np, args.timeout)
+
+    text = table(results)
+    (OUT / "table.md").write_text(text + "\n", encoding="utf-8")
+    (OUT / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw(results)
+    log_demo(client, experiment, results)
+    print(f"\n{text}\n\n{args.epochs} epochs, {args.np} ranks, seed {args.seed}; {time.perf_counter() - begin:.0f} s in all")
+    print(f"Written to {OUT.relative_to(ROOT)}/ (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
+
+
+def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[str, Any]:
+    """One training in a session of its own, of which nothing is left at the end, however it ends."""
+    stem = re.sub(r"\W+", "-", name.lower())
+    history, log = OUT / f"{stem}.json", OUT / f"{stem}.log"
+    command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), sys.executable, str(SCRIPT), *arguments]
+    command += ["--history", str(history), "--mlflow-uri", MLFLOW_URI, "--run-name", name]
+    late = threading.Event()
+    with open(log, "wb+") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **ENVIRONMENT},
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        timer = threading.Timer(timeout, lambda: (late.set(), stop(process)))
+        timer.start()
+        try:
+            show(process.stderr, file)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            stop(process)
+    lines = [TAG.sub("", line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    found = [line for line in lines if line.startswith('{"accuracy"')]
+    if code or not found:
+        why = f"took longer than {timeout:g} s" if late.is_set() else f"ended with exit status {code}"
+        sys.exit("\n".join([*lines[-30:], f"demo: the training {name!r} {why}; all of its output: {log}"]))
+    return {"command": command[1:], **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
+
+
+def show(stream: Any, log: Any) -> None:
+    """Passes progress bars through to the terminal, one line that renews itself; the rest goes into the log."""
+    live = sys.stderr.isatty()
+    last = shown = ""
+    for line in lines_of(stream):
+        if not BAR.search(line):
+            os.write(log.fileno(), line.encode() + b"\n")
+            continue
+        last = line
+        if live:
+            sys.stderr.write(f"\r{line}")
+            sys.stderr.flush()
+            shown = line
+    if last:
+        sys.stderr.write("\n" if live and shown == last else f"{last}\n")
+        sys.stderr.flush()
+
+
+def lines_of(stream: Any) -> Iterator[str]:
+    """What comes between returns and newlines, without tags, as soon as it is complete."""
+    rest = b""
+    while chunk := os.read(stream.fileno(), 65536):
+        *done, rest = re.split(rb"[\r\n]", rest + chunk)
+        yield from filter(None, (TAG.sub("", part.decode(errors="replace")).rstrip() for part in done))
+    if rest:
+        yield TAG.sub("", rest.decode(errors="replace"))
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends all that the process started: mpirun gives each rank a process group, but they stay in the session."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + 5
+        for pid in session(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        while session(process.pid):
+            process.poll()
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        else:
+            return
+
+
+def session(leader: int) -> list[int]:
+    """Processes of the session that began with `leader`."""
+    members = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(pid)) == leader:
+                members.append(int(pid))
+    return members
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    rows = [("run", "test accuracy", "MB sent per rank", "times less than dense", "seconds")]
+    for name, r in results.items():
+        less = r["dense_bytes"] / r["sent_bytes"] if r["sent_bytes"] else float("nan")
+        rows.append((name, f"{r['accuracy']:.1%}", f"{r['sent_bytes'] / 1e6:,.1f}", f"{less:,.1f}", f"{r['seconds']:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]]) -> None:
+    from hvd_accordion.figures import demo_figure
+
+    curves = {name: [(sent / 1e6, accuracy) for sent, accuracy in r["points"]] for name, r in results.items()}
+    regimes = {name: r["regimes"] for name, r in results.items() if any(r["regimes"])}
+    demo_figure(curves, regimes).savefig(OUT / "demo.png", dpi=120)
+
+
+def mlflow_experiment() -> tuple[Any, str]:
+    """MLflow's client and the experiment of all runs; makes the database before two processes might."""
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(MLFLOW_URI)
+    known = client.get_experiment_by_name(EXPERIMENT)
+    return client, known.experiment_id if known else client.create_experiment(EXPERIMENT, (ROOT / "mlruns").as_uri())
+
+
+def log_demo(client: Any, experiment: str, results: dict[str, dict[str, Any]]) -> None:
+    run = client.create_run(experiment, run_name="demo").info.run_id
+    for name, r in results.items():
+        for key in ("accuracy", "sent_bytes", "dense_bytes", "seconds", "critical_fraction"):
+            client.log_metric(run, f"{re.sub(r',', '', name)}/{key}", r[key])
+    for file in ("table.md", "results.json", "demo.png"):
+        client.log_artifact(run, str(OUT / file))
+    client.set_terminated(run)
+
+
+if __name__ == "__main__":
+    main()

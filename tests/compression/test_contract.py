@@ -1,0 +1,420 @@
+"""What every compression must do, on every backend, dtype and number of ranks: one contract for all specs."""
+
+from __future__ import annotations
+
+import random
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK, cluster
+from hvd_accordion.collectives import Agree, AllReduce
+from hvd_accordion.compression import Context, exchange
+from hvd_accordion.compression.feedback import Step
+from hvd_accordion.compression.half import HalfCode
+from hvd_accordion.ops import numpy as numpy_ops
+
+SPECS = [
+    Dense(),
+    FP16(),
+    BF16(),
+    TopK(0.05),
+    RandomK(0.1),
+    QSGD(1),
+    QSGD(3, bucket_size=64),
+    QSGD(7),
+    QSGD(127),
+    QSGD(7, bucket_size=64, norm="l2"),
+    PowerSGD(1),
+    PowerSGD(2),
+    PowerSGD(4),
+    PowerSGD(2, iterations=2),
+    PowerSGD(2, warm_start=False),
+]
+RANDOM = [s for s in SPECS if isinstance(s, RandomK | QSGD | PowerSGD)]
+
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+TORCH = pytest.param("torch", marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs torch"))
+every_backend = pytest.mark.parametrize("backend", ["numpy", TORCH])
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+every_size = pytest.mark.parametrize("ranks", [2, 3, 8])
+
+SHAPES = [(24, 20), (8, 3, 3, 3), (24, 20)]  # two of one shape, one that is no multiple of the ranks
+NAMES = ("a.weight", "b.weight", "c.weight")
+
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only slow tensors as small as these."""
+    if find_spec("torch") is None:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# a step on a cluster: gradients, residuals and memory are numpy's, [rank][layer], whatever the backend
+
+
+def step(backend, spec, grads, residual, memory, number=0, seed=0, names=NAMES) -> tuple[list[Step], float]:
+    """Each rank's result of step `number` and the bytes that one rank sent."""
+    size, names = len(grads), names[: len(grads[0])]
+    args = list(zip(grads, residual, memory, strict=True))
+    contexts = [Context(names, grads[0][0].dtype.name, number, seed, rank, size) for rank in range(size)]
+    if backend == "numpy":
+        return cluster.run([exchange(spec, numpy_ops, *own, ctx) for own, ctx in zip(args, contexts, strict=True)])
+    from hvd_accordion.ops import torch as torch_ops
+
+    rounds = [exchange(spec, torch_ops, *map(to_torch, own), ctx) for own, ctx in zip(args, contexts, strict=True)]
+    return cluster.run([over_numpy(r) for r in rounds])
+
+
+def over_numpy(rounds):
+    """A torch exchange for the numpy cluster. As Horovod does, an allreduce writes the mean where the tensor was."""
+    answer = None
+    while True:
+        try:
+            request = rounds.send(answer)
+        except StopIteration as stop:
+            done = stop.value
+            return Step(*map(to_numpy, (done.mean, done.residual, done.memory, done.ok)))
+        if isinstance(request, AllReduce):
+            means = yield AllReduce([x.numpy() for x in request.tensors])
+            answer = [x.copy_(to_torch(mean)) for x, mean in zip(request.tensors, means, strict=True)]
+        elif isinstance(request, Agree):
+            answer = to_torch((yield Agree(request.flag.numpy())))
+        else:
+            answer = to_torch((yield type(request)(request.tensor.numpy())))
+
+
+def to_torch(x):
+    import torch
+
+    return convert(x, np.ndarray, lambda a: torch.from_numpy(np.array(a)))
+
+
+def to_numpy(x):
+    import torch
+
+    return convert(x, torch.Tensor, lambda a: a.numpy().copy())
+
+
+def convert(x, kind, how):
+    if isinstance(x, kind):
+        return how(x)
+    if isinstance(x, dict):
+        return {key: convert(y, kind, how) for key, y in x.items()}
+    return [convert(y, kind, how) for y in x] if isinstance(x, list) else x
+
+
+def gradients(ranks, dtype="float32", seed=0, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return [[rng.standard_normal(shape).astype(dtype) for shape in shapes] for _ in range(ranks)]
+
+
+def fresh(ranks, dtype="float32", shapes=SHAPES):
+    """Residuals and memory before the first step."""
+    return [[np.zeros(s, dtype) for s in shapes] for _ in range(ranks)], [[{} for _ in shapes] for _ in range(ranks)]
+
+
+def kept(results):
+    return [r.residual for r in results], [r.memory for r in results]
+
+
+def same_bits(x, y) -> bool:
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(same_bits(x[key], y[key]) for key in x)
+    if isinstance(x, list):
+        return len(x) == len(y) and all(map(same_bits, x, y))
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def train(specs, backend, dtype, ranks):
+    """Steps under each of the specs in turn; ranks must agree at each. Totals of given and applied, last residuals."""
+    residual, memory = fresh(ranks, dtype)
+    given, applied = ([np.zeros(shape) for shape in SHAPES] for _ in range(2))
+    for number, spec in enumerate(specs):
+        grads = gradients(ranks, dtype, seed=number)
+        results, _ = step(backend, spec, grads, residual, memory, number)
+        for result in results:
+            assert result.ok and same_bits(result.mean, results[0].mean) and same_bits(result.memory, results[0].memory)
+        assert [(x.shape, x.dtype) for x in results[0].mean] == [(shape, np.dtype(dtype)) for shape in SHAPES]
+        residual, memory = kept(results)
+        for i, mean in enumerate(results[0].mean):
+            given[i] += np.mean([g[i] for g in grads], axis=0, dtype=np.float64)
+            applied[i] += mean
+    return given, applied, residual
+
+
+def assert_nothing_lost(given, applied, residual, tolerance=1e-6):
+    for i, total in enumerate(given):
+        left = np.mean([r[i] for r in residual], axis=0, dtype=np.float64)
+        assert np.linalg.norm(applied[i] + left - total) <= tolerance * np.linalg.norm(total)
+
+
+@every_size
+@every_dtype
+@every_backend
+@every_spec
+def test_ranks_agree_and_applied_plus_residual_is_given(spec, backend, dtype, ranks):
+    given, applied, residual = train([spec] * 50, backend, dtype, ranks)
+    assert_nothing_lost(given, applied, residual, 1e-6 if dtype == "float32" else 1e-12)
+    if spec.lossy:  # feedback had something to do
+        assert all(x.any() for own in residual for x in own)
+
+
+@every_size
+@every_dtype
+@every_backend
+def test_nothing_is_lost_across_changes_of_level(backend, dtype, ranks):
+    levels = [PowerSGD(4), PowerSGD(1), Dense(), TopK(0.05), PowerSGD(4), QSGD(7), RandomK(0.1), FP16(), PowerSGD(2), BF16()]
+    given, applied, residual = train([spec for spec in levels for _ in range(5)], backend, dtype, ranks)
+    assert_nothing_lost(given, applied, residual)
+
+
+@every_backend
+def test_going_dense_sends_the_residual(backend):
+    given, applied, residual = train([TopK(0.01)] * 5 + [Dense()], backend, "float32", 2)
+    assert not any(x.any() for own in residual for x in own)
+    assert_nothing_lost(given, applied, residual)
+
+
+@every_backend
+@every_spec
+def test_without_feedback_there_is_no_residual(spec, backend):
+    results, _ = step(backend, spec, gradients(2), [None, None], fresh(2)[1])
+    assert all(result.residual is None for result in results)
+    assert same_bits(results[0].mean, results[1].mean)
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+@every_dtype
+@every_spec
+def test_torch_does_what_numpy_does(spec, dtype):
+    states = {backend: fresh(3, dtype) for backend in ("numpy", "torch")}
+    for number in range(2):
+        results = {}
+        for backend, state in states.items():
+            results[backend], _ = step(backend, spec, gradients(3, dtype, number), *state, number)
+            states[backend] = kept(results[backend])
+        for ours, theirs in zip(results["torch"], results["numpy"], strict=True):
+            for a, b in zip(ours.mean + ours.residual, theirs.mean + theirs.residual, strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 if dtype == "float32" else 1e-12)
+
+
+# cost
+
+
+@every_size
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@every_spec
+def test_bytes_per_step_are_those_sent(spec, dtype, ranks):
+    for shape in [(24, 20), (8, 3, 3, 3), (1, 9), (513,), (), (64, 33)]:
+        _, nbytes = step("numpy", spec, gradients(ranks, dtype, shapes=[shape]), *fresh(ranks, dtype, [shape]))
+        assert nbytes == pytest.approx(spec.bytes_per_step(shape, dtype, ranks)), shape
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+@every_spec
+def test_both_backends_send_alike(spec):
+    sent = [step(backend, spec, gradients(3), *fresh(3))[1] for backend in ("numpy", "torch")]
+    assert sent[0] == sent[1] > 0
+
+
+# contraction: E||v - C(v)||^2 <= (1 - delta) ||v||^2, with C what one rank sends first. PowerSGD: see test_low_rank
+
+
+def first_hop(spec, v, seed):
+    if isinstance(spec, FP16 | BF16 | QSGD):  # two hops: the code alone is one
+        code = spec.code if isinstance(spec, QSGD) else HalfCode(spec.dtype)
+        return code.decode(numpy_ops, code.encode(numpy_ops, v[None], seed), v)[0]
+    results, _ = step("numpy", spec, [[v]], [[np.zeros_like(v)]], [[{}]], seed=seed)
+    return results[0].mean[0]
+
+
+def vectors(count):
+    """Gaussian, heavy tailed, one large entry among small ones, all alike."""
+    rng = np.random.default_rng(1)
+    spike = np.full(count, 0.03)
+    spike[::512] = 1.0
+    return [rng.standard_normal(count), rng.standard_t(1.5, count).clip(-1e3, 1e3), spike, np.ones(count)]
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not isinstance(s, PowerSGD)], ids=str)
+def test_contraction(spec):
+    for v in vectors(2048):
+        errors = [np.sum((v - first_hop(spec, v, seed)) ** 2) for seed in range(60)]
+        limit = 1 - spec.delta(v.shape)
+        assert np.mean(errors) <= (limit * 1.03 + 1e-12) * np.sum(v**2)
+
+
+def test_random_k_keeps_exactly_its_share_on_average():
+    v = np.random.default_rng(0).standard_normal(500)
+    errors = [np.sum((v - first_hop(RandomK(0.1), v, seed)) ** 2) for seed in range(2000)]
+    assert np.mean(errors) / np.sum(v**2) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("spec", [QSGD(1, error_feedback=False), QSGD(7, norm="l2", error_feedback=False)], ids=str)
+def test_qsgd_without_feedback_is_unbiased(spec):
+    grads = gradients(2)
+    residual, memory = [None, None], fresh(2)[1]
+    means = [step("numpy", spec, grads, residual, memory, number)[0][0].mean[0] for number in range(400)]
+    exact = (grads[0][0] + grads[1][0]) / 2
+    spread = np.std(means, axis=0) / 20
+    assert np.all(np.abs(np.mean(means, axis=0) - exact) <= 5 * spread + 1e-6)
+
+
+@pytest.mark.parametrize("spec", [TopK(0.1, error_feedback=False), QSGD(1, error_feedback=False)], ids=str)
+def test_a_residual_of_an_earlier_level_does_not_grow_where_feedback_is_off(spec):
+    state, norms = fresh(2), []
+    for number in range(40):
+        results, _ = step("numpy", TopK(0.1) if number < 5 else spec, gradients(2, seed=number), *state, number)
+        state = kept(results)
+        norms.append(np.linalg.norm(results[0].residual[0]))
+    assert norms[-1] <= 40 * np.linalg.norm(gradients(1)[0][0])  # not even all gradients together
+
+
+# NaN and Inf
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@every_backend
+@every_spec
+def test_what_is_not_finite_reaches_all_ranks_and_leaves_no_trace(spec, backend, bad):
+    state = fresh(3)
+    for number in range(2):
+        state = kept(step(backend, spec, gradients(3, seed=number), *state, number)[0])
+    grads = gradients(3, seed=2)
+    grads[1][1][4, 2, 1, 1] = bad
+    with np.errstate(invalid="ignore"):
+        results, _ = step(backend, spec, grads, *state, 2)
+    for result in results:
+        assert not result.ok
+        assert not np.isfinite(result.mean[1][4, 2, 1, 1])
+        assert same_bits(result.mean, results[0].mean)
+    assert same_bits(kept(results)[0], state[0]) and same_bits(kept(results)[1], state[1])
+    after, _ = step(backend, spec, gradients(3, seed=3), *kept(results), 3)
+    expected, _ = step(backend, spec, gradients(3, seed=3), *state, 3)
+    for result, wanted in zip(after, expected, strict=True):
+        assert result.ok and same_bits(result.mean, wanted.mean) and same_bits(result.residual, wanted.residual)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@every_backend
+@every_spec
+def test_a_first_step_that_is_not_finite_leaves_no_trace(spec, backend, bad):
+    grads = gradients(2)
+    grads[0][0][:] = bad
+    with np.errstate(invalid="ignore"):
+        results, _ = step(backend, spec, grads, *fresh(2))
+    for result in results:
+        assert not result.ok
+        assert np.isfinite(result.mean[0]).any() == isinstance(spec, TopK | RandomK)  # which leave the rest zero
+        assert not any(x.any() for x in result.residual)
+        assert all(np.isfinite(x).all() for memory in result.memory for x in memory.values())
+    after, _ = step(backend, spec, gradients(2, seed=1), *kept(results), 1)
+    assert all(after_rank.ok and np.isfinite(x).all() for after_rank in after for x in after_rank.mean)
+
+
+@every_backend
+@every_spec
+def test_all_values_not_finite(spec, backend):
+    grads = [[np.full_like(x, np.nan) for x in own] for own in gradients(2)]
+    with np.errstate(invalid="ignore"):
+        results, _ = step(backend, spec, grads, *fresh(2))
+    assert not any(result.ok for result in results) and all(np.isnan(x).any() for x in results[0].mean)
+
+
+# zeros and extremes
+
+
+@every_dtype
+@every_backend
+@every_spec
+def test_zero_gradients_are_zero_and_leave_nothing_behind(spec, backend, dtype):
+    zeros = [[np.zeros(s, dtype) for s in SHAPES] for _ in range(2)]
+    state = fresh(2, dtype)
+    for number in range(3):
+        results, _ = step(backend, spec, zeros, *state, number)
+        assert results[0].ok and not any(x.any() for r in results for x in r.mean + r.residual)
+        state = kept(results)
+    results, _ = step(backend, spec, gradients(2, dtype), *state, 3)
+    assert results[0].ok and all(x.any() and np.isfinite(x).all() for x in results[0].mean)
+
+
+@every_backend
+@pytest.mark.parametrize("spec", [s for s in SPECS if isinstance(s, PowerSGD)], ids=str)
+def test_power_sgd_recovers_after_a_zero_gradient(spec, backend):
+    rng = np.random.default_rng(0)
+    matrix = (rng.standard_normal((24, spec.rank)) @ rng.standard_normal((spec.rank, 20))).astype("float32")
+    residual, (_, memory) = [None, None], fresh(2, shapes=[(24, 20)])
+    for number, given in enumerate([np.zeros_like(matrix), matrix, matrix]):
+        results, _ = step(backend, spec, [[given.copy()], [given.copy()]], residual, memory, number)
+        _, memory = kept(results)
+    assert np.linalg.norm(results[0].mean[0] - matrix) <= 1e-5 * np.linalg.norm(matrix)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@every_backend
+@pytest.mark.parametrize("spec", [s for s in SPECS if not isinstance(s, FP16)], ids=str)  # which has not that range
+def test_very_large_and_very_small_gradients(spec, backend, scale):
+    state = fresh(2)
+    given, applied = ([np.zeros(shape) for shape in SHAPES] for _ in range(2))
+    for number in range(3):
+        grads = [[x * np.float32(scale) for x in own] for own in gradients(2, seed=number)]
+        results, _ = step(backend, spec, grads, *state, number)
+        state = kept(results)
+        assert all(result.ok for result in results)
+        for i, mean in enumerate(results[0].mean):
+            given[i] += (grads[0][i] / scale + grads[1][i] / scale) / 2
+            applied[i] += mean / scale
+    assert all(x.any() for x in applied)
+    assert_nothing_lost(given, applied, [[x / scale for x in own] for own in state[0]])
+
+
+@every_backend
+def test_16_bit_gradients_are_summed_wider(backend):
+    grads = [[np.full((4, 4), 60000.0, np.float16)] for _ in range(3)]  # whose sum fp16 can't hold
+    for spec in (Dense(), FP16()):
+        results, _ = step(backend, spec, grads, *fresh(3, shapes=[(4, 4)]))
+        assert results[0].ok and results[0].mean[0].dtype == np.float32
+        np.testing.assert_array_equal(results[0].mean[0], np.full((4, 4), 60000.0))
+
+
+# seeds
+
+
+@every_backend
+@every_spec
+def test_same_seed_and_step_same_result(spec, backend):
+    first, second = (step(backend, spec, gradients(2), *fresh(2), number=5, seed=7)[0] for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert same_bits([a.mean, a.residual, a.memory], [b.mean, b.residual, b.memory])
+
+
+@every_backend
+@pytest.mark.parametrize("spec", RANDOM, ids=str)
+def test_another_step_seed_or_name_gives_another_result(spec, backend):
+    def mean(**where):
+        return step(backend, spec, gradients(2), *fresh(2), **{"number": 5, "seed": 7, **where})[0][0].mean[0]
+
+    others = [mean(number=6), mean(seed=8), mean(names=("x", "y", "z"))]
+    assert not any(same_bits(mean(), other) for other in others)
+
+
+@every_backend
+@pytest.mark.parametrize("spec", RANDOM, ids=str)
+def test_the_global_generators_are_left_alone(spec, backend):
+    torch = pytest.importorskip("torch")
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    step(backend, spec, gradients(2), *fresh(2))
+    assert random.getstate() == before[0]
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])

@@ -1,0 +1,381 @@
+"""Each primitive of the protocol, torch against numpy on the same input; numpy is checked against its own meaning."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_accordion.ops import numpy as numpy_ops
+from hvd_accordion.ops import protocol
+
+torch = pytest.importorskip("torch")
+
+from hvd_accordion.ops import torch as torch_ops  # noqa: E402
+
+FLOATS = [np.float32, np.float64]
+floats = pytest.mark.parametrize("dtype", FLOATS)
+
+
+def numbers(*shape: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def t(x):
+    """numpy to torch, also in lists; other things as they are. Copies: torch's primitives may update in place."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(x.copy())
+    return [t(y) for y in x] if isinstance(x, list) else x
+
+
+def n(x):
+    if isinstance(x, torch.Tensor):
+        return x.numpy()
+    return [n(y) for y in x] if isinstance(x, list | tuple) else x
+
+
+def both(name: str, *args, exact: bool = True):
+    """The primitive's result in numpy, which that of torch must equal, dtypes and shapes included."""
+    ours, theirs = getattr(numpy_ops, name)(*args), n(getattr(torch_ops, name)(*map(t, args)))
+    for a, b in zip(*(x if isinstance(x, list) else [x] for x in (ours, theirs)), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype and a.shape == b.shape, (name, a.dtype, b.dtype, a.shape, b.shape)
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    return ours
+
+
+def test_each_framework_has_every_primitive_with_the_protocols_arguments():
+    names = [name for name in vars(protocol.Ops) if not name.startswith("_")]
+    assert len(names) > 30
+    for name in names:
+        wanted = list(inspect.signature(getattr(protocol.Ops, name)).parameters)[1:]
+        for ops in (numpy_ops, torch_ops):
+            primitive = getattr(ops, name)
+            if getattr(primitive, "__module__", "") == ops.__name__:
+                assert list(inspect.signature(primitive).parameters) == wanted, (ops.__name__, name)
+
+
+# lists of tensors
+
+
+@pytest.mark.parametrize(("given_dtype", "wide"), [("float16", "float32"), ("float32", "float32"), ("float64", "float64")])
+def test_widen(given_dtype, wide):
+    (x, y) = both("widen", [numbers(3, 4).astype(given_dtype), numbers(5).astype(given_dtype)])
+    assert x.dtype == y.dtype == wide
+
+
+def test_widen_bfloat16_and_strided():
+    (x,) = torch_ops.widen([torch.tensor([[1.5, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).t()])
+    assert x.dtype == torch.float32 and x.is_contiguous() and x.tolist() == [[1.5, 3.0], [2.0, 4.0]]
+    (x,) = numpy_ops.widen([numbers(3, 4).T])
+    assert x.shape == (4, 3)
+    assert x.flags.c_contiguous
+
+
+def test_widen_keeps_a_scalar_a_scalar():
+    assert both("widen", [np.float32(2.5).reshape(())])[0].shape == ()
+
+
+@floats
+def test_add_subtract_zeros(dtype):
+    xs, ys = ([numbers(3, 4, dtype=dtype, seed=s), numbers(7, dtype=dtype, seed=s)] for s in (0, 1))
+    np.testing.assert_array_equal(both("add", xs, ys)[1], xs[1] + ys[1])
+    np.testing.assert_array_equal(both("subtract", xs, ys)[1], xs[1] - ys[1])
+    assert not any(z.any() for z in both("zeros_like", xs))
+
+
+def test_commit_takes_new_only_if_ok():
+    new, old = [numbers(3), numbers(2, 2)], [numbers(3, seed=1), np.zeros((2, 2), np.float32)]
+    np.testing.assert_array_equal(both("commit", np.array(True), new, old)[0], new[0])
+    np.testing.assert_array_equal(both("commit", np.array(False), new, old)[0], old[0])
+    np.testing.assert_array_equal(both("commit", np.array(False), [np.full(3, np.nan, np.float32)], old[:1])[0], old[0])
+
+
+@floats
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite(dtype, bad):
+    xs = [numbers(3, 4, dtype=dtype), numbers(70, dtype=dtype)]
+    assert both("all_finite", xs)
+    assert both("all_finite", [np.full(9, np.finfo(dtype).max)])  # large is not infinite
+    xs[1][69] = bad
+    assert not both("all_finite", xs)
+
+
+def test_all_finite_of_an_empty_tensor():
+    assert both("all_finite", [np.zeros((3, 0), np.float32), numbers(2)])
+
+
+def test_flatten_and_unflatten():
+    xs = [numbers(3, 4), numbers(5), numbers(2, 2, 2)]
+    flat = both("flatten", xs)
+    assert flat.shape == (25,)
+    padded = both("pad", flat, 32, (4, 8))
+    assert not padded.reshape(-1)[25:].any()
+    for x, y in zip(xs, both("unflatten", padded.reshape(-1), xs), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# shapes and types
+
+
+@floats
+def test_shapes(dtype):
+    x, y = numbers(4, 6, dtype=dtype), numbers(4, 6, dtype=dtype, seed=1)
+    assert both("reshape", x, (2, 12)).shape == (2, 12)
+    assert both("reshape", x, (-1,)).shape == (24,)
+    batch = both("stack", [x, y])
+    assert batch.shape == (2, 4, 6)
+    np.testing.assert_array_equal(both("transpose", batch)[1], y.T)
+    assert both("concat", [x, y], 0).shape == (8, 6)
+    assert both("concat", [x, y], -1).shape == (4, 12)
+    assert both("concat", [batch, batch], -1).shape == (2, 4, 12)
+    assert not both("zeros", 5, x).any()
+    assert both("dtype", x) == np.dtype(dtype).name
+
+
+@pytest.mark.parametrize("to", ["float16", "float32", "float64", "uint8", "int32"])
+def test_cast(to):
+    assert both("cast", np.array([0, 1, 2.5, 100], np.float32), to).dtype == to
+
+
+@floats
+def test_cast_like(dtype):
+    assert both("cast_like", numbers(3), np.zeros(1, dtype)).dtype == dtype
+    assert both("cast_like", np.arange(250, 256, dtype=np.uint8), np.zeros(1, dtype)).tolist() == [*range(250, 256)]
+
+
+# each is rounded to nearest, ties to even, as torch rounds it
+HARD = [0.0, -0.0, 1.0, -1.0, 65504.0, 65519.99, 65520.0, 1e5, 3.3895314e38, 3.4e38, -3.4e38, 1e-7, 2**-24, 2**-25, 1e-40, 1e-45]
+HARD += [np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 2**-11, 1 + 3 * 2**-11]
+
+
+def bits_of(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The 16 bits by our numpy and by torch itself, all NaN alike."""
+    ours = numpy_ops.to_bytes(numpy_ops.cast(x, dtype)).view(np.uint16)
+    theirs = torch.from_numpy(x).to(getattr(torch, dtype))
+    bits = theirs.view(torch.int16).numpy().view(np.uint16)
+    return np.where(np.isnan(x), 0, ours), np.where(np.isnan(x), 0, bits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_to_16_bits_is_torchs(dtype):
+    every_pattern = np.arange(2**16, dtype=np.uint32)
+    with np.errstate(all="ignore"):
+        near = np.concatenate([(every_pattern << 16 | low).view(np.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+        for x in (np.array(HARD, np.float32), near, numbers(10_000) * np.float32(1e3), numbers(10_000, dtype=np.float64)):
+            np.testing.assert_array_equal(*bits_of(x, dtype))
+
+
+@floats
+@pytest.mark.parametrize("to", ["bfloat16", "float16"])
+def test_bytes_of_16_bit_floats_are_the_same_in_both(dtype, to):
+    x = np.array([h for h in HARD if not np.isnan(h)], dtype)
+    code = numpy_ops.to_bytes(numpy_ops.cast(x, to))
+    assert code.dtype == np.uint8 and code.shape == (2 * x.size,)
+    np.testing.assert_array_equal(code, n(torch_ops.to_bytes(torch_ops.cast(t(x), to))))
+    back = numpy_ops.cast_like(numpy_ops.from_bytes(code, to), x)
+    np.testing.assert_array_equal(back, n(torch_ops.cast_like(torch_ops.from_bytes(t(code), to), t(x))))
+    assert back[HARD.index(1.0)] == 1.0 and np.isinf(back[HARD.index(np.inf)])
+
+
+@pytest.mark.parametrize("to", ["bfloat16", "float16"])
+def test_nan_survives_16_bits(to):
+    x = np.array([[np.nan, 1.0], [-np.nan, 2.0]], np.float32)
+    for ops, given_x in ((numpy_ops, x), (torch_ops, t(x))):
+        code = ops.to_bytes(ops.cast(given_x, to))
+        back = n(ops.cast_like(ops.from_bytes(code, to), given_x))
+        np.testing.assert_array_equal(back, [[np.nan, 1], [np.nan, 2]])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
+def test_bytes_there_and_back(kind):
+    x = (1000 * numbers(3, 4)).astype(kind)
+    code = both("to_bytes", x)
+    assert code.dtype == np.uint8 and code.shape == (3, 4 * x.itemsize)
+    np.testing.assert_array_equal(both("from_bytes", code, kind), x)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
+@pytest.mark.parametrize("shift", range(9))
+def test_from_bytes_of_a_misaligned_slice(kind, shift):
+    x = (1000 * numbers(6)).astype(kind)
+    message = np.concatenate([np.zeros(shift, np.uint8), x.view(np.uint8), np.ones(3, np.uint8)])
+    end = shift + x.nbytes
+    np.testing.assert_array_equal(numpy_ops.from_bytes(message[shift:end], kind), x)
+    np.testing.assert_array_equal(n(torch_ops.from_bytes(t(message)[shift:end], kind)), x)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("width", [21, 24])  # of the whole row: also one that is no multiple of an item
+def test_from_bytes_of_the_first_columns(rows, width):
+    x = numbers(rows, 4)
+    code = np.concatenate([x.view(np.uint8), np.zeros((rows, width - 16), np.uint8)], -1)
+    np.testing.assert_array_equal(numpy_ops.from_bytes(code[:, :16], "float32"), x)
+    np.testing.assert_array_equal(n(torch_ops.from_bytes(t(code)[:, :16], "float32")), x)
+
+
+# elementwise and reductions
+
+
+@floats
+def test_elementwise(dtype):
+    x = 3 * numbers(4, 5, dtype=dtype)
+    assert both("where", x > 0, 1.0, x).dtype == dtype
+    both("where", np.array(False), x, -x)
+    both("floor", x)
+    assert both("clip", x, -2, 2).dtype == dtype
+    assert both("clip", np.array([9.0, np.inf, -np.inf], dtype), -2, 2).tolist() == [2, 2, -2]
+
+
+@floats
+def test_reductions(dtype):
+    x = numbers(3, 4, 5, dtype=dtype)
+    for axis in (0, -1, -2):
+        for keepdims in (True, False):
+            both("max", x, axis, keepdims)
+            both("sum", x, axis, keepdims, exact=False)
+    x[1, 2, 3] = np.nan
+    assert np.isnan(both("max", x, -1, True)[1, 2, 0])
+
+
+# entries of vectors
+
+
+@floats
+@given(seed=st.integers(0, 100), count=st.integers(1, 60), share=st.floats(0, 1))
+def test_top_k(dtype, seed, count, share):
+    x, k = numbers(count, dtype=dtype, seed=seed), max(1, int(share * count))
+    expected = set(np.argsort(-np.abs(x))[:k].tolist())
+    for picked in (numpy_ops.top_k(x, k), n(torch_ops.top_k(t(x), k))):
+        assert picked.dtype == np.int32 and picked.shape == (k,)
+        assert set(picked.tolist()) == expected
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top_k_takes_nan_first_then_infinity(k):
+    x = numbers(50)
+    x[[7, 31, 40]] = [-np.inf, np.nan, 1e30]
+    for picked in (numpy_ops.top_k(x, k), n(torch_ops.top_k(t(x), k))):
+        assert set(picked.tolist()) == set([31, 7, 40][:k])
+
+
+def test_top_k_among_equals_picks_k_different():
+    x = np.ones(20, np.float32)
+    for picked in (numpy_ops.top_k(x, 7), n(torch_ops.top_k(t(x), 7))):
+        assert len(set(picked.tolist())) == 7
+
+
+@given(st.integers(1, 2**31 - 1), st.data())
+def test_affine(count, data):
+    a, b = data.draw(st.integers(0, count)), data.draw(st.integers(0, count - 1))
+    k = min(count, 50)
+    got = both("affine", a, b, k, count, np.zeros(1, np.float32))
+    assert got.dtype == np.int32 and got.tolist() == [(a * j + b) % count for j in range(k)]
+
+
+@floats
+def test_take_put_and_add(dtype):
+    x, index = numbers(10, dtype=dtype), np.array([7, 0, 3], np.int32)
+    np.testing.assert_array_equal(both("take", x, index), x[[7, 0, 3]])
+    assert not both("put", x, index, 0.0)[[7, 0, 3]].any()
+    added = both("scatter_add", x, index, np.array([1.0, 2.0, 3.0], dtype))
+    np.testing.assert_array_equal(added[[7, 0, 3]], x[[7, 0, 3]] + np.array([1, 2, 3], dtype))
+    rows = numbers(3, 4, dtype=dtype)
+    np.testing.assert_array_equal(both("add_row", rows, 1, np.ones(4, dtype))[1], rows[1] + 1)
+
+
+def test_put_of_zero_removes_a_nan():
+    assert both("put", np.array([1, np.nan, 3], np.float32), np.array([1], np.int32), 0.0).tolist() == [1, 0, 3]
+
+
+# pseudo-random numbers
+
+
+def mixed(i: int, seed: int) -> int:
+    """The counter hash in plain integers."""
+    x = (i * 0x9E3779B1 + seed) % 2**32
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+@floats
+@given(seed=st.integers(0, 2**31 - 1))
+def test_uniform_is_bit_equal_and_as_documented(dtype, seed):
+    u = both("uniform", seed, 300, np.zeros(1, dtype))
+    assert u.dtype == dtype
+    assert u.tolist() == [(mixed(i, seed) >> 8) * 2.0**-24 for i in range(300)]
+
+
+def test_uniform_looks_uniform():
+    u = both("uniform", 42, 200_000, np.zeros(1, np.float32))
+    assert 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
+    assert np.histogram(u, 20, (0, 1))[0].min() > 9_500
+    assert abs(np.corrcoef(u[1:], u[:-1])[0, 1]) < 0.01
+    other = numpy_ops.uniform(43, 200_000, u)
+    assert abs(np.corrcoef(u, other)[0, 1]) < 0.01
+
+
+@floats
+def test_wave(dtype):
+    got = both("wave", 3, np.zeros((2, 50, 4), dtype), exact=False)
+    np.testing.assert_allclose(got[:, 0], np.sin(3.0 * np.arange(1, 51)), atol=1e-6)
+
+
+# packed codes
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@given(data=st.data(), rows=st.integers(1, 3), words=st.integers(1, 5))
+def test_pack_there_and_back(bits, data, rows, words):
+    values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * rows * words, max_size=8 * rows * words))
+    x = np.array(values, np.uint8).reshape(rows, 8 * words)
+    packed = both("pack_bits", x, bits)
+    assert packed.dtype == np.uint8 and packed.shape == (rows, words * bits)
+    np.testing.assert_array_equal(both("unpack_bits", packed, bits), x)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packed_bits_lie_where_the_protocol_says(bits):
+    x = np.random.default_rng(bits).integers(0, 2**bits, 8).astype(np.uint8)
+    word = sum(int(value) << (bits * i) for i, value in enumerate(x))
+    assert bytes(numpy_ops.pack_bits(x, bits)) == word.to_bytes(bits, "little")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unpack_a_slice(bits):
+    x = np.random.default_rng(bits).integers(0, 2**bits, (2, 16)).astype(np.uint8)
+    code = np.concatenate([np.zeros((2, 3), np.uint8), numpy_ops.pack_bits(x, bits)], -1)
+    np.testing.assert_array_equal(numpy_ops.unpack_bits(code[:, 3:], bits), x)
+    np.testing.assert_array_equal(n(torch_ops.unpack_bits(t(code)[:, 3:], bits)), x)
+
+
+# matrices
+
+
+@floats
+def test_products_of_matrices(dtype):
+    matrices = [numbers(6, 5, dtype=dtype, seed=s) for s in range(3)]
+    q, p = numbers(3, 5, 2, dtype=dtype), numbers(3, 6, 2, dtype=dtype)
+    for i, m in enumerate(matrices):
+        np.testing.assert_allclose(both("project", matrices, q, exact=False)[i], m @ q[i], rtol=1e-5)
+        np.testing.assert_allclose(both("project_t", matrices, p, exact=False)[i], m.T @ p[i], rtol=1e-5)
+    np.testing.assert_allclose(both("outer", p[0], q[0], exact=False), p[0] @ q[0].T, rtol=1e-5)
+
+
+def test_primitives_leave_the_global_generators_alone():
+    before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    both("uniform", 1, 10, np.zeros(1, np.float32))
+    both("wave", 1, np.zeros((3, 1), np.float32), exact=False)
+    both("affine", 3, 1, 5, 10, np.zeros(1, np.float32))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)

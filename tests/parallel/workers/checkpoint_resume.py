@@ -1,0 +1,70 @@
+"""10 steps, saved by checkpoint_save.py; 10 more in these new processes: bit-equal to 20 in one."""
+
+import pytest
+import torch
+from common import SPECS, assert_ranks_equal, checkpoint, checkpointed, flat, model, sgd, train
+
+import hvd_accordion.torch as hvd
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_resume_is_exact(name):
+    net, optimizer = checkpointed(name)
+    saved = torch.load(checkpoint(name, "ten"), weights_only=True)
+    net.load_state_dict(saved["net"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(net, optimizer, range(10, 20))
+    expected = torch.load(checkpoint(name, "twenty"), weights_only=True)
+    assert torch.equal(flat(net), expected["net"])
+    ours, theirs = optimizer.state_dict()["hvd_accordion"], expected["optimizer"]["hvd_accordion"]
+    assert ours["residual"].keys() == theirs["residual"].keys()
+    for key in ours["residual"]:
+        assert torch.equal(ours["residual"][key], theirs["residual"][key])
+    for key in ours["memory"]:
+        assert torch.equal(ours["memory"][key]["q"], theirs["memory"][key]["q"])
+    assert ours["controller"]["accordions"] == theirs["controller"]["accordions"]
+    assert ours["controller"]["stats"]["sent_bytes"] == theirs["controller"]["stats"]["sent_bytes"]
+
+
+def test_one_ranks_file_for_all():
+    """A residual is not taken by a rank that did not save it; training goes on with equal weights."""
+    net, optimizer = checkpointed("powersgd4")
+    saved = torch.load(checkpoint("powersgd4", "ten", rank=0), weights_only=True)
+    net.load_state_dict(saved["net"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert bool(optimizer._hvd.residual) == (hvd.rank() == 0)
+    train(net, optimizer, range(10, 13))
+    assert_ranks_equal(flat(net))
+
+
+def test_another_number_of_ranks():
+    net, optimizer = checkpointed("topk")
+    saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
+    state = saved["optimizer"]["hvd_accordion"]
+    before = {k: v.clone() for k, v in state["residual"].items()}
+    state["size"] = 2 * hvd.size()
+    optimizer.load_state_dict(saved["optimizer"])
+    for key, value in before.items():
+        assert torch.allclose(optimizer._hvd.residual[key], value / 2)
+
+
+def test_state_of_another_model():
+    net, optimizer = checkpointed("topk")
+    saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
+    state = saved["optimizer"]["hvd_accordion"]
+    state["residual"]["other.weight"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"unknown parameters: other\.weight"):
+        optimizer.load_state_dict(saved["optimizer"])
+    with pytest.raises(ValueError, match="Accordions"):
+        _, other = checkpointed("accordion")
+        del state["residual"]["other.weight"]
+        other.load_state_dict(saved["optimizer"])
+
+
+def test_plain_checkpoint_is_horovods():
+    net = model()
+    optimizer = hvd.DistributedOptimizer(sgd(net), net.named_parameters())
+    train(net, optimizer, range(2))
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+    _, lossy = checkpointed("topk")
+    lossy.load_state_dict(optimizer.state_dict())

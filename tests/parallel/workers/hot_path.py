@@ -1,0 +1,50 @@
+"""Between the backward hooks and the return of step() nothing waits for the device."""
+
+import pytest
+import torch
+from common import SPECS, loss_of, model, sgd, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hvd_accordion.torch as hvd
+
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "allclose")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on reads of scalars, on shapes that depend on data and on copies between devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            raise AssertionError(f"{name} waits for the device")
+        if name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+            raise AssertionError("an index by mask waits for the device")
+        if name in ("_to_copy", "copy_") and (kwargs or {}).get("device") is not None:
+            source = args[0].device
+            assert torch.device(kwargs["device"]) == source, f"{name} from {source} to {kwargs['device']}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda x: x.item(), lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: x.to(device="meta")]
+)
+def test_the_check_can_fail(wait):
+    with pytest.raises(AssertionError), NoWaiting():
+        wait(torch.ones(1))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_wait_in_the_hot_path(name):
+    net = model()
+    optimizer = hvd.DistributedOptimizer(sgd(net), net.named_parameters(), compression=SPECS[name], steps_per_epoch=1000)
+    train(net, optimizer, range(5))  # the first step settles what is sparse; windows may end at 2 and 4
+    for step in (5, 6):
+        optimizer.zero_grad()
+        loss = loss_of(net, step)
+        if optimizer._hvd.controller.step % 2 == 1:  # every window of SPECS ends at an even step
+            loss.backward()
+            optimizer.step()
+            continue
+        with NoWaiting():
+            loss.backward()
+            optimizer.step()

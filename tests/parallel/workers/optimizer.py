@@ -1,0 +1,476 @@
+"""The compressing optimizer in the situations that a torch user gets into."""
+
+import warnings
+
+import horovod.torch as horovod
+import pytest
+import torch
+from common import assert_ranks_equal, batch, flat, loss_of, model, sgd, train
+
+import hvd_accordion.torch as hvd
+from hvd_accordion import BF16, Accordion, Dense, PowerSGD, TopK
+
+LOSSY = PowerSGD(2)
+
+
+def wrap(net, optimizer=None, **options):
+    options.setdefault("compression", LOSSY)
+    return hvd.DistributedOptimizer(optimizer or sgd(net), net.named_parameters(), **options)
+
+
+def joined_reference(steps, optimizer_of=sgd, passes=1):
+    """Training of one process on all ranks' batches."""
+    net = model()
+    optimizer = optimizer_of(net)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for i in range(passes):
+            loss = sum(loss_of(net, step * passes + i, rank) for rank in range(hvd.size())) / hvd.size()
+            loss.backward()
+        optimizer.step()
+    return flat(net)
+
+
+def test_is_an_optimizer_of_the_users_class():
+    net = model()
+    inner = torch.optim.AdamW(net.parameters(), lr=0.1)
+    optimizer = wrap(net, inner)
+    assert isinstance(optimizer, torch.optim.AdamW) and type(optimizer).__name__ == "AdamW"
+    assert optimizer.param_groups is inner.param_groups and optimizer.defaults == inner.defaults
+    with pytest.raises(ValueError, match="already"):
+        wrap(net, optimizer)
+
+
+def test_lossless_equals_one_process():
+    net = model()
+    train(net, wrap(net, compression=Dense()), range(10))
+    assert torch.allclose(flat(net), joined_reference(10), atol=1e-6)
+
+
+def test_accumulates_backward_passes():
+    net = model()
+    optimizer = wrap(net, compression=Dense(), backward_passes_per_step=2)
+    train(net, optimizer, range(5), passes=2)
+    assert torch.allclose(flat(net), joined_reference(5, passes=2), atol=1e-6)
+    optimizer.set_backward_passes_per_step(1)
+    train(net, optimizer, range(3))
+    optimizer.zero_grad()
+    loss_of(net, 0).backward()
+    with pytest.raises(AssertionError, match="more than backward_passes_per_step"):
+        loss_of(net, 0).backward()
+    optimizer.synchronize()
+
+
+def test_leftover_passes_are_exchanged():
+    net = model()
+    optimizer = wrap(net, backward_passes_per_step=4)
+    loss_of(net, 0).backward()
+    optimizer.step()
+    assert_ranks_equal(flat(net))
+
+
+def test_sum():
+    net, summed = model(), model()
+    train(net, wrap(net, sgd(net, lr=0.02)), range(8))
+    train(summed, wrap(summed, sgd(summed, lr=0.02 / hvd.size()), op=hvd.Sum), range(8))
+    assert torch.allclose(flat(net), flat(summed), atol=1e-5)
+
+
+def test_predivide_changes_nothing_but_rounding():
+    net, other = model(), model()
+    train(net, wrap(net), range(4))
+    train(other, wrap(other, gradient_predivide_factor=4.0), range(4))
+    assert torch.allclose(flat(net), flat(other), atol=1e-5)
+
+
+def test_clipping_between_synchronize_and_step():
+    net = model()
+    optimizer = wrap(net, sgd(net, momentum=0.0, lr=1.0))
+    before = flat(net)
+    optimizer.zero_grad()
+    loss_of(net, 0).backward()
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert (flat(net) - before).norm() <= 1.001e-3
+    assert_ranks_equal(flat(net))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss_of(net, 1).backward()
+        optimizer.synchronize()
+        steps = optimizer.stats.steps
+        optimizer.step()
+    assert any("skip_synchronize" in str(w.message) for w in caught)
+    assert optimizer.stats.steps == steps
+
+
+def test_zero_grad_in_the_middle_of_an_exchange():
+    net = model()
+    optimizer = wrap(net)
+    train(net, optimizer, range(1))
+    loss_of(net, 1).backward()
+    with pytest.raises(AssertionError, match="race condition"):
+        optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_exchange_starts_in_backward():
+    net = model()
+    optimizer = wrap(net, groups=3)
+    train(net, optimizer, range(2))
+    optimizer.zero_grad()
+    loss_of(net, 2).backward()
+    assert len(optimizer._hvd.started) == len(optimizer._hvd.groups) >= 3
+    assert len(optimizer._hvd.driver.running) == len(optimizer._hvd.groups)
+    optimizer.step()
+
+
+def test_closure():
+    net = model()
+    optimizer = wrap(net, compression=Dense())
+
+    for step in range(5):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = loss_of(net, step)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).ndim == 0
+    assert torch.allclose(flat(net), joined_reference(5), atol=1e-6)
+
+
+def test_scheduler_made_before_and_after():
+    net = model()
+    inner = sgd(net)
+    before = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    optimizer = wrap(net, inner)
+    after = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    train(net, optimizer, range(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch can't see that the wrapped optimizer stepped
+        before.step()
+    after.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 4)
+    train(net, optimizer, range(1))
+    assert optimizer.stats.steps == 2
+
+
+def test_grad_scaler_skips_a_bad_step_on_every_rank():
+    def run(bad_steps):
+        net = model()
+        optimizer = wrap(net, sgd(net, momentum=0.0))
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
+        for step in range(6):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(net, step)).backward()
+            if step in bad_steps and hvd.rank() == hvd.size() - 1:
+                net[5].weight.grad[3, 3] = float("inf")
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            scaler.update()
+        return net, optimizer, scaler
+
+    net, optimizer, scaler = run(())
+    assert scaler.get_scale() == 256.0
+    net, optimizer, scaler = run((0,))
+    assert scaler.get_scale() == 128.0
+    assert torch.isfinite(flat(net)).all()
+    assert all(torch.isfinite(e).all() for e in optimizer._hvd.residual.values())
+    assert_ranks_equal(flat(net))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("compression", [LOSSY, TopK(0.05), BF16(), Accordion(interval=3, unit="steps")], ids=str)
+def test_bad_gradients_leave_no_trace(value, compression):
+    net = model()
+    optimizer = wrap(net, sgd(net, momentum=0.0, lr=0.0), compression=compression)
+    train(net, optimizer, range(2))
+    kept = {k: v.clone() for k, v in optimizer._hvd.residual.items()}
+    factors = {k: m["q"].clone() for k, m in optimizer._hvd.memory.items() if m}
+    sums = {k: v.clone() for k, v in optimizer._hvd.summed.items()}
+    optimizer.zero_grad()
+    loss = loss_of(net, 2) * (value if hvd.rank() == 0 else 1.0)
+    loss.backward()
+    optimizer.synchronize()
+    assert not torch.isfinite(net[5].weight.grad).all(), "the optimizer must see it"
+    for name, residual in optimizer._hvd.residual.items():
+        assert torch.equal(residual, kept[name])
+    for name, q in factors.items():
+        assert torch.equal(optimizer._hvd.memory[name]["q"], q)
+    if sums and optimizer._hvd.summed:
+        for name, x in sums.items():
+            assert torch.equal(optimizer._hvd.summed[name], x)
+    train(net, optimizer, range(3, 5))
+    assert all(torch.isfinite(e).all() for e in optimizer._hvd.residual.values())
+
+
+def test_frozen_unused_and_one_sided_parameters():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.body = torch.nn.Linear(40, 40)
+            self.frozen = torch.nn.Linear(40, 40)
+            self.frozen.requires_grad_(False)
+            self.unused = torch.nn.Linear(40, 40)
+            self.one_sided = torch.nn.Linear(40, 40)
+
+        def forward(self, x):
+            x = self.frozen(self.body(x))
+            return self.one_sided(x) if hvd.rank() == 0 else x
+
+    net = Net()
+    frozen, unused = net.frozen.weight.clone(), net.unused.weight.clone()
+    optimizer = wrap(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    for step in range(6):
+        optimizer.zero_grad()
+        net(torch.randn(4, 40, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(net.frozen.weight, frozen) and net.frozen.weight.grad is None
+    assert torch.equal(net.unused.weight, unused)
+    assert net.one_sided.weight.grad is not None
+    assert_ranks_equal(flat(net))
+
+
+def test_requires_grad_switched_during_training():
+    net = model()
+    net[5].requires_grad_(False)
+    optimizer = wrap(net, compression=Dense())
+    before = flat(net[5])
+    train(net, optimizer, range(2))
+    assert torch.equal(flat(net[5]), before)
+    net[5].requires_grad_(True)
+    train(net, optimizer, range(2, 4))
+    assert not torch.equal(flat(net[5]), before)
+    net[7].requires_grad_(False)
+    held = flat(net[7])
+    train(net, optimizer, range(4, 6))
+    assert torch.equal(flat(net[7]), held)
+    assert_ranks_equal(flat(net))
+
+    reference = model()
+    reference[5].requires_grad_(False)
+    plain = sgd(reference)
+    for step in range(6):
+        if step == 2:
+            reference[5].requires_grad_(True)
+        if step == 4:
+            reference[7].requires_grad_(False)
+        plain.zero_grad()
+        (sum(loss_of(reference, step, rank) for rank in range(hvd.size())) / hvd.size()).backward()
+        plain.step()
+    assert torch.allclose(flat(net), flat(reference), atol=1e-6)
+
+
+def test_shared_parameters():
+    net = model()
+    net[9].weight = net[7].weight
+    optimizer = wrap(net, compression=Dense())
+    train(net, optimizer, range(4))
+    assert_ranks_equal(flat(net))
+    assert len(optimizer._hvd.params) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("sparse_as_dense", [False, True])
+def test_sparse_embedding_gradients(sparse_as_dense):
+    def net_of():
+        torch.manual_seed(3)
+        return torch.nn.ModuleDict(
+            {"table": torch.nn.Embedding(300, 16, sparse=True), "out": torch.nn.Linear(16, 200)}
+        )
+
+    def loss(net, rank):
+        words = torch.randint(0, 300, (20,), generator=torch.Generator().manual_seed(rank))
+        return net["out"](net["table"](words)).square().mean()
+
+    net, reference = net_of(), net_of()
+    optimizer = wrap(
+        net, torch.optim.SGD(net.parameters(), lr=0.5), compression=Dense(), sparse_as_dense=sparse_as_dense
+    )
+    plain = torch.optim.SGD(reference.parameters(), lr=0.5)
+    for step in range(4):
+        optimizer.zero_grad()
+        if step != 2 or hvd.rank() == 0:  # at one step a rank has no gradient at all
+            loss(net, hvd.rank()).backward()
+        assert step == 2 or net["table"].weight.grad.is_sparse
+        optimizer.step()
+        plain.zero_grad()
+        ranks = range(hvd.size()) if step != 2 else [0]
+        (sum(loss(reference, rank) for rank in ranks) / hvd.size()).backward()
+        plain.step()
+    assert_ranks_equal(flat(net))
+    assert torch.allclose(flat(net), flat(reference), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("compression", [LOSSY, TopK(0.05), Dense(), BF16()], ids=str)
+def test_other_dtypes(dtype, compression):
+    net = model(dtype)
+    optimizer = wrap(net, compression=compression)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(net, step, dtype=dtype).backward()
+        optimizer.step()
+    assert all(p.grad.dtype == dtype for p in net.parameters())
+    assert all(e.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for e in optimizer._hvd.residual.values())
+    assert_ranks_equal(flat(net))
+
+
+def test_a_changed_dtype_or_shape_is_an_error():
+    net = model()
+    optimizer = wrap(net)
+    train(net, optimizer, range(1))
+    net.to(torch.float64)
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match=r"gradient of .* was float32"):
+        loss_of(net, 1, dtype=torch.float64).backward()
+    optimizer._hvd.reset()
+
+
+def test_channels_last():
+    net = model().to(memory_format=torch.channels_last)
+    train(net, wrap(net), range(3))
+    other = model()
+    train(other, wrap(other), range(3))
+    assert torch.allclose(flat(net), flat(other), atol=1e-4)
+
+
+def test_several_optimizers():
+    nets = [model(), model()]
+    optimizers = [wrap(nets[0], compression=TopK(0.05)), wrap(nets[1])]
+    for step in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+        for optimizer in reversed(optimizers):
+            optimizer.step()
+    for net in nets:
+        assert_ranks_equal(flat(net))
+
+
+def test_add_param_group():
+    net, extra = model(), model()
+    optimizer = wrap(net)
+    train(net, optimizer, range(2))
+    optimizer.add_param_group({"params": list(extra.parameters()), "lr": 0.01})
+    for step in range(3):
+        optimizer.zero_grad()
+        (loss_of(net, step) + loss_of(extra, step)).backward()
+        optimizer.step()
+    assert_ranks_equal(flat(net))
+    assert_ranks_equal(flat(extra))
+    assert optimizer.compression_report()[-4].spec == str(LOSSY)
+
+
+def test_takes_over_what_horovod_wrapped():
+    net = model()
+    theirs = horovod.DistributedOptimizer(sgd(net), net.named_parameters(), backward_passes_per_step=2)
+    optimizer = hvd.DistributedOptimizer(theirs, compression=Dense())
+    train(net, optimizer, range(5), passes=2)
+    assert not theirs._handles
+    assert optimizer.backward_passes_per_step == 2
+    assert set(optimizer._hvd.params) == {name for name, _ in net.named_parameters()}
+    assert torch.allclose(flat(net), joined_reference(5, passes=2), atol=1e-6)
+
+
+def test_process_set():
+    half = hvd.add_process_set([0])
+    net = model()
+    optimizer = wrap(net, process_set=half)
+    train(net, optimizer, range(2))
+    if hvd.rank() == 0:
+        assert optimizer.stats.steps == 2 and optimizer.stats.sent_bytes == 0
+    alone = model()
+    plain = sgd(alone)
+    train(alone, plain, range(2))
+    assert torch.equal(flat(net), flat(alone)), "one rank exchanges with nobody; the others step by themselves"
+    hvd.barrier()
+    hvd.remove_process_set(half)
+
+
+def test_process_set_of_some():
+    ranks = list(range(1, hvd.size()))
+    some = hvd.add_process_set(ranks) if len(ranks) > 1 else hvd.global_process_set
+    net = model()
+    for compression in (LOSSY, TopK(0.05), BF16(), Accordion(interval=2, unit="steps")):
+        train(net, wrap(net, process_set=some, compression=compression), range(4))
+    if some.included():
+        everyone = hvd.allgather(flat(net)[None], process_set=some)
+        assert len(everyone) == some.size() and all(torch.equal(everyone[0], other) for other in everyone)
+    hvd.barrier()
+    if some is not hvd.global_process_set:
+        hvd.remove_process_set(some)
+
+
+def test_compiled_model():
+    net = model()
+    compiled = torch.compile(net, backend="aot_eager")
+    optimizer = wrap(net, compression=Dense())
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = batch(step, hvd.rank())
+        torch.nn.functional.cross_entropy(compiled(x), y).backward()
+        assert step == 0 or optimizer._hvd.started
+        optimizer.step()
+    assert torch.allclose(flat(net), joined_reference(3), atol=1e-5)
+
+
+def test_broadcast_optimizer_state():
+    net = model()
+    optimizer = wrap(net, compression=Accordion(interval=2, unit="steps"))
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    assert optimizer.stats.steps == 0
+    hvd.broadcast_parameters(net.state_dict(), root_rank=0)
+    train(net, optimizer, range(5))
+    residual = {k: v.clone() for k, v in optimizer._hvd.residual.items()}
+    if hvd.rank() != 0:
+        optimizer._hvd.memory.clear()
+        optimizer._hvd.controller.accordions[0].regimes.clear()
+        optimizer._hvd.controller.step = 0
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    assert optimizer._hvd.controller.step == 5
+    assert all(torch.equal(residual[k], v) for k, v in optimizer._hvd.residual.items())
+    train(net, optimizer, range(5, 8))
+    assert_ranks_equal(flat(net))
+
+
+def test_lr_drop_makes_all_layers_critical():
+    net = model()
+    optimizer = wrap(net, sgd(net, lr=0.02), compression=Accordion(interval=2, unit="steps", eta=1e6))
+    train(net, optimizer, range(4))
+    assert {r.regime for r in optimizer.compression_report() if r.regime} == {"relaxed"}
+    optimizer.param_groups[0]["lr"] *= 0.1 if hvd.rank() == 0 else 1.0  # rank 0 speaks for all
+    train(net, optimizer, range(4, 5))
+    assert {r.regime for r in optimizer.compression_report() if r.regime} == {"critical"}
+    train(net, optimizer, range(5, 8))
+
+
+def test_a_dropped_optimizer_lets_go_of_its_hooks():
+    net = model()
+    optimizer = wrap(net)
+    train(net, optimizer, range(1))
+    del optimizer
+    loss_of(net, 1).backward()
+    optimizer = wrap(net)
+    train(net, optimizer, range(2))
+    assert_ranks_equal(flat(net))
+
+
+def test_lbfgs():
+    net = model()
+    optimizer = wrap(net, torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3, tolerance_change=0, tolerance_grad=0))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, 0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert_ranks_equal(flat(net))

@@ -1,0 +1,41 @@
+"""The bytes that are counted are those that the kernel sees on the interface (Gloo over loopback)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import hvd_accordion.torch as hvd
+from hvd_accordion import BF16, QSGD, Dense, PowerSGD, RandomK, TopK
+
+SHAPE = (1024, 512)  # 2 MB: messages of all specs are large against Horovod's own
+
+
+def on_the_wire():
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split()[9])  # bytes sent, of all ranks
+    raise RuntimeError("no loopback interface")
+
+
+@pytest.mark.parametrize("spec", [Dense(), BF16(), RandomK(0.3), TopK(0.1), QSGD(7), PowerSGD(64)], ids=str)
+def test_counted_is_sent(spec):
+    weight = torch.nn.Parameter(torch.zeros(SHAPE))
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), [("w", weight)], compression=spec)
+    gradient = torch.randn(SHAPE)
+
+    def step():
+        optimizer.zero_grad()
+        (weight * gradient).sum().backward()
+        optimizer.step()
+
+    step()
+    hvd.barrier()
+    steps, wire, counted = 10, on_the_wire(), optimizer.stats.sent_bytes
+    for _ in range(steps):
+        step()
+    hvd.barrier()
+    wire, counted = (on_the_wire() - wire) / hvd.size(), optimizer.stats.sent_bytes - counted
+    print(f"{spec}: counted {counted / steps:,.0f} bytes a step, on the wire {wire / steps:,.0f}")
+    assert counted == pytest.approx(wire, rel=0.05)
+    assert counted / steps == pytest.approx(spec.bytes_per_step(SHAPE, "float32", hvd.size()))

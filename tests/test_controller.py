@@ -1,0 +1,488 @@
+"""Epochs, windows, levels, totals and what the logger hears, without any framework."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+
+import pytest
+
+from hvd_accordion import Accordion, Dense, PowerSGD, Regime, TopK
+from hvd_accordion import controller as controller_module
+from hvd_accordion.collectives import AllReduce, sent
+from hvd_accordion.controller import Controller
+from hvd_accordion.plan import Layer
+from hvd_accordion.report import CompressionReport, LayerReport, Stats
+
+A, B, SMALL, VECTOR = (
+    Layer("a", (64, 64), "float32"),
+    Layer("b", (128, 64), "float32"),
+    Layer("small", (8, 8), "float32"),
+    Layer("vector", (5000,), "float32"),
+)
+HIGH, LOW = TopK(0.2), TopK(0.01)
+
+
+class Recorder:
+    """A logger that remembers what it was told."""
+
+    def __init__(self):
+        self.epochs, self.windows = [], []
+
+    def start(self, params):
+        pass
+
+    def log_epoch(self, epoch, metrics):
+        self.epochs.append((epoch, dict(metrics)))
+
+    def log_window(self, window, layers):
+        self.windows.append((window, dict(layers)))
+
+
+def accordion(**settings) -> Accordion:
+    return Accordion(HIGH, LOW, **settings)
+
+
+def make(policy, layers=(A, B), **settings) -> Controller:
+    """A controller for two ranks; `policy`: one for all layers, or a dict by name."""
+    if not isinstance(policy, dict):
+        policy = {x.name: policy for x in layers}
+    return Controller(layers, policy, 2, **settings)
+
+
+def step(control: Controller, norms=None, lr=0.1, sent_bytes=0.0) -> list[str]:
+    """One step as an engine takes it. Returns the layers whose norms were due; `norms`: of each, 1 by default."""
+    ended = control.advance(sent_bytes, 0.0)
+    if control.wants_lr:
+        control.observe_lr(lr)
+    if ended:
+        control.end_epoch()
+    return check(control, norms, lr)
+
+
+def check(control: Controller, norms=None, lr=0.1) -> list[str]:
+    due = control.due()
+    if due:
+        control.observe({name: (norms or {}).get(name, 1.0) for name in due}, lr)
+    return due
+
+
+# epochs and windows
+
+
+def test_epochs_end_by_steps_per_epoch():
+    control = make(accordion(interval=2), steps_per_epoch=3)
+    due = [step(control) for _ in range(15)]
+    both = ["a", "b"]
+    assert [i for i, names in enumerate(due) if names] == [2, 8, 14]  # ends of epochs 0, 2, 4
+    assert due[2] == due[8] == both
+    assert (control.step, control.epoch, control.step_of_epoch, control.window) == (15, 5, 0, 3)
+
+
+def test_epochs_end_by_end_epoch():
+    control = make(accordion(interval=2))
+    due = []
+    for steps in (2, 5, 3):  # epochs may differ in length
+        assert not any(step(control) for _ in range(steps))
+        assert control.end_epoch()
+        due.append(check(control))
+    assert due == [["a", "b"], [], ["a", "b"]]
+    assert (control.step, control.epoch) == (10, 3)
+
+
+def test_end_epoch_after_steps_per_epoch_does_not_count_twice():
+    control = make(accordion(interval=1), steps_per_epoch=2)
+    windows = 0
+    for _ in range(3):
+        for _ in range(2):
+            windows += bool(step(control))
+        assert not control.end_epoch()
+        assert not check(control)
+    assert (control.epoch, windows) == (3, 3)
+
+
+def test_end_epoch_cuts_an_epoch_of_steps_per_epoch_short():
+    control = make(accordion(interval=1), steps_per_epoch=4)
+    step(control)
+    assert control.end_epoch()
+    check(control)
+    assert [bool(step(control)) for _ in range(4)] == [False, False, False, True]
+    assert control.epoch == 2
+
+
+def test_end_epoch_without_a_step_is_no_epoch():
+    control = make(accordion(), logger=Recorder())
+    assert not control.end_epoch()
+    assert control.epoch == 0 and control.logger.epochs == []
+
+
+def test_windows_in_steps():
+    control = make(accordion(unit="steps", interval=3))
+    assert [i for i in range(1, 10) if step(control)] == [3, 6, 9]
+    assert control.window == 3
+
+
+def test_levels_follow_the_norms():
+    control = make(accordion(unit="steps", interval=2))
+    assert control.specs() == {"a": HIGH, "b": HIGH}
+    step(control)
+    step(control)
+    assert control.specs() == {"a": HIGH, "b": HIGH}  # nothing to compare with yet
+    step(control)
+    control.changed = False
+    assert step(control, {"a": 1.0, "b": 3.0}) == ["a", "b"]
+    assert control.changed
+    assert control.specs() == {"a": LOW, "b": HIGH}
+    assert (control.regime("a"), control.regime("b")) == (Regime.RELAXED, Regime.CRITICAL)
+
+
+def test_what_is_measured():
+    control = make(accordion(interval=3), steps_per_epoch=2)
+    measured = []
+    for _ in range(8):
+        measured.append(control.measured)
+        step(control)
+    assert measured == [["a", "b"]] * 2 + [[]] * 4 + [["a", "b"]] * 2
+    assert make(accordion(unit="steps", interval=3)).measured == ["a", "b"]
+    assert make(HIGH).measured == []
+
+
+def test_only_layers_that_can_change_are_due():
+    control = make(accordion(unit="steps", interval=1), (A, SMALL, VECTOR))
+    assert step(control) == ["a"]
+    assert control.specs() == {"a": HIGH, "small": Dense(), "vector": Dense()}
+
+
+def test_two_accordions_with_their_own_intervals():
+    policy = {"a": accordion(unit="steps", interval=2), "b": accordion(unit="steps", interval=3, eta=9.0)}
+    control = make(policy)
+    due = [step(control, {"a": 1.0, "b": float(i)}) for i in range(1, 7)]
+    assert due == [[], ["a"], ["b"], ["a"], [], ["a", "b"]]
+    assert control.specs() == {"a": LOW, "b": LOW}  # b: |3 - 6| / 3 < 9
+
+
+def test_steps_and_epochs_side_by_side():
+    control = make({"a": accordion(unit="steps", interval=2), "b": accordion(interval=1)}, steps_per_epoch=3)
+    assert [step(control) for _ in range(6)] == [[], ["a"], ["b"], ["a"], [], ["a", "b"]]
+
+
+def test_one_accordion_for_two_layers_stays_one():
+    shared = accordion()
+    assert len(make({"a": shared, "b": shared}).accordions) == 1
+    assert len(make({"a": accordion(), "b": accordion()}).accordions) == 2
+
+
+def test_windows_without_adaptive_layers_do_not_pile_up():
+    shared = accordion(unit="steps", interval=2)
+    control = make({"small": shared, "a": shared}, (SMALL,))
+    for _ in range(6):
+        assert step(control) == []
+    control.set_layers([SMALL, A])  # unfrozen, say
+    assert control.due() == []  # its own window has only begun
+
+
+def test_a_layer_that_comes_late_is_critical_after_its_first_check():
+    shared = accordion(unit="steps", interval=2)
+    control = make({"small": shared, "a": shared}, (SMALL,))
+    for _ in range(5):
+        step(control)
+    control.set_layers([SMALL, A])
+    assert step(control) == ["a"]
+    assert control.regime("a") is Regime.CRITICAL
+
+
+# the learning rate
+
+
+def test_the_rate_is_wanted_after_the_first_step_of_an_epoch_or_window():
+    def wanted(policy, **settings):
+        control, steps = make(policy, **settings), []
+        for i in range(1, 8):
+            ended = control.advance(0, 0)
+            if control.wants_lr:
+                steps.append(i)
+            if ended:
+                control.end_epoch()
+        return steps
+
+    assert wanted(accordion(), steps_per_epoch=3) == [1, 4, 7]
+    assert wanted(accordion(unit="steps", interval=2)) == [1, 3, 5, 7]
+    assert wanted(HIGH, steps_per_epoch=3) == []
+
+
+def test_a_drop_of_the_rate_between_checks_makes_layers_critical():
+    control = make(accordion(interval=3), steps_per_epoch=2)
+    for _ in range(8):
+        step(control)
+    assert control.specs() == {"a": LOW, "b": LOW}
+    step(control, lr=0.01)
+    assert control.changed and control.specs() == {"a": HIGH, "b": HIGH}
+    while not step(control, lr=0.01):
+        assert control.specs() == {"a": HIGH, "b": HIGH}
+    assert control.specs() == {"a": LOW, "b": LOW}
+
+
+def test_a_drop_reaches_every_accordion():
+    control = make({"a": accordion(unit="steps", interval=1), "b": accordion(unit="steps", interval=1)})
+    step(control)
+    step(control)
+    assert control.specs() == {"a": LOW, "b": LOW}
+    assert control.observe_lr(0.01)
+    assert control.specs() == {"a": HIGH, "b": HIGH}
+    assert not control.observe_lr(0.01)
+
+
+# an Accordion in epochs that never hears of one
+
+
+def test_an_accordion_that_never_hears_of_an_epoch_raises(monkeypatch):
+    monkeypatch.setattr(controller_module, "MAX_STEPS_OF_EPOCH", 5)
+    control = make(accordion())
+    for _ in range(5):
+        step(control)
+    with pytest.raises(ValueError, match=r"steps_per_epoch is None.*end_epoch\(\).*5 steps.*unit=\"steps\""):
+        step(control)
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [(accordion(), {"steps_per_epoch": 100}), (accordion(unit="steps"), {}), (HIGH, {}), (Dense(), {})],
+)
+def test_who_needs_no_epochs_may_go_on_without(policy, settings, monkeypatch):
+    monkeypatch.setattr(controller_module, "MAX_STEPS_OF_EPOCH", 5)
+    control = make(policy, **settings)
+    for _ in range(20):
+        step(control)
+
+
+def test_after_one_end_epoch_later_epochs_may_be_long(monkeypatch):
+    monkeypatch.setattr(controller_module, "MAX_STEPS_OF_EPOCH", 5)
+    control = make(accordion())
+    step(control)
+    control.end_epoch()
+    for _ in range(20):
+        step(control)
+
+
+def warnings_at_the_end_of(control_of_steps, caplog) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hvd_accordion"):
+        control_of_steps()
+        gc.collect()
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_training_without_an_epoch_is_warned_of_when_it_ends(caplog):
+    def silent():
+        control = make(accordion())
+        for _ in range(3):
+            step(control)
+
+    (message,) = warnings_at_the_end_of(silent, caplog)
+    assert "in 3 steps" in message and "steps_per_epoch" in message and "end_epoch()" in message
+
+
+def test_no_warning_where_an_epoch_was_told_or_none_is_needed(caplog):
+    def told():
+        control = make(accordion())
+        step(control)
+        control.end_epoch()
+
+    def in_steps():
+        step(make(accordion(unit="steps")))
+
+    def by_count():
+        step(make(accordion(), steps_per_epoch=10))
+
+    def without_accordion():
+        step(make(HIGH))
+
+    def without_steps():
+        make(accordion())
+
+    for training in (told, in_steps, by_count, without_accordion, without_steps):
+        assert warnings_at_the_end_of(training, caplog) == [], training.__name__
+
+
+# totals
+
+
+def test_totals_of_a_training():
+    control = make(accordion(unit="steps", interval=1))
+    dense = (64 * 64 + 128 * 64) * 4.0  # one rank of two sends each byte once
+    for norms in ({}, {"b": 5.0}, {}):
+        control.advance(1000.0, 0.25)
+        control.observe({"a": 1.0, "b": 1.0} | norms, 0.1)
+    stats = control.stats
+    assert (stats.steps, stats.sent_bytes, stats.dense_bytes, stats.exchange_seconds) == (3, 3000.0, 3 * dense, 0.75)
+    assert stats.ratio == dense / 1000
+    # steps 1 and 2 ran critical; then a was relaxed and b, of two thirds of the bytes, was not
+    assert stats.critical_layers == pytest.approx(2.5)
+    assert stats.critical_bytes == pytest.approx(2 + 2 / 3)
+    assert stats.critical_fraction == pytest.approx(2.5 / 3)
+
+
+def test_totals_where_nothing_adapts():
+    control = make(HIGH)
+    control.advance(10.0, 0.0)
+    assert control.stats.critical_fraction == control.stats.critical_bytes == 0.0
+    assert Stats().ratio == 1.0 and Stats().critical_fraction == 0.0
+
+
+def test_stats_since_an_earlier_moment():
+    early = Stats(2, 100.0, 400.0, 1.0, 2.0, 1.5)
+    late = Stats(6, 150.0, 1400.0, 3.0, 4.0, 2.0)
+    assert late.since(early) == Stats(4, 50.0, 1000.0, 2.0, 2.0, 0.5)
+    assert late.since(early).metrics() == {
+        "sent_bytes": 50.0,
+        "dense_bytes": 1000.0,
+        "compression_ratio": 20.0,
+        "critical_layers": 0.5,
+        "critical_bytes": 0.125,
+        "exchange_seconds": 2.0,
+    }
+    assert late.since(late).metrics()["critical_layers"] == 0.0
+
+
+# the logger
+
+
+def test_the_logger_hears_of_epochs_and_windows():
+    control = make(accordion(interval=1), (A, SMALL), steps_per_epoch=2, logger=Recorder())
+    for i in range(6):
+        step(control, {"a": 2.0}, sent_bytes=10.0 * (i + 1))
+    epochs, windows = control.logger.epochs, control.logger.windows
+    assert [epoch for epoch, _ in epochs] == [0, 1, 2]
+    assert [metrics["sent_bytes"] for _, metrics in epochs] == [30.0, 70.0, 110.0]  # of the epoch alone
+    dense = (64 * 64 + 64) * 4.0
+    assert [metrics["dense_bytes"] for _, metrics in epochs] == [2 * dense] * 3
+    assert [metrics["critical_layers"] for _, metrics in epochs] == [1.0, 1.0, 0.0]
+    assert [window for window, _ in windows] == [0, 1, 2]
+    assert all(list(layers) == ["a"] for _, layers in windows)
+    first, second = windows[0][1]["a"], windows[1][1]["a"]
+    assert (first.norm, first.ratio, first.regime, first.spec) == (2.0, None, "critical", str(HIGH))
+    assert (second.norm, second.ratio, second.regime, second.spec) == (2.0, 0.0, "relaxed", str(LOW))
+    assert first.bytes_per_step == 820 * 8 and second.bytes_per_step == 41 * 8  # ceil(k d) values and indices
+
+
+def test_no_window_is_logged_where_nothing_adapts():
+    control = make(HIGH, steps_per_epoch=1, logger=Recorder())
+    step(control)
+    assert len(control.logger.epochs) == 1 and control.logger.windows == []
+
+
+def test_two_accordions_due_at_once_are_one_window():
+    control = make(
+        {"a": accordion(unit="steps", interval=1), "b": accordion(unit="steps", interval=2)}, logger=Recorder()
+    )
+    step(control)
+    step(control)
+    assert [list(layers) for _, layers in control.logger.windows] == [["a"], ["a", "b"]]
+
+
+# the user's Accordion, start_after, state
+
+
+def test_the_users_accordion_stays_untouched():
+    mine = accordion(unit="steps", interval=1)
+    first, second = make(mine), make(mine)
+    step(first)
+    step(first)
+    assert first.specs()["a"] == LOW
+    assert mine.state_dict() == accordion().state_dict() and mine.spec("a") == HIGH
+    assert second.specs()["a"] == HIGH  # nor do two trainings share it
+
+
+def test_power_sgd_begins_at_its_step():
+    control = make(PowerSGD(4, start_after=2), steps_per_epoch=10)
+    seen = []
+    for _ in range(4):
+        seen.append((control.specs()["a"], control.changed))
+        control.changed = False
+        step(control)
+    assert [spec.lossy for spec, _ in seen] == [False, False, True, True]
+    assert [changed for _, changed in seen] == [True, False, True, False]
+
+
+def test_state_goes_through_json_and_goes_on_alike():
+    def fresh():
+        policy = {"a": accordion(unit="steps", interval=2), "b": accordion(interval=1)}
+        return make(policy, steps_per_epoch=3, logger=Recorder())
+
+    def go_on(control):
+        return [(step(control, {"a": 1.0 + i, "b": 2.0}, sent_bytes=5.0), control.specs()) for i in range(5)]
+
+    control = fresh()
+    for i in range(7):
+        step(control, {"a": 1.0, "b": 1.0 + i}, sent_bytes=3.0)
+    loaded = fresh()
+    loaded.changed = False
+    loaded.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    assert loaded.changed and loaded.state_dict() == control.state_dict()
+    assert (loaded.specs(), loaded.measured, loaded.stats) == (control.specs(), control.measured, control.stats)
+    assert go_on(loaded) == go_on(control)
+    assert loaded.state_dict() == control.state_dict()
+    assert loaded.logger.epochs == control.logger.epochs[2:]
+
+
+def test_state_of_another_number_of_accordions_is_refused():
+    state = make(accordion()).state_dict()
+    with pytest.raises(ValueError, match="1 Accordions, compression has 2"):
+        make({"a": accordion(), "b": accordion()}).load_state_dict(state)
+
+
+def test_a_loaded_training_that_had_epochs_is_not_warned_of(caplog):
+    def resumed():
+        before = make(accordion())
+        step(before)
+        before.end_epoch()
+        after = make(accordion())
+        after.load_state_dict(before.state_dict())
+        step(after)
+
+    assert warnings_at_the_end_of(resumed, caplog) == []
+
+
+# reports
+
+
+def test_report_rows_and_table():
+    control = make(accordion(unit="steps", interval=1), (A, SMALL, VECTOR))
+    step(control)
+    step(control)
+    row_bytes = {name: spec.bytes_per_step(control.layers[name].shape, "float32", 2) for name, spec in control.specs().items()}
+    report = control.report(row_bytes)
+    total = 41 * 8 + 64 * 4 + 5000 * 4
+    assert list(report) == [
+        LayerReport("a", (64, 64), "TopK(ratio=0.01)", "relaxed", 41 * 8.0, 16384.0, 41 * 8 / total),
+        LayerReport("small", (8, 8), "Dense()", None, 256.0, 256.0, 256 / total),
+        LayerReport("vector", (5000,), "Dense()", None, 20000.0, 20000.0, 20000 / total),
+    ]
+    assert (len(report), report[0].name, report.sent_bytes, report.dense_bytes) == (3, "a", total, 36640.0)
+    assert sum(row.share for row in report) == pytest.approx(1.0)
+    lines = str(report).splitlines()
+    assert [line.split() for line in lines] == [
+        ["layer", "shape", "compression", "regime", "bytes", "a", "step", "dense", "share"],
+        ["a", "64x64", "TopK(ratio=0.01)", "relaxed", "328", "16,384", "1.6%"],
+        ["small", "8x8", "Dense()", "-", "256", "256", "1.2%"],
+        ["vector", "5000", "Dense()", "-", "20,000", "20,000", "97.2%"],
+        ["total", "1.8x", "less", "20,584", "36,640"],
+    ]
+    assert len({len(line) for line in lines}) == 1  # columns are aligned
+
+
+def test_a_report_of_nothing_sent():
+    report = make(HIGH).report({"a": 0.0, "b": 0.0})
+    assert [row.share for row in report] == [0.0, 0.0]
+    assert "1.0x less" in str(report)
+    assert str(CompressionReport()).splitlines()[0].startswith("layer")
+
+
+def test_a_scalar_is_printed_as_one():
+    assert "scalar" in str(CompressionReport((LayerReport("s", (), "Dense()", None, 4.0, 4.0, 1.0),)))
+
+
+def test_dense_bytes_are_those_of_an_allreduce():
+    control = Controller((A,), {"a": HIGH}, 4)
+    assert control.dense_bytes == sent(AllReduce, 64 * 64 * 4, 4) == 1.5 * 64 * 64 * 4
