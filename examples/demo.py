@@ -74,8 +74,8 @@ def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[s
     history, log = OUT / f"{stem}.json", OUT / f"{stem}.log"
     command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), sys.executable, str(SCRIPT), *arguments]
     command += ["--history", str(history), "--mlflow-uri", MLFLOW_URI, "--run-name", name]
-    late = threading.Event()
-    with open(log, "wb+") as file:
+    begin = time.monotonic()
+    with open(log, "wb") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[s
             cwd=ROOT,
             start_new_session=True,
         )
-        timer = threading.Timer(timeout, lambda: (late.set(), stop(process)))
+        timer = threading.Timer(timeout, stop, [process])
         timer.start()
         try:
             show(process.stderr, file)
@@ -96,27 +96,23 @@ def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[s
     lines = [TAG.sub("", line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     found = [line for line in lines if line.startswith('{"accuracy"')]
     if code or not found:
-        why = f"took longer than {timeout:g} s" if late.is_set() else f"ended with exit status {code}"
+        why = f"took longer than {timeout:g} s" if time.monotonic() - begin >= timeout else f"ended with exit status {code}"
         sys.exit("\n".join([*lines[-30:], f"demo: the training {name!r} {why}; all of its output: {log}"]))
     return {"command": command[1:], **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
 
 
 def show(stream: Any, log: Any) -> None:
-    """Passes progress bars through to the terminal, one line that renews itself; the rest goes into the log."""
-    live = sys.stderr.isatty()
-    last = shown = ""
+    """Passes stderr on without its tags: the progress bar in one line that renews itself, or its end where none looks."""
+    live, bar = sys.stderr.isatty(), ""
     for line in lines_of(stream):
-        if not BAR.search(line):
+        if BAR.search(line):
+            bar = line
+            sys.stderr.write(f"\r{bar}" if live else "")
+        else:
             os.write(log.fileno(), line.encode() + b"\n")
-            continue
-        last = line
-        if live:
-            sys.stderr.write(f"\r{line}")
-            sys.stderr.flush()
-            shown = line
-    if last:
-        sys.stderr.write("\n" if live and shown == last else f"{last}\n")
+            sys.stderr.write(f"\n{line}\n" if live and bar else f"{line}\n")
         sys.stderr.flush()
+    sys.stderr.write("\n" if live else f"{bar}\n" if bar else "")
 
 
 def lines_of(stream: Any) -> Iterator[str]:
@@ -179,9 +175,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
 
 def mlflow_experiment() -> tuple[Any, str]:
     """MLflow's client and the experiment of all runs; makes the database before two processes might."""
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 

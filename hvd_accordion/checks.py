@@ -12,12 +12,15 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     allowed = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return int(value)
+    return number
 
 
-def real(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = True, open_high: bool = False) -> float:
+def real(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = True, open_high: bool = False
+) -> float:
     """`value` as a finite float between `low` and `high`. TypeError if it is no number, ValueError if out of range."""
     right = ")" if open_high or high == math.inf else "]"
     allowed = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{right}"

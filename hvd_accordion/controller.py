@@ -162,7 +162,8 @@ class Controller:
     def wants_lr(self) -> bool:
         """Whether the step that just ended was the first of an epoch or window: the time to see a drop of the rate."""
         return any(
-            (self.step_of_epoch == 1 if a.unit == "epochs" else (self.step - 1) % a.interval == 0) for a in self.accordions
+            (self.step_of_epoch == 1 if a.unit == "epochs" else (self.step - 1) % a.interval == 0)
+            for a in self.accordions
         )
 
     def observe(self, norms: Mapping[str, float], lr: float) -> None:
@@ -172,7 +173,10 @@ class Controller:
             mine = {name: norm for name, norm in norms.items() if self.policy[name] is accordion}
             accordion.observe(mine, lr)
             for name, norm in mine.items():
-                layer, spec = self.layers[name], level(self.layers[name], accordion, self.step, self.world_size, self.min_numel)
+                layer, spec = (
+                    self.layers[name],
+                    level(self.layers[name], accordion, self.step, self.world_size, self.min_numel),
+                )
                 nbytes = spec.bytes_per_step(layer.shape, layer.dtype, self.world_size)
                 ratio = accordion.ratios.get(name)
                 records[name] = LayerRecord(norm, ratio, str(accordion.regime(name)), str(spec), round(nbytes))

@@ -102,7 +102,7 @@ def adaptive(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN
 
 
 def buckets(layers: Sequence[Layer], limit: int = BUCKET_BYTES) -> list[list[Layer]]:
-    """The layers cut into runs of at most `limit` bytes, the last layer first: the order in which backward gives gradients."""
+    """The layers cut into runs of at most `limit` bytes, the last layer first: the order in which backward ends them."""
     runs: list[list[Layer]] = []
     filled = 0
     for layer in reversed(layers):

@@ -90,12 +90,22 @@ class CompressionReport(Sequence[LayerReport]):
         for r in self.layers:
             shape = "x".join(map(str, r.shape)) or "scalar"
             rows.append(
-                (r.name, shape, r.spec, r.regime or "-", f"{r.sent_bytes:,.0f}", f"{r.dense_bytes:,.0f}", f"{r.share:.1%}")
+                (
+                    r.name,
+                    shape,
+                    r.spec,
+                    r.regime or "-",
+                    f"{r.sent_bytes:,.0f}",
+                    f"{r.dense_bytes:,.0f}",
+                    f"{r.share:.1%}",
+                )
             )
         less = self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
         rows.append(("total", "", f"{less:.1f}x less", "", f"{self.sent_bytes:,.0f}", f"{self.dense_bytes:,.0f}", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
-            "  ".join(cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         )

@@ -58,7 +58,15 @@ def test_the_rule_is_relative_change_against_eta(first, second, eta):
 
 def test_change_is_infinite_where_it_has_no_meaning():
     assert change(2.0, 3.0) == 0.5
-    for previous, now in [(0, 1), (0, 0), (math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf), (math.inf, math.inf)]:
+    for previous, now in [
+        (0, 1),
+        (0, 0),
+        (math.nan, 1),
+        (1, math.nan),
+        (math.inf, 1),
+        (1, math.inf),
+        (math.inf, math.inf),
+    ]:
         assert change(previous, now) == math.inf
 
 
@@ -116,7 +124,9 @@ def relaxed(**settings) -> Accordion:
     return accordion
 
 
-@pytest.mark.parametrize(("lr", "dropped"), [(0.1, False), (0.2, False), (0.051, False), (0.05, True), (0.01, True), (0.0, True)])
+@pytest.mark.parametrize(
+    ("lr", "dropped"), [(0.1, False), (0.2, False), (0.051, False), (0.05, True), (0.01, True), (0.0, True)]
+)
 def test_half_the_rate_of_the_last_check_makes_all_layers_critical(lr, dropped):
     accordion = relaxed()
     assert accordion.observe_lr(lr) is dropped

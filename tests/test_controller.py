@@ -451,7 +451,9 @@ def test_report_rows_and_table():
     control = make(accordion(unit="steps", interval=1), (A, SMALL, VECTOR))
     step(control)
     step(control)
-    row_bytes = {name: spec.bytes_per_step(control.layers[name].shape, "float32", 2) for name, spec in control.specs().items()}
+    row_bytes = {
+        name: spec.bytes_per_step(control.layers[name].shape, "float32", 2) for name, spec in control.specs().items()
+    }
     report = control.report(row_bytes)
     total = 41 * 8 + 64 * 4 + 5000 * 4
     assert list(report) == [

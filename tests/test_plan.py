@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,12 @@ def names(runs) -> list[list[str]]:
 
 def test_a_layers_size():
     assert layer(shape=(3, 4, 5)).numel == 60
-    assert [layer(shape=(10,), dtype=d).nbytes for d in ("float16", "bfloat16", "float32", "float64")] == [20, 20, 40, 80]
+    assert [layer(shape=(10,), dtype=d).nbytes for d in ("float16", "bfloat16", "float32", "float64")] == [
+        20,
+        20,
+        40,
+        80,
+    ]
     assert layer(shape=()).numel == 1
 
 
@@ -208,7 +215,7 @@ def test_split_is_nearly_equal(count, parts):
     runs = split(layers(count), parts)
     assert [x for run in runs for x in run] == layers(count)[::-1]
     assert len(runs) == min(parts, count)
-    assert all(len(a) - len(b) in (0, 1) for a, b in zip(runs, runs[1:], strict=False))
+    assert all(len(a) - len(b) in (0, 1) for a, b in pairwise(runs))
 
 
 def test_a_group_has_one_spec_dtype_device_and_kind_of_feedback():
@@ -256,7 +263,9 @@ def test_group_names_are_unique_and_the_same_in_every_process():
     assert grouped([run, run[:2]], specs, carried={"e"}) == groups
 
 
-spec_strategy = st.sampled_from([Dense(), TopK(0.1), TopK(0.2), PowerSGD(1), PowerSGD(1, error_feedback=False), QSGD(7)])
+spec_strategy = st.sampled_from(
+    [Dense(), TopK(0.1), TopK(0.2), PowerSGD(1), PowerSGD(1, error_feedback=False), QSGD(7)]
+)
 kind_strategy = st.tuples(spec_strategy, st.sampled_from(["float32", "float64"]), st.booleans())
 
 

@@ -17,7 +17,7 @@ Memory = dict[str, Tensor]  # what a spec keeps of one layer from step to step, 
 
 
 def dtype_name(dtype: Any) -> str:
-    """"float32" from "float32", numpy.float32, torch.float32, tf.float32. ValueError for anything else than a float."""
+    """ "float32" from "float32", numpy.float32, torch.float32, tf.float32. ValueError for anything else than a float."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     name = name.rsplit(".", 1)[-1]
     if name not in ITEMSIZE:
@@ -69,7 +69,9 @@ class CompressionSpec:
 
     def __str__(self) -> str:
         """PowerSGD(rank=4): the first argument, and whatever else differs from its default."""
-        own = [f for f in fields(self) if f.name != "error_feedback"] + [f for f in fields(self) if f.name == "error_feedback"]
+        own = [f for f in fields(self) if f.name != "error_feedback"] + [
+            f for f in fields(self) if f.name == "error_feedback"
+        ]
         shown = [f for i, f in enumerate(own) if getattr(self, f.name) != f.default or (i == 0 and len(own) > 1)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 

@@ -88,7 +88,8 @@ class QSGD(CompressionSpec):
 
     @property
     def omega(self) -> float:
-        """Variance: (sqrt(1 + (b-1)/s^2) - 1)/2 at max norm (tight: one large value, the rest alike); min(b/s^2, sqrt(b)/s) at l2."""
+        """Variance. At max norm (sqrt(1 + (b-1)/s^2) - 1)/2, tight: one large value, the rest alike. At l2 (the paper's
+        Lemma 3.1) min(b/s^2, sqrt(b)/s)."""
         b, s = self.bucket_size, self.levels
         if self.norm == "max":
             return (math.sqrt(1 + (b - 1) / s**2) - 1) / 2

@@ -18,5 +18,5 @@ for _name in dir(_horovod):
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer  # noqa: E402
 from hvd_accordion.torch.state import broadcast_optimizer_state  # noqa: E402
 
-__all__ = [_name for _name in dir(_horovod) if not _name.startswith("_")]  # noqa: PLE0605
+__all__ = [_name for _name in dir(_horovod) if not _name.startswith("_")]
 __all__ += ["DistributedOptimizer", "broadcast_optimizer_state"]

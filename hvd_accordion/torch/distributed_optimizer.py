@@ -28,7 +28,7 @@ STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
 _serial = itertools.count()  # tells the optimizers of one process apart, alike on all ranks
 
 
-def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
     compression: Compression | type[Compressor] = None,
@@ -72,7 +72,9 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
     if hasattr(optimizer, "_hvd"):
-        raise ValueError("optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from")
+        raise ValueError(
+            "optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from"
+        )
     wrapped = _take_over(optimizer)
     if wrapped is not None:
         optimizer, theirs = wrapped
@@ -111,7 +113,9 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         backward_passes_per_step, op, gradient_predivide_factor, groups, sparse_as_dense, process_set, seed
     )
     if process_set.included():
-        described = _described(params, policy if not plain else str(compression), settings, steps_per_epoch, min_compress_numel)
+        described = _described(
+            params, policy if not plain else str(compression), settings, steps_per_epoch, min_compress_numel
+        )
         require_equal(described, prefix, process_set)
     if not process_set.included() or process_set.rank() != 0:
         logger = None
@@ -167,7 +171,15 @@ def _take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer,
     base = type(optimizer).__bases__[0]
     inner = base.__new__(base)
     inner.__dict__.update(optimizer.__dict__)
-    for own in ("_parameter_names", "_compression", "_handles", "_grad_accs", "_requires_update", "_allreduce_delay", "step"):
+    for own in (
+        "_parameter_names",
+        "_compression",
+        "_handles",
+        "_grad_accs",
+        "_requires_update",
+        "_allreduce_delay",
+        "step",
+    ):
         inner.__dict__.pop(own, None)
     return inner, theirs
 
@@ -206,7 +218,12 @@ def _described(
 
 
 def _logged(
-    optimizer: Any, compression: Any, policy: Mapping[str, Any], settings: Settings, size: int, steps_per_epoch: int | None
+    optimizer: Any,
+    compression: Any,
+    policy: Mapping[str, Any],
+    settings: Settings,
+    size: int,
+    steps_per_epoch: int | None,
 ) -> dict[str, object]:
     """The parameters of a run, for the logger."""
     logged: dict[str, object] = {

@@ -62,7 +62,13 @@ class Engine:
         lr: Callable[[], float],
         prefix: str,
     ) -> None:
-        self.params, self.controller, self.settings, self.lr, self.prefix = dict(params), controller, settings, lr, prefix
+        self.params, self.controller, self.settings, self.lr, self.prefix = (
+            dict(params),
+            controller,
+            settings,
+            lr,
+            prefix,
+        )
         self.process_set = settings.process_set
         self.active = self.process_set.included()
         self.size = self.process_set.size() if self.active else 1
@@ -378,9 +384,7 @@ def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: l
     Raises ValueError where a name stands twice or a parameter has none.
     """
     if parameters is None:
-        return {
-            f"allreduce.noname.{i}.{j}": p for i, group in enumerate(groups) for j, p in enumerate(group["params"])
-        }
+        return {f"allreduce.noname.{i}.{j}": p for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
     pairs = list(parameters)
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise ValueError(

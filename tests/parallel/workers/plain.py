@@ -11,7 +11,9 @@ import hvd_accordion.torch as hvd
 def trained(factory, passes=1, plain_sgd=False, **options):
     net = model()
     optimizer = sgd(net, momentum=0.0 if plain_sgd else 0.9)
-    optimizer = factory.DistributedOptimizer(optimizer, net.named_parameters(), backward_passes_per_step=passes, **options)
+    optimizer = factory.DistributedOptimizer(
+        optimizer, net.named_parameters(), backward_passes_per_step=passes, **options
+    )
     train(net, optimizer, range(20), passes)
     return flat(net), optimizer
 

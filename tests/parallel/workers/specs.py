@@ -77,7 +77,12 @@ def test_equals_the_simulated_cluster(name):
             contexts = [Context(names, "float32", step, 0, r, n) for r in range(n)]
             rounds = [
                 exchange(
-                    spec, ops, [grads[r][k] for k in names], residual[r] if spec.error_feedback else None, memory[r], contexts[r]
+                    spec,
+                    ops,
+                    [grads[r][k] for k in names],
+                    residual[r] if spec.error_feedback else None,
+                    memory[r],
+                    contexts[r],
                 )
                 for r in range(n)
             ]

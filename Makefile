@@ -1,0 +1,35 @@
+# Each target does the set-up that it needs; the first run takes about 8 minutes, of which Horovod's build is 4.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help setup demo ui test lint bench clean
+
+help:             ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
+
+$(STAMP): setup.cfg docker/constraints.txt docker/setup.sh docker/build_horovod.sh
+	bash docker/setup.sh $(VENV)
+	@touch $@
+
+setup: $(STAMP)   ## system packages, virtual environment, Horovod for today's torch and TensorFlow
+
+demo: $(STAMP)    ## five trainings on two ranks: table, picture (build/demo/) and MLflow run
+	$(BIN)/python examples/demo.py
+
+ui: $(STAMP)      ## MLflow's page on the runs of the demo
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+test: $(STAMP)    ## all tests, on simulated and real ranks
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)    ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)   ## step time against Horovod's own optimizer, two ranks, unshaped link
+	$(BIN)/python examples/benchmarks/overhead.py
+
+clean:            ## everything made here, but not the cached Horovod wheel
+	rm -rf $(VENV) build dist *.egg-info mlflow.db mlruns mlartifacts
