@@ -70,9 +70,7 @@ class Engine:
             prefix,
         )
         self.process_set = settings.process_set
-        self.active = self.process_set.included()
-        self.size = self.process_set.size() if self.active else 1
-        self.rank = self.process_set.rank() if self.active else 0
+        self._join()
         self.driver = Driver(prefix, self.process_set, settings.gradient_predivide_factor)
         self.residual: dict[str, torch.Tensor] = {}
         self.memory: dict[str, Memory] = {}
@@ -85,6 +83,13 @@ class Engine:
         self.synchronized = False  # by the user, with no backward pass since
         self._hooks: dict[str, Any] = {}
         self._replan()
+
+    def _join(self) -> None:
+        """Its place among the ranks, which elastic training may change between two loads of state."""
+        self.active = self.process_set.included()
+        self.size = self.process_set.size() if self.active else 1
+        self.rank = self.process_set.rank() if self.active else 0
+        self.controller.world_size = self.size
 
     # plan: which layers, in which groups
 
@@ -350,6 +355,7 @@ class Engine:
         unknown = sorted({name for part in tensors for name in state[part]} - self.params.keys())
         if unknown:
             raise ValueError(f"state_dict holds compression state of unknown parameters: {', '.join(unknown)}")
+        self._join()
         self.controller.load_state_dict(state["controller"])
 
         def own(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,10 @@ def test_checkpoint(tmp_path):
     worker("checkpoint_resume", ranks=2, CHECKPOINTS=str(tmp_path))
 
 
+def test_logging(tmp_path):
+    worker("logging_run", ranks=2, LOGS=str(tmp_path))
+
+
 def test_traffic():
     worker("traffic", ranks=2, transport="gloo")
 
