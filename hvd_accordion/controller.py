@@ -17,8 +17,8 @@ from hvd_accordion.accordion import Accordion, Regime
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.compression.base import dense_bytes
 from hvd_accordion.plan import MIN_NUMEL, Layer, Policy, adaptive, level
+from hvd_accordion.records import LayerRecord
 from hvd_accordion.report import CompressionReport, LayerReport, Stats
-from hvd_accordion.tracking import LayerRecord
 
 log = logging.getLogger("hvd_accordion")
 

@@ -8,130 +8,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import logging
-import math
 import os
 import queue
-import re
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from hvd_accordion import checks
+from hvd_accordion.records import LayerRecord, MetricValue, layer_metrics, metric_key, metric_values, save_artifacts
 
 log = logging.getLogger("hvd_accordion")
 
 QUEUE_LIMIT = 10_000  # log calls waiting for the server; more are dropped
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, limits of MLflow
-MAX_PARAM_LENGTH, MAX_KEY_LENGTH = 6000, 250
+MAX_PARAM_LENGTH = 6000
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 MISSING = "MLflowLogger needs mlflow: pip install hvd_accordion[mlflow]"
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What one layer did in one detection window."""
-
-    norm: float  # of the accumulated gradient
-    ratio: float | None  # relative change of the norm, None where there is nothing to compare with
-    regime: str  # "critical" or "relaxed"
-    spec: str  # the compression in use
-    bytes_per_step: int  # sent by each rank
-
-
-class _Value(NamedTuple):
-    """One metric value, in the order of mlflow.entities.Metric."""
-
-    key: str
-    value: float
-    timestamp: int
-    step: int
-
-
-def metric_key(name: str, limit: int = MAX_KEY_LENGTH) -> str:
-    """`name` in the characters and length that MLflow takes; other characters become underscores."""
-    parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
-    # MLflow refuses keys that change as a path: no empty, "." or ".." parts
-    key = "/".join("__" if part == ".." else part for part in parts if part not in ("", ".")) or "_"
-    if len(key) <= limit:
-        return key
-    half = (limit - 1) // 2  # long names differ at either end
-    return metric_key(f"{key[:half]}_{key[-half:]}", limit)
-
-
-def metric_values(metrics: Mapping[str, Any], step: int, timestamp: int) -> tuple[list[_Value], list[str]]:
-    """Values ready to be logged, and a complaint for each one that is no number.
-
-    Infinity becomes NaN: MLflow's database would store 1.8e308, which flattens every chart it is in.
-    """
-    values, bad = [], []
-    for name, raw in metrics.items():
-        try:
-            value, at = float(raw), int(step)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
-            got = f"{raw!r:.80} at step {step!r:.80}"
-            bad.append(f"metric {name!r} must be a number at an integer step, got {got}")
-            continue
-        value = value if math.isfinite(value) else math.nan
-        values.append(_Value(metric_key(str(name)), value, timestamp, at))
-    return values, bad
-
-
-def layer_metrics(layers: Mapping[str, LayerRecord]) -> dict[str, float]:
-    """`layer/<name>/norm`, `/ratio` and `/critical` for each layer."""
-    metrics = {}
-    for name, record in layers.items():
-        prefix = "layer/" + metric_key(name, MAX_KEY_LENGTH - len("layer//critical"))
-        metrics[f"{prefix}/norm"] = record.norm
-        if record.ratio is not None:
-            metrics[f"{prefix}/ratio"] = record.ratio
-        metrics[f"{prefix}/critical"] = float(record.regime == "critical")
-    return metrics
-
-
-def windows_json(windows: Mapping[int, Mapping[str, LayerRecord]]) -> str:
-    """All windows as strict JSON: NaN and Inf as the strings "nan" and "inf"."""
-
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    rows = []
-    for window, layers in sorted(windows.items()):
-        plain_layers = {n: {k: plain(v) for k, v in asdict(record).items()} for n, record in layers.items()}
-        rows.append({"window": window, "layers": plain_layers})
-    return json.dumps(rows, indent=1, default=float)
-
-
-def save_artifacts(
-    folder: str, epochs: Mapping[int, tuple[float, float]], windows: Mapping[int, Mapping[str, LayerRecord]]
-) -> Iterator[str]:
-    """Write the artifacts that there are data for, one by one, and yield their paths."""
-    if windows:
-        path = os.path.join(folder, "regimes.json")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(windows_json(windows))
-        yield path
-    if not epochs and not any(windows.values()):
-        return
-    from hvd_accordion import figures
-
-    if epochs:
-        steps = sorted(epochs)
-        sent, dense = ([epochs[step][i] / 1e6 for step in steps] for i in (0, 1))
-        path = os.path.join(folder, "compression.png")
-        figures.sent_figure(steps, sent, dense).savefig(path, dpi=120)
-        yield path
-    if any(windows.values()):
-        steps = sorted(windows)
-        regimes = [{name: str(record.regime) for name, record in windows[step].items()} for step in steps]
-        path = os.path.join(folder, "regimes.png")
-        figures.regimes_figure(regimes, [str(step) for step in steps]).savefig(path, dpi=120)
-        yield path
 
 
 class MLflowLogger:
@@ -335,9 +231,9 @@ class MLflowLogger:
             return False
         return True
 
-    def _take(self) -> tuple[list[_Value], dict[str, str], str | None]:
+    def _take(self) -> tuple[list[MetricValue], dict[str, str], str | None]:
         """Wait for a record, then take all that are queued up to about one request of metrics."""
-        values: list[_Value] = []
+        values: list[MetricValue] = []
         params: dict[str, str] = {}
         kind, payload = self._queue.get()
         while True:
@@ -389,7 +285,7 @@ class MLflowLogger:
             self._client.log_batch(self._run_id, params=fresh[start : start + MAX_PARAMS], synchronous=True)
         self._delivered += len(params)
 
-    def _send_metrics(self, values: Sequence[_Value]) -> None:
+    def _send_metrics(self, values: Sequence[MetricValue]) -> None:
         from mlflow.entities import Metric
 
         self._client.log_batch(self._run_id, metrics=[Metric(*value) for value in values], synchronous=True)

@@ -17,18 +17,11 @@ from pathlib import Path
 import pytest
 
 from hvd_accordion import tracking
-from hvd_accordion.tracking import (
-    LayerRecord,
-    MLflowLogger,
-    layer_metrics,
-    metric_key,
-    metric_values,
-    windows_json,
-)
+from hvd_accordion.records import LayerRecord, layer_metrics, metric_key, metric_values, windows_json
+from hvd_accordion.tracking import MLflowLogger
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-mlflow = pytest.importorskip("mlflow")
-pytest.importorskip("matplotlib")
+import mlflow
 
 DEAD = "http://127.0.0.1:9"  # a port that nobody listens on
 # MLflow itself calls deprecated functions of SQLAlchemy
@@ -223,9 +216,7 @@ def test_with_block(uri, client):
     assert client.get_run(bad.run_id).info.status == "FAILED"
 
 
-@pytest.mark.parametrize(
-    ("last", "status", "code"), [("", "FINISHED", 0), ("raise RuntimeError('boom')", "FAILED", 1)]
-)
+@pytest.mark.parametrize(("last", "status", "code"), [("", "FINISHED", 0), ("raise RuntimeError('boom')", "FAILED", 1)])
 def test_end_of_python_ends_the_run(uri, client, tmp_path, last, status, code):
     script = f"""
 from hvd_accordion.tracking import MLflowLogger

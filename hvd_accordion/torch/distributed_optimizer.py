@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import horovod.torch as hvd
@@ -15,13 +14,22 @@ import torch
 from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
 
 from hvd_accordion import checks
-from hvd_accordion.accordion import Accordion
 from hvd_accordion.compression import FP16, CompressionSpec, Dense
 from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.torch.agreement import require_equal
-from hvd_accordion.torch.engine import Engine, Settings, layer_of, named
+from hvd_accordion.torch.configuration import (
+    Settings,
+    check_groups,
+    described,
+    is_horovods,
+    layer_of,
+    logged,
+    named,
+    take_over,
+)
+from hvd_accordion.torch.engine import Engine
 from hvd_accordion.torch.plain import PlainEngine
 
 STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
@@ -75,7 +83,7 @@ def DistributedOptimizer(
         raise ValueError(
             "optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from"
         )
-    wrapped = _take_over(optimizer)
+    wrapped = take_over(optimizer)
     if wrapped is not None:
         optimizer, theirs = wrapped
         named_parameters = theirs["named_parameters"] if named_parameters is None else named_parameters
@@ -98,10 +106,10 @@ def DistributedOptimizer(
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
-    _check_groups(groups)
+    check_groups(groups)
 
     params = named(named_parameters, optimizer.param_groups)
-    plain = compression is None or isinstance(compression, Compressor) or _is_horovods(compression)
+    plain = compression is None or isinstance(compression, Compressor) or is_horovods(compression)
     policy = assign(None if plain else compression, list(params))  # type: ignore[arg-type]
     if op not in (hvd.Average, hvd.Sum) and not plain:
         raise ValueError(
@@ -113,10 +121,10 @@ def DistributedOptimizer(
         backward_passes_per_step, op, gradient_predivide_factor, groups, sparse_as_dense, process_set, seed
     )
     if process_set.included():
-        described = _described(
+        texts = described(
             params, policy if not plain else str(compression), settings, steps_per_epoch, min_compress_numel
         )
-        require_equal(described, prefix, process_set)
+        require_equal(texts, prefix, process_set)
     if not process_set.included() or process_set.rank() != 0:
         logger = None
     size = process_set.size() if process_set.included() else 1
@@ -127,121 +135,8 @@ def DistributedOptimizer(
     else:
         result = _compressed(optimizer, params, compression, settings, controller, prefix)  # type: ignore[arg-type]
     if logger is not None:
-        logger.start(_logged(result, compression, policy, settings, size, steps_per_epoch))
+        logger.start(logged(result, compression, policy, settings, size, steps_per_epoch))
     return result
-
-
-def _is_horovods(compression: Any) -> bool:
-    return isinstance(compression, type) and issubclass(compression, Compressor)
-
-
-def _check_groups(groups: Any) -> None:
-    if groups is None:
-        return
-    if not isinstance(groups, list):
-        checks.integer("groups", groups, 0)
-        return
-    members = [p for group in groups for p in group]
-    if any(not isinstance(p, torch.Tensor) for p in members):
-        raise ValueError("groups must consist of torch.Tensor.")
-    if len({id(p) for p in members}) != len(members):
-        raise ValueError("A parameter can only appear once in groups.")
-
-
-def _take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
-    """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none.
-
-    Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those.
-    """
-    if type(optimizer).__module__ != hvd.DistributedOptimizer.__module__ or not hasattr(optimizer, "_parameter_names"):
-        return None
-    if optimizer._handles:
-        raise ValueError("optimizer is in the middle of a step: wrap it before backward() or after step()")
-    theirs = {
-        "named_parameters": [(name, p) for p, name in optimizer._parameter_names.items()],
-        "compression": optimizer._compression,
-        "backward_passes_per_step": optimizer.backward_passes_per_step,
-        "op": getattr(optimizer, "op", hvd.Adasum),
-        "gradient_predivide_factor": getattr(optimizer, "gradient_predivide_factor", 1.0),
-        "groups": getattr(optimizer, "_groups", None),
-        "sparse_as_dense": getattr(optimizer, "sparse_as_dense", False),
-        "process_set": getattr(optimizer, "process_set", hvd.global_process_set),
-    }
-    optimizer._grad_accs.clear()
-    base = type(optimizer).__bases__[0]
-    inner = base.__new__(base)
-    inner.__dict__.update(optimizer.__dict__)
-    for own in (
-        "_parameter_names",
-        "_compression",
-        "_handles",
-        "_grad_accs",
-        "_requires_update",
-        "_allreduce_delay",
-        "step",
-    ):
-        inner.__dict__.pop(own, None)
-    return inner, theirs
-
-
-def _described(
-    params: Mapping[str, torch.nn.Parameter],
-    policy: Mapping[str, Any] | str,
-    settings: Settings,
-    steps_per_epoch: int | None,
-    min_numel: int,
-) -> dict[str, str]:
-    """Everything in which ranks must agree, as text."""
-    order = {id(p): name for name, p in params.items()}
-    groups = settings.groups
-    if isinstance(groups, list):
-        groups = [[order.get(id(p), "?") for p in group] for group in groups]  # type: ignore[misc]
-    described = {
-        "versions": f"hvd_accordion {version('hvd_accordion')}, horovod {version('horovod')}, torch {torch.__version__}",
-        "number of parameters": str(len(params)),
-        "op": str(settings.op),
-        "backward_passes_per_step": str(settings.backward_passes_per_step),
-        "gradient_predivide_factor": str(settings.gradient_predivide_factor),
-        "groups": str(groups),
-        "sparse_as_dense": str(settings.sparse_as_dense),
-        "steps_per_epoch": str(steps_per_epoch),
-        "seed": str(settings.seed),
-        "min_compress_numel": str(min_numel),
-    }
-    if isinstance(policy, str):
-        described["compression"] = policy
-    for i, (name, p) in enumerate(params.items()):
-        kind = "" if isinstance(policy, str) else f", {policy[name]!r}"
-        grad = "" if p.requires_grad else ", frozen"
-        described[f"parameter {i}"] = f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{grad}{kind}"
-    return described
-
-
-def _logged(
-    optimizer: Any,
-    compression: Any,
-    policy: Mapping[str, Any],
-    settings: Settings,
-    size: int,
-    steps_per_epoch: int | None,
-) -> dict[str, object]:
-    """The parameters of a run, for the logger."""
-    logged: dict[str, object] = {
-        "optimizer": type(optimizer).__name__,
-        "compression": getattr(compression, "__name__", None) or str(compression),
-        "world_size": size,
-        "backward_passes_per_step": settings.backward_passes_per_step,
-        "steps_per_epoch": steps_per_epoch,
-        "seed": settings.seed,
-        "version.hvd_accordion": version("hvd_accordion"),
-        "version.horovod": version("horovod"),
-        "version.torch": torch.__version__,
-    }
-    accordion = next((p for p in policy.values() if isinstance(p, Accordion)), None)
-    if accordion is not None:
-        logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop")}
-        logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
-    return logged
 
 
 def _plain(

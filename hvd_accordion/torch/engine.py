@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import horovod.torch as hvd
@@ -19,29 +18,13 @@ from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Group, Layer, Policy
 from hvd_accordion.torch import sparse
 from hvd_accordion.torch.agreement import from_rank_0, require_equal
+from hvd_accordion.torch.configuration import Settings, layer_of
 from hvd_accordion.torch.driver import Driver
 
 TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
     "backward_passes_per_step to accumulate gradients locally."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What DistributedOptimizer was asked for, Horovod's arguments under Horovod's names."""
-
-    backward_passes_per_step: int
-    op: Any
-    gradient_predivide_factor: float
-    groups: int | list[list[torch.Tensor]] | None
-    sparse_as_dense: bool
-    process_set: hvd.ProcessSet
-    seed: int
-
-
-def layer_of(name: str, p: torch.Tensor) -> Layer:
-    return Layer(name, tuple(p.shape), ops.dtype(p), str(p.device))
 
 
 class Engine:
@@ -382,36 +365,3 @@ def _hook(engine: weakref.ref[Engine], name: str) -> Callable[[torch.Tensor], No
 
 def _renamed(group: Group, prefix: str) -> Group:
     return Group(f"{prefix}.{group.name}", group.spec, group.layers, group.feeds_back)
-
-
-def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Name -> parameter for all parameters of the optimizer's groups, in their order.
-
-    Raises ValueError where a name stands twice or a parameter has none.
-    """
-    if parameters is None:
-        return {f"allreduce.noname.{i}.{j}": p for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
-    pairs = list(parameters)
-    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
-            "model.named_parameters()."
-        )
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(twice)}")
-    name_of: dict[int, str] = {}
-    for name, p in pairs:
-        name_of.setdefault(id(p), name)
-    unnamed = [
-        f"param_groups[{i}]['params'][{j}] of shape {tuple(p.shape)}"
-        for i, group in enumerate(groups)
-        for j, p in enumerate(group["params"])
-        if id(p) not in name_of
-    ]
-    if unnamed:
-        raise ValueError(
-            "named_parameters was specified, but one or more model parameters were not named: " + ", ".join(unnamed)
-        )
-    return {name_of[id(p)]: p for group in groups for p in group["params"]}

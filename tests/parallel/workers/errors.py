@@ -88,9 +88,9 @@ def test_different_dtype_and_frozen():
 
 
 def test_versions(monkeypatch):
-    from hvd_accordion.torch import distributed_optimizer
+    from hvd_accordion.torch import configuration
 
-    monkeypatch.setattr(distributed_optimizer, "version", lambda name: mine("9.9.9", "1.0.0"))
+    monkeypatch.setattr(configuration, "version", lambda name: mine("9.9.9", "1.0.0"))
     assert "9.9.9" in error_of(lambda: build(compression=PowerSGD(2)))
 
 
