@@ -156,6 +156,8 @@ class Controller:
 
     def due(self) -> list[str]:
         """Layers whose gradient norms `observe` must be told now."""
+        if not self._due:
+            return []
         return [x.name for x in self.adaptive if any(a is self.policy[x.name] for a in self._due)]
 
     @property

@@ -182,7 +182,7 @@ class _Reports:
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
-        return self._hvd.controller.report(self._hvd.predicted())
+        return self._hvd.controller.report(self._hvd.bytes_per_step())
 
     @property
     def stats(self) -> Stats:

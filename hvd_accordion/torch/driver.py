@@ -52,8 +52,11 @@ class Driver:
             if running.handle is not None and hvd.poll(running.handle):
                 self._receive(running)
 
-    def finish(self) -> dict[str, tuple[Step, float]]:
-        """Waits for all rounds of all exchanges. Name -> result and the bytes that this rank sent for it."""
+    def finish(self, others: Sequence[torch.Tensor] = ()) -> dict[str, tuple[Step, float]]:
+        """Waits for all rounds of all exchanges. Name -> result and the bytes that this rank sent for it.
+
+        `others`: flags of what else was exchanged in this step, which is sound only if they hold too.
+        """
         waiting = list(self.running.values())
         while waiting:
             for running in waiting:
@@ -63,6 +66,7 @@ class Driver:
         # all wait for the same answer now: was the step sound in every exchange
         flags = [running.request.flag for running in self.running.values() if isinstance(running.request, Agree)]
         assert len(flags) == len(self.running), "an exchange ended without asking whether the step was sound"
+        flags += others
         results = {}
         for name, running in self.running.items():
             try:

@@ -11,7 +11,7 @@ import horovod.torch as hvd
 import torch
 
 from hvd_accordion import plan
-from hvd_accordion.compression import Context, exchange
+from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.controller import Controller
 from hvd_accordion.ops import torch as ops
@@ -45,20 +45,17 @@ class Engine:
         lr: Callable[[], float],
         prefix: str,
     ) -> None:
-        self.params, self.controller, self.settings, self.lr, self.prefix = (
-            dict(params),
-            controller,
-            settings,
-            lr,
-            prefix,
-        )
+        self.params = dict(params)
+        self.controller, self.settings, self.lr, self.prefix = controller, settings, lr, prefix
         self.process_set = settings.process_set
         self._join()
         self.driver = Driver(prefix, self.process_set, settings.gradient_predivide_factor)
         self.residual: dict[str, torch.Tensor] = {}
         self.memory: dict[str, Memory] = {}
         self.summed: dict[str, torch.Tensor] = {}  # averaged gradients since the window's start
-        self.sent: dict[str, float] = {}  # bytes of each layer at its last exchange
+        self.sent: dict[
+            str, tuple[CompressionSpec | None, float]
+        ] = {}  # of each layer at its last exchange: spec, bytes
         self.sparse: sparse.SparseLayers | None = None  # unknown until the first gradients are
         self.backward_passes_per_step = settings.backward_passes_per_step
         self.passes: dict[str, int] = {}
@@ -132,14 +129,17 @@ class Engine:
     def in_flight(self) -> bool:
         return bool(self.started)
 
+    @torch.no_grad()
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
+        if self.size == 1:
+            return
         begin = time.perf_counter()
         self.synchronized = False
         if self.passes[name] <= 0:
             raise AssertionError(TOO_MANY_PASSES)
         self.passes[name] -= 1
-        if self.passes[name] == 0 and self.size > 1 and self.sparse is not None:
+        if self.passes[name] == 0 and self.sparse is not None:
             group = self.group_of.get(name)
             if group is None:
                 self._start_sparse(name)
@@ -187,12 +187,11 @@ class Engine:
         self._begin()
 
     def _exchange(self) -> float:
-        late = [name for name in self.trainable() if name not in self.planned]
         if self.sparse is None:
-            names = [*self.planned, *late]
-            self.sparse = sparse.agree({n: self.params[n] for n in names}, f"{self.prefix}.sparse", self.settings)
-            if self.sparse.dims:
-                self._replan()
+            now = {name: self.params[name] for name in self.trainable()}
+            self.sparse = sparse.agree(now, f"{self.prefix}.sparse", self.settings)
+            self._replan()
+        late = [name for name in self.trainable() if name not in self.planned]
         if late:  # unfrozen since the last step: every rank sees so, and they go in groups of their own
             layers = [layer_of(name, self.params[name]) for name in late]
             self.controller.set_layers([*self.controller.layers.values(), *layers])
@@ -203,16 +202,18 @@ class Engine:
         for name in self.sparse.dims:
             if name not in self.started:
                 self._start_sparse(name)
-        results = self.driver.finish()
-        total = 0.0
+        flags, total = [], 0.0
+        for name in self.sparse.dims:
+            flag, nbytes = self.sparse.finish(name, self.params[name])
+            self.sent[name] = None, nbytes
+            flags.append(flag)
+            total += nbytes
+        results = self.driver.finish(flags)
         for group in self.groups:
-            step, nbytes = results.pop(group.name)
+            step, nbytes = results[group.name]
             self._accept(group, step)
             self._count(group, nbytes)
             total += nbytes
-        for name in self.sparse.dims:
-            self.sent[name] = self.sparse.finish(name, self.params[name])
-            total += self.sent[name]
         return total
 
     def _start(self, group: Group) -> None:
@@ -228,8 +229,7 @@ class Engine:
             residual = [self.residual[name] for name in names]
         memory = [self.memory.get(name, {}) for name in names]
         ctx = Context(names, group.layers[0].dtype, self.controller.step, self.settings.seed, self.rank, self.size)
-        with torch.no_grad():
-            self.driver.start(group.name, exchange(group.spec, ops, grads, residual, memory, ctx))
+        self.driver.start(group.name, exchange(group.spec, ops, grads, residual, memory, ctx))
 
     def _start_sparse(self, name: str) -> None:
         assert self.sparse is not None
@@ -286,7 +286,7 @@ class Engine:
         """Shares a group's bytes among its layers as their own specs would have it."""
         predicted = [group.spec.bytes_per_step(x.shape, x.dtype, self.size) for x in group.layers]
         for layer, part in zip(group.layers, predicted, strict=True):
-            self.sent[layer.name] = nbytes * part / sum(predicted)
+            self.sent[layer.name] = group.spec, nbytes * part / sum(predicted)
 
     def _alone(self) -> float:
         """One rank: gradients stay as they are; norms are watched all the same."""
@@ -311,13 +311,14 @@ class Engine:
 
     # reports and state
 
-    def predicted(self) -> dict[str, float]:
-        """Bytes of each layer a step, at the levels of now."""
-        specs = self.controller.specs()
-        return {
-            name: specs[name].bytes_per_step(layer.shape, layer.dtype, self.size)
-            for name, layer in self.controller.layers.items()
-        }
+    def bytes_per_step(self) -> dict[str, float]:
+        """Bytes of each layer a step: as counted at the last, or what the spec says where that is a new one."""
+        specs, found = self.controller.specs(), {}
+        for name, layer in self.controller.layers.items():
+            spec, nbytes = self.sent.get(name, (Dense(), 0.0))
+            counted = name in self.sent and spec in (None, specs[name])
+            found[name] = nbytes if counted else specs[name].bytes_per_step(layer.shape, layer.dtype, self.size)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -14,9 +14,9 @@ class PlainEngine:
 
     def __init__(self, controller: Controller, spec: CompressionSpec, synchronize: Callable[[], None]) -> None:
         self.controller, self.spec, self._synchronize = controller, spec, synchronize
-        self._sent = sum(self.predicted().values())
+        self._sent = sum(self.bytes_per_step().values())
 
-    def predicted(self) -> dict[str, float]:
+    def bytes_per_step(self) -> dict[str, float]:
         n = self.controller.world_size
         return {name: self.spec.bytes_per_step(x.shape, x.dtype, n) for name, x in self.controller.layers.items()}
 

@@ -37,10 +37,10 @@ class SparseLayers:
         self.nbytes[name] = sent(AllGather, entries, self.process_set.size())
         self.handles[name] = hvd.sparse_allreduce_async(grad, f"{self.prefix}.{name}", self.op, self.process_set)
 
-    def finish(self, name: str, p: torch.nn.Parameter) -> float:
-        """Sets the joined gradient; returns the bytes that this rank sent."""
+    def finish(self, name: str, p: torch.nn.Parameter) -> tuple[torch.Tensor, float]:
+        """Sets the joined gradient; returns whether it is finite and the bytes that this rank sent."""
         p.grad = self.handles.pop(name)()
-        return self.nbytes.pop(name)
+        return torch.isfinite(p.grad._values()).all(), self.nbytes.pop(name)
 
 
 def agree(params: Mapping[str, torch.nn.Parameter], prefix: str, settings: Any) -> SparseLayers:

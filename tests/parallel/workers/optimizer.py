@@ -304,6 +304,27 @@ def test_sparse_embedding_gradients(sparse_as_dense):
         plain.step()
     assert_ranks_equal(flat(net))
     assert torch.allclose(flat(net), flat(reference), atol=1e-6)
+    sent = {layer.name: layer.sent_bytes for layer in optimizer.compression_report()}
+    rows = 20 * (16 * 4 + 8)  # of a rank's 20 words: values, int64 indices
+    dense = 300 * 16 * 4 * 2 * (1 - 1 / hvd.size())
+    assert sent["table.weight"] == pytest.approx(dense if sparse_as_dense else rows * (hvd.size() - 1))
+
+
+def test_a_bad_sparse_gradient_leaves_no_trace():
+    net = torch.nn.ModuleDict({"table": torch.nn.Embedding(300, 64, sparse=True), "out": torch.nn.Linear(64, 64)})
+    optimizer = wrap(net, torch.optim.SGD(net.parameters(), lr=0.0))
+    for step in range(2):
+        optimizer.zero_grad()
+        net["out"](net["table"](torch.arange(step, step + 9))).square().mean().backward()
+        optimizer.step()
+    kept = optimizer._hvd.residual["out.weight"].clone()
+    handle = net["table"].weight.register_hook(lambda g: g * float("nan"))
+    optimizer.zero_grad()
+    out = net["out"](net["table"](torch.arange(9)).detach() * 1.0)
+    (out.square().mean() + net["table"](torch.arange(9)).sum()).backward()
+    optimizer.step()
+    handle.remove()
+    assert torch.equal(optimizer._hvd.residual["out.weight"], kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
