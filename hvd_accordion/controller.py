@@ -136,14 +136,14 @@ class Controller:
                 "interval counts epochs, so every layer would stay critical for ever: pass steps_per_epoch=len(loader), "
                 'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
             )
-        self._due += [a for a in self.accordions if a.unit == "steps" and self.step % a.interval == 0]
+        self._fall_due([a for a in self.accordions if a.unit == "steps" and self.step % a.interval == 0])
         return self.steps_per_epoch is not None and self.step_of_epoch >= self.steps_per_epoch
 
     def end_epoch(self) -> bool:
         """Counts an epoch, unless it has just ended by itself; tells whether it counted."""
         if self.step_of_epoch == 0:
             return False
-        self._due += [a for a in self.accordions if a.unit == "epochs" and a.measures(self.epoch)]
+        self._fall_due([a for a in self.accordions if a.unit == "epochs" and a.measures(self.epoch)])
         done = self.stats.since(self._epoch_start)
         self._epoch_start = replace(self.stats)
         if self.logger is not None:
@@ -153,6 +153,10 @@ class Controller:
         self._silence["counted"] = True
         self._refresh()
         return True
+
+    def _fall_due(self, accordions: Sequence[Accordion]) -> None:
+        watched = {id(self.policy[x.name]) for x in self.adaptive} - {id(a) for a in self._due}
+        self._due += [a for a in accordions if id(a) in watched]
 
     def due(self) -> list[str]:
         """Layers whose gradient norms `observe` must be told now."""

@@ -8,7 +8,7 @@ import logging
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion import Accordion, Dense, PowerSGD, Regime, TopK
@@ -50,6 +50,7 @@ def test_ratio_of_at_least_eta_is_critical_both_ways(first, second, regime):
     assert after(first, second, eta=0.5) is regime
 
 
+@settings(deadline=None)
 @given(positive, positive, st.floats(0.01, 10))
 def test_the_rule_is_relative_change_against_eta(first, second, eta):
     expected = CRITICAL if abs(first - second) / first >= eta else RELAXED

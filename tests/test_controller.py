@@ -216,8 +216,11 @@ def test_a_drop_of_the_rate_between_checks_makes_layers_critical():
     for _ in range(8):
         step(control)
     assert control.specs() == {"a": LOW, "b": LOW}
+    control.changed, before = False, control.stats.critical_layers
     step(control, lr=0.01)
     assert control.changed and control.specs() == {"a": HIGH, "b": HIGH}
+    step(control, lr=0.01)
+    assert control.stats.critical_layers == before + 1  # the first of the two steps still ran relaxed
     while not step(control, lr=0.01):
         assert control.specs() == {"a": HIGH, "b": HIGH}
     assert control.specs() == {"a": LOW, "b": LOW}

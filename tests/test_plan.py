@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion import BF16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
@@ -195,6 +195,7 @@ def test_a_layer_larger_than_a_bucket_has_its_own():
     assert names(buckets(mixed, limit=100_000)) == [["c"], ["big"], ["a"]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 400))
 def test_buckets_keep_every_layer_once_within_the_limit(sizes, limit):
     given_layers = [layer(f"l{i}", (n,)) for i, n in enumerate(sizes)]
@@ -210,6 +211,7 @@ def test_split_is_horovods_groups():
     assert split([], 3) == []
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 12))
 def test_split_is_nearly_equal(count, parts):
     runs = split(layers(count), parts)
@@ -269,6 +271,7 @@ spec_strategy = st.sampled_from(
 kind_strategy = st.tuples(spec_strategy, st.sampled_from(["float32", "float64"]), st.booleans())
 
 
+@settings(deadline=None)
 @given(st.lists(kind_strategy, max_size=20), st.integers(1, 4))
 def test_grouping_loses_and_mixes_nothing(kinds, parts):
     all_layers = [layer(f"l{i}", dtype=dtype) for i, (_, dtype, _) in enumerate(kinds)]

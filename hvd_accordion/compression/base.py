@@ -65,7 +65,12 @@ class CompressionSpec:
     lossy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        checks.boolean("error_feedback", self.error_feedback)
+        self._checked(error_feedback=checks.boolean("error_feedback", self.error_feedback))
+
+    def _checked(self, **values: Any) -> None:
+        """Keeps arguments in the plain types that their checks return: equal specs have equal texts."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
         """PowerSGD(rank=4): the first argument, and whatever else differs from its default."""

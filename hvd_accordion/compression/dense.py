@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hvd_accordion.collectives import Agree, AllReduce, Rounds, Tensor
-from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, dense_bytes
+from hvd_accordion.compression.base import (
+    ITEMSIZE,
+    CompressionSpec,
+    Context,
+    Exchanged,
+    Memory,
+    dense_bytes,
+    dtype_name,
+    size,
+)
 from hvd_accordion.compression.half import HalfCode
-from hvd_accordion.compression.two_hop import two_hop
+from hvd_accordion.compression.two_hop import two_hop, two_hop_bytes
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -20,6 +29,8 @@ class Dense(CompressionSpec):
     lossy: ClassVar[bool] = False
 
     def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
+        if ITEMSIZE[dtype_name(dtype)] == 2:
+            return two_hop_bytes(HalfCode(dtype_name(dtype)), size(shape), world_size)
         return dense_bytes(shape, dtype, world_size)
 
     def delta(self, shape: Sequence[int]) -> float:

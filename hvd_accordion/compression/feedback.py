@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvd_accordion.collectives import Rounds, Tensor
 from hvd_accordion.compression.base import CompressionSpec, Context, Memory
@@ -32,6 +32,8 @@ def exchange(
     A residual is also taken in by a spec that loses nothing: then all of it is sent. Where a step met NaN or Inf (`ok`
     false) residual and memory stay as they were.
     """
+    if residual is not None and not spec.error_feedback:  # left by another level; only a contraction works it off
+        spec = replace(spec, error_feedback=True)
     values = ops.widen(grads)
     if residual is not None:
         values = ops.add(values, residual)

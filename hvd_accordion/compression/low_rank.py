@@ -40,11 +40,11 @@ class PowerSGD(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.integer("rank", self.rank, 1)
-        checks.integer("start_after", self.start_after, 0)
-        checks.real("min_compression_rate", self.min_compression_rate, 0.0)
-        checks.integer("iterations", self.iterations, 1)
-        checks.boolean("warm_start", self.warm_start)
+        self._checked(rank=checks.integer("rank", self.rank, 1))
+        self._checked(start_after=checks.integer("start_after", self.start_after, 0))
+        self._checked(min_compression_rate=checks.real("min_compression_rate", self.min_compression_rate, 0.0))
+        self._checked(iterations=checks.integer("iterations", self.iterations, 1))
+        self._checked(warm_start=checks.boolean("warm_start", self.warm_start))
 
     def columns(self, shape: Sequence[int]) -> int:
         return min(self.rank, *matrix_shape(shape))
@@ -75,7 +75,7 @@ class PowerSGD(CompressionSpec):
         ]
         ps, qs = [], starts
         for _ in range(self.iterations):
-            ps = yield AllReduce([ops.project(m, q) for m, q in zip(stacks, qs, strict=True)])
+            ps = yield AllReduce([ops.project(m, scaled(ops, q)) for m, q in zip(stacks, qs, strict=True)])
             ps = [orthonormalise(ops, p) for p in ps]
             qs = yield AllReduce([ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
         ok = yield Agree(ops.all_finite(qs))
@@ -111,12 +111,10 @@ def by_shape(matrices: list[Tensor]) -> list[list[int]]:
 def orthonormalise(ops: Ops, p: Tensor) -> Tensor:
     """Orthonormal columns that span those of each matrix of the batch p (b, n, r), r <= n, by Gram-Schmidt done twice.
 
-    Each matrix is scaled by its largest entry first, so that no square over- or underflows. A column that vanishes
-    (a zero gradient, a rank below r) is replaced by an arbitrary one: the factors stay finite, and Q is never stuck at
-    zero. NaN and Inf come out as NaN.
+    A column that vanishes (a zero gradient, a rank below r) is replaced by an arbitrary one: the factors stay finite,
+    and Q is never stuck at zero. NaN and Inf come out as NaN.
     """
-    peak = ops.max(ops.max(abs(p), -1, keepdims=True), -2, keepdims=True)
-    p = p / ops.where(peak == 0, 1.0, peak)
+    p = scaled(ops, p)
     basis: Tensor | None = None
     for j in range(p.shape[-1]):
         given = p[..., j : j + 1]
@@ -127,6 +125,12 @@ def orthonormalise(ops: Ops, p: Tensor) -> Tensor:
         column = column / norm(ops, column)
         basis = column if basis is None else ops.concat([basis, column], -1)
     return basis
+
+
+def scaled(ops: Ops, p: Tensor) -> Tensor:
+    """Each matrix of the batch divided by its largest entry: the same columns' span, no square over- or underflows."""
+    peak = ops.max(ops.max(abs(p), -1, keepdims=True), -2, keepdims=True)
+    return p / ops.where(peak == 0, 1.0, peak)
 
 
 VANISHED = 1e-6  # of a column's length: less than this left after projection is rounding noise in fp32

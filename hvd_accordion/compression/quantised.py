@@ -80,11 +80,11 @@ class QSGD(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.integer("levels", self.levels, 1, 127)
-        checks.integer("bucket_size", self.bucket_size, 8)
+        self._checked(levels=checks.integer("levels", self.levels, 1, 127))
+        self._checked(bucket_size=checks.integer("bucket_size", self.bucket_size, 8))
         if self.bucket_size % 8:
             raise ValueError(f"bucket_size must be a multiple of 8, got {self.bucket_size!r}")
-        checks.choice("norm", self.norm, ("max", "l2"))
+        self._checked(norm=checks.choice("norm", self.norm, ("max", "l2")))
 
     @property
     def omega(self) -> float:

@@ -32,7 +32,7 @@ class _Sparse(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.real("ratio", self.ratio, 0.0, 1.0)
+        self._checked(ratio=checks.real("ratio", self.ratio, 0.0, 1.0))
 
     def delta(self, shape: Sequence[int]) -> float:
         """k/d."""
@@ -97,7 +97,9 @@ class RandomK(_Sparse):
             for name, f, d in zip(ctx.names, flats, counts, strict=True)
         ]
         where = ops.concat([i + start for i, start in zip(picks, offsets(counts), strict=True)], 0)
-        (mine,) = yield AllReduce([ops.concat([ops.take(f, i) for f, i in zip(flats, picks, strict=True)], 0)])
+        # NaN and Inf must show even where none of them is picked
+        chosen = [ops.where(ops.all_finite([f]), ops.take(f, i), math.nan) for f, i in zip(flats, picks, strict=True)]
+        (mine,) = yield AllReduce([ops.concat(chosen, 0)])
         ok = yield Agree(ops.all_finite([mine]))
         mean = ops.scatter_add(ops.zeros(sum(counts), mine), where, mine)
 

@@ -13,7 +13,7 @@ __all__ = ["clip", "floor", "reshape", "stack", "where"]
 
 
 def widen(xs: Sequence[Array]) -> list[Array]:
-    return [np.ascontiguousarray(x, dtype=np.float64 if x.dtype == np.float64 else np.float32) for x in xs]
+    return [np.asarray(x, dtype=np.float64 if x.dtype == np.float64 else np.float32, order="C") for x in xs]
 
 
 def add(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:

@@ -34,7 +34,10 @@ def commit(ok: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Ten
 
 
 def all_finite(xs: Sequence[Tensor]) -> Tensor:
-    return torch.isfinite(torch.stack(torch._foreach_norm(list(xs), float("inf")))).all()
+    filled = [x for x in xs if x.numel()]  # an empty tensor has no largest entry
+    if not filled:
+        return torch.ones((), dtype=torch.bool, device=xs[0].device)
+    return torch.isfinite(torch.stack(torch._foreach_norm(filled, float("inf")))).all()
 
 
 def flatten(xs: Sequence[Tensor]) -> Tensor:
@@ -82,8 +85,9 @@ def to_bytes(x: Tensor) -> Tensor:
 def from_bytes(x: Tensor, dtype: str) -> Tensor:
     to = getattr(torch, dtype)
     x = x.contiguous()
-    if x.storage_offset() % to.itemsize:  # a view at another item size must start at a whole item
-        x = x.clone()
+    # a view at another item size wants every row to start at a whole item
+    if x.storage_offset() % to.itemsize or any(s % to.itemsize for s in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)
     return x.view(to)
 
 

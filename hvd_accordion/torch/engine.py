@@ -95,7 +95,7 @@ class Engine:
         self.planned = names
         layers = [layer_of(name, self.params[name]) for name in names]
         self.controller.set_layers(layers)
-        dense = [x for x in layers if self.sparse is None or x.name not in self.sparse.dims]
+        dense = [x for x in layers if x.numel and (self.sparse is None or x.name not in self.sparse.dims)]
         self.groups = self._grouped(dense)
         self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
         for name in names:
@@ -141,9 +141,9 @@ class Engine:
         self.passes[name] -= 1
         if self.passes[name] == 0 and self.sparse is not None:
             group = self.group_of.get(name)
-            if group is None:
+            if name in self.sparse.dims:
                 self._start_sparse(name)
-            else:
+            elif group is not None:
                 self.missing[group.name].discard(name)
                 if not self.missing[group.name]:
                     self._start(group)

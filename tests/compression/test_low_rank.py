@@ -78,6 +78,8 @@ def distance(x, y):
 
 # exact on rank-r gradients
 
+EXACT = 1e-4  # fp32's rounding times the condition of a random start; fp64 shows that nothing else is in it
+
 
 @every_backend
 @every_rank
@@ -86,8 +88,8 @@ def test_exact_on_a_gradient_of_its_rank(backend, rank, shape):
     (gradient,) = of_rank(rank, *matrix_shape(shape))
     ((mean,),), ((left,),), _ = exchange(backend, PowerSGD(rank), [[gradient.reshape(shape)]])
     assert mean.shape == shape
-    assert distance(mean, gradient.reshape(shape)) < 1e-5
-    assert np.linalg.norm(left) < 1e-5 * np.linalg.norm(gradient)
+    assert distance(mean, gradient.reshape(shape)) < EXACT
+    assert np.linalg.norm(left) < EXACT * np.linalg.norm(gradient)
 
 
 @every_backend
@@ -96,7 +98,7 @@ def test_exact_in_a_batch_of_different_matrices_of_one_shape(backend, rank):
     gradients = [of_rank(rank, 30, 20, seed)[0] * 10.0**seed for seed in range(5)]  # of very different sizes, too
     (means,), _, _ = exchange(backend, PowerSGD(rank), [gradients])
     for mean, gradient in zip(means, gradients, strict=True):
-        assert distance(mean, gradient) < 1e-5
+        assert distance(mean, gradient) < EXACT
 
 
 @every_backend
@@ -106,7 +108,7 @@ def test_exact_in_a_mix_of_shapes(backend, rank):
     gradients = [of_rank(rank, *shape, seed)[0] for seed, shape in enumerate(shapes)]
     (means,), _, _ = exchange(backend, PowerSGD(rank), [gradients])
     for mean, gradient in zip(means, gradients, strict=True):
-        assert distance(mean, gradient) < 1e-5
+        assert distance(mean, gradient) < EXACT
 
 
 @every_backend
@@ -115,7 +117,7 @@ def test_exact_over_four_ranks(backend, rank):
     gradients = of_rank(rank, 30, 20, ranks=4)
     means, _, _ = exchange(backend, PowerSGD(rank), [[g] for g in gradients])
     for (mean,) in means:
-        assert distance(mean, np.mean(gradients, axis=0)) < 1e-5
+        assert distance(mean, np.mean(gradients, axis=0)) < EXACT
 
 
 @every_backend
@@ -126,21 +128,23 @@ def test_exact_below_its_rank_step_after_step(backend, true_rank):
         gradients = [of_rank(true_rank, 30, 20, seed=10 * step + s)[0] for s in range(3)]
         (means,), _, memory = exchange(backend, PowerSGD(4), [gradients], memory, step)
         for mean, gradient in zip(means, gradients, strict=True):
-            assert distance(mean, gradient) < 1e-5
+            assert distance(mean, gradient) < EXACT
 
 
 @every_backend
-def test_exact_in_fp64(backend):
-    (gradient,) = of_rank(4, 30, 20, dtype=np.float64)
-    ((mean,),), _, _ = exchange(backend, PowerSGD(4), [[gradient]])
-    assert mean.dtype == np.float64 and distance(mean, gradient) < 1e-13
+@every_rank
+def test_exact_in_fp64(backend, rank):
+    gradients = [of_rank(rank, 30, 20, seed, dtype=np.float64)[0] for seed in range(5)]
+    (means,), _, _ = exchange(backend, PowerSGD(rank), [gradients])
+    for mean, gradient in zip(means, gradients, strict=True):
+        assert mean.dtype == np.float64 and distance(mean, gradient) < 1e-12
 
 
 @every_backend
 def test_rank_is_capped_at_the_smaller_side(backend):
     gradient = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
     ((mean,),), _, ((kept,),) = exchange(backend, PowerSGD(10), [[gradient]])
-    assert kept["q"].shape == (40, 3) and distance(mean, gradient) < 1e-5
+    assert kept["q"].shape == (40, 3) and distance(mean, gradient) < EXACT
 
 
 # agreement with a plain version
@@ -310,7 +314,7 @@ def test_a_rise_of_the_rank_keeps_the_columns_and_adds_fresh_ones(backend):
     other = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, context.key("m", "q")))
     assert not np.array_equal(start[:, 1:], other[:, 1:])
     risen, _, _ = exchange(backend, spec, [[of_rank(4, 30, 20)[0]]], [[{"q": q}]])
-    assert distance(risen[0][0], of_rank(4, 30, 20)[0]) < 1e-5
+    assert distance(risen[0][0], of_rank(4, 30, 20)[0]) < EXACT
 
 
 @every_backend

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
@@ -314,6 +314,7 @@ def test_the_stable_hash_is_the_same_everywhere():
     assert len({stable_hash(i) for i in range(1000)}) == 1000
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 3000))
 def test_random_k_picks_different_entries(seed, count):
     a, b = affine_map(seed, count)
@@ -327,3 +328,9 @@ def test_random_k_picks_every_entry_equally_often():
         a, b = affine_map(stable_hash(seed), 60)
         hits[[(a * j + b) % 60 for j in range(6)]] += 1
     assert np.abs(hits / 6000 - 0.1).max() < 0.02
+
+
+def test_equal_arguments_of_other_types_are_the_same_spec():
+    assert repr(PowerSGD(np.int64(4))) == repr(PowerSGD(4))
+    assert repr(TopK(np.float64(0.5))) == repr(TopK(0.5))
+    assert repr(QSGD(levels=np.int32(7))) == repr(QSGD(7))

@@ -6,7 +6,7 @@ import inspect
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion.ops import numpy as numpy_ops
@@ -196,6 +196,9 @@ def test_rounding_to_16_bits_is_torchs(dtype):
             numbers(10_000, dtype=np.float64),
         ):
             np.testing.assert_array_equal(*bits_of(x, dtype))
+    # from fp64 by way of fp32, which rounds some values twice
+    twice = np.array([1 + 2.0**-e + 2.0**-40 for e in (8, 9, 11, 12)])
+    np.testing.assert_array_equal(*bits_of(twice, dtype))
 
 
 @floats
@@ -212,11 +215,13 @@ def test_bytes_of_16_bit_floats_are_the_same_in_both(dtype, to):
 
 @pytest.mark.parametrize("to", ["bfloat16", "float16"])
 def test_nan_survives_16_bits(to):
-    x = np.array([[np.nan, 1.0], [-np.nan, 2.0]], np.float32)
+    # quiet, signalling and full of bits: rounding must not carry one into Inf or zero
+    nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    x = np.stack([nans, np.ones(5, np.float32)], axis=-1)
     for ops, given_x in ((numpy_ops, x), (torch_ops, t(x))):
         code = ops.to_bytes(ops.cast(given_x, to))
         back = n(ops.cast_like(ops.from_bytes(code, to), given_x))
-        np.testing.assert_array_equal(back, [[np.nan, 1], [np.nan, 2]])
+        np.testing.assert_array_equal(back, [[np.nan, 1]] * 5)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
@@ -274,6 +279,7 @@ def test_reductions(dtype):
 
 
 @floats
+@settings(deadline=None)
 @given(seed=st.integers(0, 100), count=st.integers(1, 60), share=st.floats(0, 1))
 def test_top_k(dtype, seed, count, share):
     x, k = numbers(count, dtype=dtype, seed=seed), max(1, int(share * count))
@@ -297,6 +303,7 @@ def test_top_k_among_equals_picks_k_different():
         assert len(set(picked.tolist())) == 7
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**31 - 1), st.data())
 def test_affine(count, data):
     a, b = data.draw(st.integers(0, count)), data.draw(st.integers(0, count - 1))
@@ -334,6 +341,7 @@ def mixed(i: int, seed: int) -> int:
 
 
 @floats
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_uniform_is_bit_equal_and_as_documented(dtype, seed):
     u = both("uniform", seed, 300, np.zeros(1, dtype))
@@ -361,6 +369,7 @@ def test_wave(dtype):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
+@settings(deadline=None)
 @given(data=st.data(), rows=st.integers(1, 3), words=st.integers(1, 5))
 def test_pack_there_and_back(bits, data, rows, words):
     values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * rows * words, max_size=8 * rows * words))
