@@ -1,4 +1,4 @@
-"""Five trainings of examples/pytorch/pytorch_mnist.py under horovodrun, alike but for the compression, and what came of them.
+"""Five trainings of pytorch/pytorch_mnist.py under horovodrun, alike but for the compression, and what came of them.
 
 Writes table.md, results.json, demo.png and a log of each training to build/demo/, and everything to MLflow (mlflow.db).
 """
@@ -33,7 +33,8 @@ RUNS = {
     "Accordion over TopK": ["--compression", "accordion-topk"],
 }
 ENVIRONMENT = {  # the same for all
-    "HOROVOD_CYCLE_TIME": "1",
+    "HOROVOD_CYCLE_TIME": "1",  # ms, Horovod's default
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # two ranks have four busy threads; MPI must not spin while it waits
     "OMP_NUM_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",  # horovodrun imports TensorFlow where there is one
     "TF_ENABLE_ONEDNN_OPTS": "0",
@@ -44,27 +45,30 @@ BAR = re.compile(r"\d+%\|")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--np", type=int, default=2, help="ranks")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one training may take")
     args = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo: terminated"))
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit("demo: interrupted"))
     begin = time.perf_counter()
     OUT.mkdir(parents=True, exist_ok=True)
     client, experiment = mlflow_experiment()
     results = {}
     for i, (name, arguments) in enumerate(RUNS.items(), 1):
         print(f"[{i}/{len(RUNS)}] {name}", flush=True)
-        results[name] = train(name, [*arguments, "--seed", str(args.seed), "--epochs", str(args.epochs)], args.np, args.timeout)
+        arguments = [*arguments, "--seed", str(args.seed), "--epochs", str(args.epochs)]
+        results[name] = train(name, arguments, args.np, args.timeout)
 
     text = table(results)
     (OUT / "table.md").write_text(text + "\n", encoding="utf-8")
     (OUT / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw(results)
     log_demo(client, experiment, results)
-    print(f"\n{text}\n\n{args.epochs} epochs, {args.np} ranks, seed {args.seed}; {time.perf_counter() - begin:.0f} s in all")
+    total = time.perf_counter() - begin
+    print(f"\n{text}\n\n{args.epochs} epochs, {args.np} ranks, seed {args.seed}; {total:.0f} s in all")
     print(f"Written to {OUT.relative_to(ROOT)}/ (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
 
 
@@ -72,7 +76,8 @@ def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[s
     """One training in a session of its own, of which nothing is left at the end, however it ends."""
     stem = re.sub(r"\W+", "-", name.lower())
     history, log = OUT / f"{stem}.json", OUT / f"{stem}.log"
-    command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), sys.executable, str(SCRIPT), *arguments]
+    horovodrun = Path(sys.executable).with_name("horovodrun")
+    command = [str(horovodrun), "-np", str(ranks), sys.executable, str(SCRIPT), *arguments]
     command += ["--history", str(history), "--mlflow-uri", MLFLOW_URI, "--run-name", name]
     begin = time.monotonic()
     with open(log, "wb") as file:
@@ -96,13 +101,14 @@ def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[s
     lines = [TAG.sub("", line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     found = [line for line in lines if line.startswith('{"accuracy"')]
     if code or not found:
-        why = f"took longer than {timeout:g} s" if time.monotonic() - begin >= timeout else f"ended with exit status {code}"
+        late = time.monotonic() - begin >= timeout
+        why = f"took longer than {timeout:g} s" if late else f"ended with exit status {code}"
         sys.exit("\n".join([*lines[-30:], f"demo: the training {name!r} {why}; all of its output: {log}"]))
     return {"command": command[1:], **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
 
 
 def show(stream: Any, log: Any) -> None:
-    """Passes stderr on without its tags: the progress bar in one line that renews itself, or its end where none looks."""
+    """Passes stderr on without tags: the progress bar in one line that renews itself, or its end where none looks."""
     live, bar = sys.stderr.isatty(), ""
     for line in lines_of(stream):
         if BAR.search(line):
@@ -152,17 +158,16 @@ def session(leader: int) -> list[int]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    rows = [("run", "test accuracy", "MB sent per rank", "times less than dense", "seconds")]
+    """In Markdown, legible as it stands."""
+    rows = [["run", "test accuracy", "MB sent per rank", "times less than dense", "seconds"]]
     for name, r in results.items():
-        less = r["dense_bytes"] / r["sent_bytes"] if r["sent_bytes"] else float("nan")
-        rows.append((name, f"{r['accuracy']:.1%}", f"{r['sent_bytes'] / 1e6:,.1f}", f"{less:,.1f}", f"{r['seconds']:.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
-    return "\n".join(lines)
+        less = r["dense_bytes"] / r["sent_bytes"] if r["sent_bytes"] else 1.0
+        numbers = [f"{r['accuracy']:.1%}", f"{r['sent_bytes'] / 1e6:,.1f}", f"{less:,.1f}", f"{r['seconds']:.1f}"]
+        rows.append([name, *numbers])
+    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))] for row in rows]
+    lines.insert(1, ["-" * first, *("-" * (w - 1) + ":" for w in others)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:

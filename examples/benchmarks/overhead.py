@@ -87,9 +87,13 @@ def main() -> None:
         rows = []
         for name in modes:
             ratios = [mine / theirs for mine, theirs in zip(times[name], times["horovod"], strict=True)]
-            rows.append({"mode": name, "step_seconds": statistics.median(times[name]), "ratio": statistics.median(ratios)})
+            rows.append(
+                {"mode": name, "step_seconds": statistics.median(times[name]), "ratio": statistics.median(ratios)}
+            )
         lines = [f"{args.model}, batch {args.batch_size}, {RANKS} ranks, one thread each, unshaped link"]
-        lines += [f"{r['mode']:<18} {1e3 * r['step_seconds']:8.1f} ms a step   {r['ratio']:.3f} of Horovod" for r in rows]
+        lines += [
+            f"{r['mode']:<18} {1e3 * r['step_seconds']:8.1f} ms a step   {r['ratio']:.3f} of Horovod" for r in rows
+        ]
         sys.stdout.write("\n".join(lines) + "\n")
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)

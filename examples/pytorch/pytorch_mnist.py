@@ -2,9 +2,9 @@
 
 horovodrun -np 2 python examples/pytorch/pytorch_mnist.py --compression accordion-powersgd
 
-It is Horovod's examples/pytorch/pytorch_mnist.py but for one import and the argument `compression`. The last line of rank
-0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (per rank), seconds (training without evaluation), epochs,
-ranks, critical_fraction.
+This is Horovod's examples/pytorch/pytorch_mnist.py but for one import and the argument `compression`. The last line of
+rank 0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), seconds (of training alone),
+epochs, ranks, critical_fraction.
 """
 
 import argparse
@@ -37,15 +37,15 @@ parser.add_argument("--compression", choices=CHOICES, default="accordion-powersg
 parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
 parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
 parser.add_argument("--interval", type=int, default=1, help="Accordion: epochs from check to check")
-parser.add_argument("--epochs", type=int, default=15, help="the learning rate drops to a tenth after two thirds of them")
+parser.add_argument("--epochs", type=int, default=15, help="after two thirds of them the learning rate drops x0.1")
 parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
-parser.add_argument("--lr", type=float, default=0.02, help="for one rank; times the number of ranks")
+parser.add_argument("--lr", type=float, default=0.01, help="for one rank; times the number of ranks")
 parser.add_argument("--momentum", type=float, default=0.9)
-parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--seed", type=int, default=42)
 parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
 parser.add_argument("--run-name", help="in MLflow; by default the compression")
-parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy and regimes of every epoch to this JSON file")
+parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy and regimes by epoch to this JSON file")
 parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
