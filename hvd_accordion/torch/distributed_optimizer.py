@@ -66,7 +66,8 @@ def DistributedOptimizer(
             an `Accordion`; or a dict from parameter-name glob to any of these, first match counts, no match is dense.
             1-D and small tensors, and those that would not get smaller, travel dense.
         groups: as Horovod's; by default runs of layers of up to 16 MiB, in the order of backward.
-        steps_per_epoch: calls of `step()` in an epoch; otherwise call `optimizer.end_epoch()` after each.
+        steps_per_epoch: calls of `step()` in an epoch; otherwise call `optimizer.end_epoch()` after each. An Accordion
+            that counts epochs raises ValueError when it has heard of none in 10,000 steps.
         logger: told on rank 0 of what happened, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
