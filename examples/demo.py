@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +57,11 @@ def main() -> None:
         signal.signal(signum, lambda *_: sys.exit("demo: interrupted"))
     begin = time.perf_counter()
     OUT.mkdir(parents=True, exist_ok=True)
+    lock = open(OUT / ".lock", "w")  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"demo: another one is running and writes to {OUT}")
     client, experiment = mlflow_experiment()
     results = {}
     for i, (name, arguments) in enumerate(RUNS.items(), 1):
@@ -103,17 +110,17 @@ def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[s
     if code or not found:
         late = time.monotonic() - begin >= timeout
         why = f"took longer than {timeout:g} s" if late else f"ended with exit status {code}"
-        sys.exit("\n".join([*lines[-30:], f"demo: the training {name!r} {why}; all of its output: {log}"]))
+        sys.exit(f"demo: the training {name!r} {why}; its output is above and in {log}")
     return {"command": command[1:], **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
 
 
 def show(stream: Any, log: Any) -> None:
     """Passes stderr on without tags: the progress bar in one line that renews itself, or its end where none looks."""
-    live, bar = sys.stderr.isatty(), ""
+    live, bar, width = sys.stderr.isatty(), "", shutil.get_terminal_size().columns - 1
     for line in lines_of(stream):
         if BAR.search(line):
             bar = line
-            sys.stderr.write(f"\r{bar}" if live else "")
+            sys.stderr.write(f"\r{bar[:width]}" if live else "")
         else:
             os.write(log.fileno(), line.encode() + b"\n")
             sys.stderr.write(f"\n{line}\n" if live and bar else f"{line}\n")

@@ -81,6 +81,10 @@ class Accordion:
         self.unit = checks.choice("unit", self.unit, ("epochs", "steps"))
         self.lr_drop = checks.real("lr_drop", self.lr_drop, 0.0, 1.0, open_high=True)
 
+    def __str__(self) -> str:
+        every = f"{self.interval} {self.unit}"
+        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, eta={self.eta:g}, every {every})"
+
     def regime(self, layer: str) -> Regime:
         return self.regimes.get(layer, Regime.CRITICAL)
 

@@ -22,7 +22,8 @@ RANKS = 2
 
 def launch(arguments: list[str]) -> int:
     """This script again, under horovodrun, one thread a rank, the same cycle time for all modes."""
-    env = {"HOROVOD_CYCLE_TIME": "1", **os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    same = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
+    env = {**same, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", **os.environ}
     horovodrun = Path(sys.executable).parent / "horovodrun"
     command = [str(horovodrun), "-np", str(RANKS), sys.executable, __file__, "--worker", *arguments]
     return subprocess.run(command, env=env, check=False).returncode
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["resnet18", "small"], default="resnet18")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5, help="steps of a mode's turn")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a mode's turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

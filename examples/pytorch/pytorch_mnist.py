@@ -32,17 +32,25 @@ LEVELS = {
 PLAIN = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
 CHOICES = [*PLAIN, *LEVELS, *(f"accordion-{name}" for name in LEVELS)]
 
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 parser = argparse.ArgumentParser(description="MNIST on Horovod with compressed gradients")
 parser.add_argument("--compression", choices=CHOICES, default="accordion-powersgd")
 parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
 parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
-parser.add_argument("--interval", type=int, default=1, help="Accordion: epochs from check to check")
-parser.add_argument("--epochs", type=int, default=15, help="after two thirds of them the learning rate drops x0.1")
-parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
+parser.add_argument("--interval", type=positive, default=1, help="Accordion: epochs from check to check")
+parser.add_argument("--epochs", type=positive, default=15, help="after two thirds of them the learning rate drops x0.1")
+parser.add_argument("--batch-size", type=positive, default=32, help="of each rank")
 parser.add_argument("--lr", type=float, default=0.01, help="for one rank; times the number of ranks")
 parser.add_argument("--momentum", type=float, default=0.9)
 parser.add_argument("--seed", type=int, default=42)
-parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
 parser.add_argument("--run-name", help="in MLflow; by default the compression")
 parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy and regimes by epoch to this JSON file")
@@ -73,12 +81,12 @@ def compression_of(args):
     return LEVELS[name][args.level]
 
 
-def datasets(seed):
-    """4,000 digits to train on, 1,000 to test; the same for every rank."""
+def datasets():
+    """4,000 digits to train on, 1,000 to test: always the same."""
     images, labels = mnist_data()
     images = (torch.tensor(images, dtype=torch.float32) / 255 - 0.1307) / 0.3081
     images, labels = images.view(-1, 1, 28, 28), torch.tensor(labels)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:4000], order[4000:]
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
@@ -101,7 +109,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     first = hvd.rank() == 0
 
-    train_set, test_set = datasets(args.seed)
+    train_set, test_set = datasets()
     # Horovod: use DistributedSampler to partition the training data.
     sampler = DistributedSampler(train_set, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed)
     loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
@@ -117,7 +125,8 @@ def main(args):
 
     logger = None
     if args.mlflow_uri and first:
-        logger = MLflowLogger(args.mlflow_uri, "pytorch_mnist", args.run_name or args.compression)
+        settings = {name: str(value) for name, value in vars(args).items()}
+        logger = MLflowLogger(args.mlflow_uri, "pytorch_mnist", args.run_name or args.compression, settings)
 
     # Horovod: wrap optimizer with DistributedOptimizer; hvd_accordion: choose the compression.
     optimizer = hvd.DistributedOptimizer(
@@ -133,9 +142,8 @@ def main(args):
     bar = tqdm(
         total=args.epochs * len(loader),
         desc=args.run_name or args.compression,
-        unit="step",
+        bar_format="{desc}: {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ascii=True,
-        ncols=110,
         mininterval=1.0,
         disable=args.no_progress or not first,
     )
@@ -155,7 +163,7 @@ def main(args):
 
         accuracy = test_accuracy(model, *test_shard)
         points.append([optimizer.stats.sent_bytes, accuracy])
-        bar.set_postfix_str(f"test accuracy {accuracy:.1%}", refresh=False)
+        bar.set_postfix_str(f"accuracy {accuracy:.1%}", refresh=False)
         if logger:
             logger.log_metrics({"test_accuracy": accuracy}, epoch)
     bar.close()
@@ -169,8 +177,8 @@ def main(args):
             json.dump({"points": points, "regimes": regimes}, file)
     result = {
         "accuracy": accuracy,
-        "sent_bytes": optimizer.stats.sent_bytes,
-        "dense_bytes": optimizer.stats.dense_bytes,
+        "sent_bytes": round(optimizer.stats.sent_bytes),
+        "dense_bytes": round(optimizer.stats.dense_bytes),
         "seconds": round(seconds, 3),
         "epochs": args.epochs,
         "ranks": hvd.size(),

@@ -168,7 +168,7 @@ def logged(
         "world_size": size,
         "backward_passes_per_step": settings.backward_passes_per_step,
         "steps_per_epoch": steps_per_epoch,
-        "seed": settings.seed,
+        "compression_seed": settings.seed,
         "version.hvd_accordion": version("hvd_accordion"),
         "version.horovod": version("horovod"),
         "version.torch": torch.__version__,
