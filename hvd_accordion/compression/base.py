@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class Exchanged:
 
 
 @dataclass(frozen=True)
-class CompressionSpec:
+class CompressionSpec(ABC):
     """Base of all specs.
 
     Args:
@@ -85,13 +86,13 @@ class CompressionSpec:
         """Short name, part of the names of collectives."""
         return type(self).__name__.lower()
 
+    @abstractmethod
     def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
         """Bytes that one rank sends a step for a tensor of this shape and dtype, among `world_size` ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, shape: Sequence[int]) -> float:
         """The contraction parameter: E||x - C(x)||^2 <= (1 - delta) ||x||^2, 0 < delta <= 1."""
-        raise NotImplementedError
 
     def suits(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
         """Whether a tensor of this shape gets smaller on the wire (of two ranks, where there is but one)."""
@@ -103,9 +104,9 @@ class CompressionSpec:
         del step
         return True
 
+    @abstractmethod
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
         """One round trip for a group of layers: yields the collectives it needs, returns what came of it."""
-        raise NotImplementedError
 
 
 def size(shape: Sequence[int]) -> int:

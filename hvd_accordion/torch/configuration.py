@@ -9,10 +9,11 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-from horovod.torch.compression import Compressor
+from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
 
 from hvd_accordion import checks
 from hvd_accordion.accordion import Accordion
+from hvd_accordion.compression import FP16, Dense
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Layer
 
@@ -69,6 +70,14 @@ def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: l
 
 def is_horovods(compression: Any) -> bool:
     return isinstance(compression, type) and issubclass(compression, Compressor)
+
+
+def translated(compression: Any) -> Any:
+    """A dict of globs with specs in place of Horovod's own compressors; anything else as it is."""
+    specs = {NoneCompressor: Dense(), FP16Compressor: FP16(error_feedback=False)}
+    if not isinstance(compression, Mapping):
+        return compression
+    return {glob: specs.get(policy, policy) if is_horovods(policy) else policy for glob, policy in compression.items()}
 
 
 def check_groups(groups: Any) -> None:

@@ -28,6 +28,7 @@ from hvd_accordion.torch.configuration import (
     logged,
     named,
     take_over,
+    translated,
 )
 from hvd_accordion.torch.engine import Engine
 from hvd_accordion.torch.plain import PlainEngine
@@ -111,6 +112,7 @@ def DistributedOptimizer(
 
     params = named(named_parameters, optimizer.param_groups)
     plain = compression is None or isinstance(compression, Compressor) or is_horovods(compression)
+    compression = translated(compression)
     policy = assign(None if plain else compression, list(params))  # type: ignore[arg-type]
     if op not in (hvd.Average, hvd.Sum) and not plain:
         raise ValueError(

@@ -113,6 +113,15 @@ def test_state_dict_round_trip_is_weights_only(tmp_path):
     assert all(torch.equal(ours["summed"][k], theirs["summed"][k]) for k in theirs["summed"])
 
 
+def test_globs_take_horovods_own_compressors():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    globs = {"0.weight": hvd.Compression.fp16, "2.*": hvd.Compression.none}
+    optimizer = hvd.DistributedOptimizer(optimizer, net.named_parameters(), globs)
+    specs = {layer.name: layer.spec for layer in optimizer.compression_report()}
+    assert specs["0.weight"] == "FP16(error_feedback=False)" and specs["2.weight"] == "Dense()"
+
+
 def test_every_optimizer_of_torch():
     """Any class of torch.optim that steps without a closure on 2-D parameters."""
     classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
