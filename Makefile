@@ -1,4 +1,4 @@
-# Each target does the set-up that it needs; the first run takes about 8 minutes, of which Horovod's build is 4.
+# Each target does the set-up that it needs; the first run takes about 5 minutes, of which Horovod's build is 3.
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
