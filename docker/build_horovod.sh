@@ -35,7 +35,7 @@ out=$cache/horovod-$version-$key-$options
 if ! ls "$out"/horovod-*.whl >/dev/null 2>&1; then
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
-  echo "build_horovod: building horovod $version for $key (about 4 minutes on two cores)" >&2
+  echo "build_horovod: building horovod $version for $key (about 3 minutes on two cores)" >&2
   "$python" -m pip download -q --no-deps --no-build-isolation --no-binary horovod -d "$work" "horovod==$version" >&2
   tar -xzf "$work"/horovod-*.tar.gz -C "$work"
   cd "$work/horovod-$version"

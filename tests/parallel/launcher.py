@@ -48,12 +48,17 @@ def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: 
 
 
 def end(mark: str) -> None:
-    """Kills every process that this run started, and only those: they carry its mark."""
-    for process in marked(mark):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            pass
+    """Kills every process that this run started, and only those (they carry its mark), and waits until they are gone."""
+    for _ in range(10):  # a dying launcher may still start one
+        left = marked(mark)
+        if not left:
+            return
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(left, timeout=5)
 
 
 def marked(mark: str, variable: str = "HVD_ACCORDION_TEST_RUN") -> list[psutil.Process]:

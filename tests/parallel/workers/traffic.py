@@ -8,7 +8,7 @@ import torch
 import hvd_accordion.torch as hvd
 from hvd_accordion import BF16, QSGD, Dense, PowerSGD, RandomK, TopK
 
-SHAPE = (1024, 512)  # 2 MB: messages of all specs are large against Horovod's own
+SHAPE = (2048, 1024)  # 8 MB: messages of all specs are large against Horovod's own
 
 
 def on_the_wire():
