@@ -26,6 +26,12 @@ def offsets(counts: Sequence[int]) -> list[int]:
     return [sum(counts[:i]) for i in range(len(counts))]
 
 
+def unsent(ops: Ops, flats: list[Tensor], picks: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    """The values with zeros where an entry was picked, in their own shapes."""
+    left = [ops.put(flat, pick, 0.0) for flat, pick in zip(flats, picks, strict=True)]
+    return [ops.reshape(flat, value.shape) for flat, value in zip(left, values, strict=True)]
+
+
 @dataclass(frozen=True)
 class _Sparse(CompressionSpec):
     ratio: float = 0.01
@@ -68,11 +74,7 @@ class TopK(_Sparse):
             mean = ops.scatter_add(mean, ops.from_bytes(gathered[r, split:], "int32"), part / ctx.size)
         ok = yield Agree(ops.all_finite(parts))
 
-        def remainder() -> list[Tensor]:
-            left = [ops.put(f, i, 0.0) for f, i in zip(flats, picks, strict=True)]
-            return [ops.reshape(f, v.shape) for f, v in zip(left, values, strict=True)]
-
-        return Exchanged(ops.unflatten(mean, values), remainder, memory, ok)
+        return Exchanged(ops.unflatten(mean, values), lambda: unsent(ops, flats, picks, values), memory, ok)
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,7 @@ class RandomK(_Sparse):
         ok = yield Agree(ops.all_finite([mine]))
         mean = ops.scatter_add(ops.zeros(sum(counts), mine), where, mine)
 
-        def remainder() -> list[Tensor]:
-            left = [ops.put(f, i, 0.0) for f, i in zip(flats, picks, strict=True)]
-            return [ops.reshape(f, v.shape) for f, v in zip(left, values, strict=True)]
-
-        return Exchanged(ops.unflatten(mean, values), remainder, memory, ok)
+        return Exchanged(ops.unflatten(mean, values), lambda: unsent(ops, flats, picks, values), memory, ok)
 
 
 def affine_map(seed: int, count: int) -> tuple[int, int]:

@@ -203,7 +203,6 @@ def test_without_feedback_there_is_no_residual(spec, backend):
     assert same_bits(results[0].mean, results[1].mean)
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 @every_dtype
 @every_spec
 def test_torch_does_what_numpy_does(spec, dtype):
@@ -231,7 +230,6 @@ def test_bytes_per_step_are_those_sent(spec, dtype, ranks):
         assert nbytes == pytest.approx(spec.bytes_per_step(shape, dtype, ranks)), shape
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 @every_spec
 def test_both_backends_send_alike(spec):
     sent = [step(backend, spec, gradients(3), *fresh(3))[1] for backend in ("numpy", "torch")]
