@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -35,8 +34,7 @@ SPECS = [
 RANDOM = [s for s in SPECS if isinstance(s, RandomK | QSGD | PowerSGD)]
 
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
-TORCH = pytest.param("torch", marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs torch"))
-every_backend = pytest.mark.parametrize("backend", ["numpy", TORCH])
+every_backend = pytest.mark.parametrize("backend", ["numpy", "torch"])
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 every_size = pytest.mark.parametrize("ranks", [2, 3, 8])
 
@@ -47,9 +45,6 @@ NAMES = ("a.weight", "b.weight", "c.weight")
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Threads only slow tensors as small as these."""
-    if find_spec("torch") is None:
-        yield
-        return
     import torch
 
     threads = torch.get_num_threads()
