@@ -32,14 +32,14 @@ class Context:
 
     names: tuple[str, ...]
     dtype: str  # of the gradients as the framework gave them; values arrive in fp32 at least
-    step: int
+    step: Any  # an int, or an int64 scalar where a traced graph counts
     seed: int
     rank: int
     size: int
 
-    def key(self, *parts: object) -> int:
+    def key(self, *parts: object) -> Any:
         """A seed for this step from (seed, *parts, step)."""
-        return seeds.stable_hash(self.seed, *parts, self.step)
+        return seeds.at(seeds.stable_hash(self.seed, *parts), self.step)
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,15 @@ class CompressionSpec(ABC):
         n = max(2, world_size)
         return self.bytes_per_step(shape, dtype, n) < dense_bytes(shape, dtype, n)
 
-    def active(self, step: int) -> bool:
-        """Whether the spec compresses at this step (counted from 0); before that its tensors travel dense."""
+    def active(self, step: Any) -> Any:
+        """Whether the spec compresses at this step (counted from 0, also a framework's scalar); before, all goes dense."""
         del step
         return True
+
+    def initial_memory(self, ops: Ops, value: Tensor, name: str, seed: int) -> Memory:
+        """What the exchange of a layer takes for missing memory; shapes never change from then on."""
+        del ops, value, name, seed
+        return {}
 
     @abstractmethod
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_accordion import checks
+from hvd_accordion import checks, seeds
 from hvd_accordion.collectives import Agree, AllReduce, Rounds, Tensor, sent
 from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, dtype_name, size
 from hvd_accordion.ops.protocol import Ops
@@ -69,10 +69,8 @@ class PowerSGD(CompressionSpec):
         matrices = [ops.reshape(v, matrix_shape(v.shape)) for v in values]
         batches = by_shape(matrices)
         stacks = [[matrices[i] for i in batch] for batch in batches]
-        starts = [
-            ops.stack([self.start(ops, matrices[i], memory[i], ctx.key(ctx.names[i], "q")) for i in batch])
-            for batch in batches
-        ]
+        olds = [self.start(ops, m, own, name, ctx) for m, own, name in zip(matrices, memory, ctx.names, strict=True)]
+        starts = [ops.stack([olds[i][:, : self.columns(matrices[i].shape)] for i in batch]) for batch in batches]
         ps, qs = [], starts
         for _ in range(self.iterations):
             ps = yield AllReduce([ops.project(m, scaled(ops, q)) for m, q in zip(stacks, qs, strict=True)])
@@ -86,18 +84,37 @@ class PowerSGD(CompressionSpec):
             warm = ops.where(ok, q, q0) if self.warm_start else None
             for row, i in enumerate(batch):
                 mean[i] = ops.reshape(ops.outer(p[row], q[row]), values[i].shape)
-                kept[i] = {} if warm is None else {"q": warm[row]}
+                kept[i] = {} if warm is None else {"q": joined(ops, warm[row], olds[i])}
         return Exchanged(mean, lambda: ops.subtract(values, mean), kept, ok)
 
-    def start(self, ops: Ops, matrix: Tensor, memory: Memory, seed: int) -> Tensor:
-        """Q to start from: the last step's, its leading columns after a cut of the rank, new random ones after a rise."""
-        m, r = matrix.shape[1], self.columns(matrix.shape)
-        q = memory.get("q") if self.warm_start else None
-        have = 0 if q is None else min(r, q.shape[1])
-        if q is not None and have == r:
-            return q[:, :r]
-        fresh = ops.reshape(ops.uniform(seed, m * (r - have), matrix), (m, r - have)) - 0.5
-        return fresh if q is None else ops.concat([q[:, :have], fresh], 1)
+    def start(self, ops: Ops, matrix: Tensor, memory: Memory, name: str, ctx: Context) -> Tensor:
+        """Q to start from, with at least the columns of this rank: the last step's, random ones where there are none yet."""
+        r = self.columns(matrix.shape)
+        if not self.warm_start:
+            return random_columns(ops, matrix, [ctx.key(name, "q", j) for j in range(r)])
+        q = memory.get("q")
+        if q is not None and q.shape[1] >= r:
+            return q
+        fresh = self.initial_memory(ops, matrix, name, ctx.seed)["q"]
+        return fresh if q is None else joined(ops, q, fresh)
+
+    def initial_memory(self, ops: Ops, value: Tensor, name: str, seed: int) -> Memory:
+        if not self.warm_start:
+            return {}
+        matrix = ops.reshape(value, matrix_shape(value.shape))
+        keys = [seeds.stable_hash(seed, name, "q", j) for j in range(self.columns(matrix.shape))]
+        return {"q": random_columns(ops, matrix, keys)}
+
+
+def random_columns(ops: Ops, matrix: Tensor, keys: Sequence[Any]) -> Tensor:
+    """One column in [-1/2, 1/2) for each seed, as long as a row of the matrix."""
+    m = matrix.shape[1]
+    return ops.concat([ops.reshape(ops.uniform(key, m, matrix), (m, 1)) - 0.5 for key in keys], 1)
+
+
+def joined(ops: Ops, q: Tensor, other: Tensor) -> Tensor:
+    """q, and behind it the columns that `other` has more."""
+    return ops.concat([q, other[:, q.shape[1] :]], 1) if q.shape[1] < other.shape[1] else q
 
 
 def by_shape(matrices: list[Tensor]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ class TopK(_Sparse):
 class RandomK(_Sparse):
     """k = ceil(ratio d) entries of each layer, the same random ones on every rank: values alone travel, by one allreduce.
 
-    (Stich et al. 2018, arXiv 1809.07599, unscaled.) The indices are a j + b mod d with a coprime to d, from the seed of
-    (seed, layer, step): distinct, each entry equally likely, no sort.
+    (Stich et al. 2018, arXiv 1809.07599, unscaled.) The indices are a j + b mod d, where a (one of 256
+    that are coprime to d) and b come from (seed, layer, step): distinct, each entry equally likely, no sort.
 
     Args:
         ratio: share of the entries that is sent, in (0, 1].
@@ -95,7 +96,7 @@ class RandomK(_Sparse):
         flats = [ops.reshape(v, (-1,)) for v in values]
         counts = [f.shape[0] for f in flats]
         picks = [
-            ops.affine(*affine_map(ctx.key(name), d), kept(self.ratio, d), d, f)
+            ops.affine(multipliers(d), ctx.key(name, "a"), ctx.key(name, "b"), kept(self.ratio, d), d, f)
             for name, f, d in zip(ctx.names, flats, counts, strict=True)
         ]
         where = ops.concat([i + start for i, start in zip(picks, offsets(counts), strict=True)], 0)
@@ -108,9 +109,13 @@ class RandomK(_Sparse):
         return Exchanged(ops.unflatten(mean, values), lambda: unsent(ops, flats, picks, values), memory, ok)
 
 
-def affine_map(seed: int, count: int) -> tuple[int, int]:
-    """(a, b) of the random bijection j -> a j + b mod count."""
-    a = 1 + seeds.stable_hash(seed, "a") % max(1, count - 1)
-    while math.gcd(a, count) != 1:
-        a = a % count + 1
-    return a, seeds.stable_hash(seed, "b") % count
+@functools.lru_cache(maxsize=4096)
+def multipliers(count: int, many: int = 256) -> tuple[int, ...]:
+    """Factors a that are coprime to `count`, spread over [1, count): each makes j -> a j + b mod count a bijection."""
+    chosen = []
+    for i in range(many):
+        a = 1 + seeds.stable_hash("multiplier", count, i) % max(1, count - 1)
+        while math.gcd(a, count) != 1:
+            a = a % count + 1
+        chosen.append(a)
+    return tuple(chosen)

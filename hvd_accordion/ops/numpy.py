@@ -102,8 +102,8 @@ def top_k(x: Array, k: int) -> Array:
     return np.argpartition(np.abs(x), x.size - k)[x.size - k :].astype(np.int32)
 
 
-def affine(a: int, b: int, k: int, count: int, like: Array) -> Array:
-    return ((np.arange(k, dtype=np.int64) * a + b) % count).astype(np.int32)
+def affine(factors: Sequence[int], pick: int, shift: int, k: int, count: int, like: Array) -> Array:
+    return ((np.arange(k, dtype=np.int64) * factors[pick % len(factors)] + shift) % count).astype(np.int32)
 
 
 def take(x: Array, index: Array) -> Array:

@@ -62,8 +62,8 @@ class Ops(Protocol):
     def top_k(self, x: Tensor, k: int) -> Tensor:
         """int32 indices of the k entries largest in magnitude; NaN counts as largest."""
 
-    def affine(self, a: int, b: int, k: int, count: int, like: Tensor) -> Tensor:
-        """int32 (a j + b) mod count for j < k."""
+    def affine(self, factors: Sequence[int], pick: Any, shift: Any, k: int, count: int, like: Tensor) -> Tensor:
+        """int32 (a j + shift) mod count for j < k, where a is number `pick` modulo their count of the factors."""
 
     def take(self, x: Tensor, index: Tensor) -> Tensor: ...
     def put(self, x: Tensor, index: Tensor, value: float) -> Tensor: ...
@@ -73,7 +73,7 @@ class Ops(Protocol):
     def add_row(self, x: Tensor, row: int, values: Tensor) -> Tensor: ...
 
     # pseudo-random numbers from counters, the same in every framework and on every device
-    def uniform(self, seed: int, count: int, like: Tensor) -> Tensor:
+    def uniform(self, seed: Any, count: int, like: Tensor) -> Tensor:
         """`count` numbers in [0, 1), multiples of 2^-24: number i is `mix(i * 0x9E3779B1 + seed)`, in like's dtype."""
 
     def wave(self, frequency: int, like: Tensor) -> Tensor:

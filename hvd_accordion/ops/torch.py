@@ -107,8 +107,9 @@ def top_k(x: Tensor, k: int) -> Tensor:
     return x.abs().topk(k, sorted=False).indices.to(torch.int32)
 
 
-def affine(a: int, b: int, k: int, count: int, like: Tensor) -> Tensor:
-    return ((torch.arange(k, dtype=torch.int64, device=like.device) * a + b) % count).to(torch.int32)
+def affine(factors: Sequence[int], pick: int, shift: int, k: int, count: int, like: Tensor) -> Tensor:
+    a = factors[pick % len(factors)]
+    return ((torch.arange(k, dtype=torch.int64, device=like.device) * a + shift) % count).to(torch.int32)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -294,12 +294,14 @@ def test_not_finite_comes_out_as_nan_in_its_own_matrix_only(backend, bad):
 
 
 @every_backend
-def test_a_cut_of_the_rank_keeps_the_leading_columns(backend):
+def test_a_cut_of_the_rank_uses_the_leading_columns_and_keeps_the_others(backend):
     q = normal(20, 4)
     gradient = normal(30, 20, seed=1)
-    cut, _, _ = exchange(backend, PowerSGD(1), [[gradient]], [[{"q": q}]])
+    cut, _, [[kept]] = exchange(backend, PowerSGD(1), [[gradient]], [[{"q": q}]])
     expected, _, _ = plain_power_sgd([gradient], q[:, :1], [0])
     assert distance(cut[0][0], expected) < 1e-5
+    assert kept["q"].shape == (20, 4) and not np.array_equal(kept["q"][:, 0], q[:, 0])
+    np.testing.assert_array_equal(kept["q"][:, 1:], q[:, 1:])
 
 
 @every_backend
@@ -307,12 +309,15 @@ def test_a_rise_of_the_rank_keeps_the_columns_and_adds_fresh_ones(backend):
     q, gradient = normal(20, 1), normal(30, 20, seed=1)
     spec, context = PowerSGD(4), Context(("l",), "float32", 3, 0, 0, 1)
     ops, to = BACKENDS[backend]
-    start = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, context.key("l", "q")))
+    start = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, "l", context))
     assert start.shape == (20, 4)
     np.testing.assert_array_equal(start[:, :1], q)
     assert np.linalg.matrix_rank(start) == 4
-    other = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, context.key("m", "q")))
+    other = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, "m", context))
     assert not np.array_equal(start[:, 1:], other[:, 1:])
+    initial = np.asarray(spec.initial_memory(ops, to(gradient), "l", 0)["q"])
+    np.testing.assert_array_equal(start[:, 1:], initial[:, 1:])
+    np.testing.assert_array_equal(initial, np.asarray(spec.start(ops, to(gradient), {}, "l", context)))
     risen, _, _ = exchange(backend, spec, [[of_rank(4, 30, 20)[0]]], [[{"q": q}]])
     assert distance(risen[0][0], of_rank(4, 30, 20)[0]) < EXACT
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.compression.base import dense_bytes, dtype_name
 from hvd_accordion.compression.quantised import DitherCode
-from hvd_accordion.compression.sparse import affine_map, kept
+from hvd_accordion.compression.sparse import kept, multipliers
 from hvd_accordion.ops import numpy as ops
-from hvd_accordion.seeds import stable_hash
+from hvd_accordion.seeds import PRIME, at, stable_hash
 
 SPECS = [Dense(), FP16(), BF16(), TopK(), RandomK(), QSGD(), PowerSGD()]
 
@@ -316,17 +316,24 @@ def test_the_stable_hash_is_the_same_everywhere():
 
 @settings(deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 3000))
-def test_random_k_picks_different_entries(seed, count):
-    a, b = affine_map(seed, count)
-    assert math.gcd(a, count) == 1 and 0 <= b < count
-    assert len({(a * j + b) % count for j in range(count)}) == count
+def test_seeds_of_steps_are_different_and_spread(key, step):
+    seeds = [at(key, step + i) for i in range(2000)]
+    assert len(set(seeds)) == 2000 and all(0 <= seed < PRIME for seed in seeds)
+    assert 0.4 < np.mean(seeds) / PRIME < 0.6
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000))
+def test_random_k_picks_different_entries(count):
+    factors = multipliers(count)
+    assert all(math.gcd(a, count) == 1 and 1 <= a <= max(1, count - 1) for a in factors)
+    assert len(set(ops.affine(factors, 5, 7, count, count, np.zeros(1)).tolist())) == count
 
 
 def test_random_k_picks_every_entry_equally_often():
     hits = np.zeros(60)
-    for seed in range(6000):
-        a, b = affine_map(stable_hash(seed), 60)
-        hits[[(a * j + b) % 60 for j in range(6)]] += 1
+    for step in range(6000):
+        hits[ops.affine(multipliers(60), at(stable_hash("a"), step), at(stable_hash("b"), step), 6, 60, hits)] += 1
     assert np.abs(hits / 6000 - 0.1).max() < 0.02
 
 

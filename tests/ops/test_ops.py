@@ -306,9 +306,10 @@ def test_top_k_among_equals_picks_k_different():
 @settings(deadline=None)
 @given(st.integers(1, 2**31 - 1), st.data())
 def test_affine(count, data):
-    a, b = data.draw(st.integers(0, count)), data.draw(st.integers(0, count - 1))
-    k = min(count, 50)
-    got = both("affine", a, b, k, count, np.zeros(1, np.float32))
+    factors = tuple(data.draw(st.lists(st.integers(0, count), min_size=1, max_size=3)))
+    pick, b = data.draw(st.integers(0, 2**31 - 1)), data.draw(st.integers(0, 2**31 - 1))
+    a, k = factors[pick % len(factors)], min(count, 50)
+    got = both("affine", factors, pick, b, k, count, np.zeros(1, np.float32))
     assert got.dtype == np.int32 and got.tolist() == [(a * j + b) % count for j in range(k)]
 
 
@@ -411,6 +412,6 @@ def test_primitives_leave_the_global_generators_alone():
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     both("uniform", 1, 10, np.zeros(1, np.float32))
     both("wave", 1, np.zeros((3, 1), np.float32), exact=False)
-    both("affine", 3, 1, 5, 10, np.zeros(1, np.float32))
+    both("affine", (3,), 0, 1, 5, 10, np.zeros(1, np.float32))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
