@@ -113,21 +113,21 @@ class Controller:
 
     # steps and windows
 
-    def advance(self, sent: float, seconds: float) -> bool:
-        """Counts a step; tells whether it was an epoch's last.
+    def advance(self, sent: float, seconds: float, steps: int = 1) -> bool:
+        """Counts steps of which none but the last ends an epoch or window; tells whether that was an epoch's last.
 
         Raises ValueError where an Accordion counts in epochs and nothing has told of one for too long.
         """
         stats = self.stats
-        stats.steps += 1
+        stats.steps += steps
         stats.sent_bytes += sent
-        stats.dense_bytes += self.dense_bytes
+        stats.dense_bytes += steps * self.dense_bytes
         stats.exchange_seconds += seconds
-        stats.critical_layers += self._critical_layers
-        stats.critical_bytes += self._critical_bytes
-        self.step += 1
-        self.step_of_epoch += 1
-        if any(spec.active(self.step) != spec.active(self.step - 1) for spec in self._specs):
+        stats.critical_layers += steps * self._critical_layers
+        stats.critical_bytes += steps * self._critical_bytes
+        self.step += steps
+        self.step_of_epoch += steps
+        if any(spec.active(self.step) != spec.active(self.step - steps) for spec in self._specs):
             self._refresh()
         self._silence["steps"] = self.step
         if self._needs_epochs and self.epoch == 0 and self.step_of_epoch > MAX_STEPS_OF_EPOCH:

@@ -94,6 +94,15 @@ def level(layer: Layer, policy: Policy, step: int, world_size: int, min_numel: i
     return spec if spec.active(step) and allowed(layer, spec, world_size, min_numel) else Dense()
 
 
+def candidates(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL) -> list[CompressionSpec]:
+    """Every spec that the layer may ever travel under: first those that its regimes lead to, critical before relaxed."""
+    specs = (policy.critical, policy.relaxed) if isinstance(policy, Accordion) else (policy,)
+    found = [spec if allowed(layer, spec, world_size, min_numel) else Dense() for spec in specs]
+    if any(not spec.active(0) for spec in found):
+        found.append(Dense())
+    return list(dict.fromkeys(found))
+
+
 def adaptive(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL) -> bool:
     """Whether the layer's regime makes any difference to it."""
     return isinstance(policy, Accordion) and any(

@@ -1,48 +1,28 @@
-"""What ranks must have in common before they exchange anything, and the numbers that rank 0 decides for all."""
+"""What ranks must have in common, and the numbers that rank 0 decides for all, by Horovod's collectives under torch."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 
+from hvd_accordion import agreement
+
 
 def require_equal(settings: Mapping[str, Any], name: str, process_set: hvd.ProcessSet) -> None:
-    """Raises the same ValueError on all ranks, naming the first difference, if their settings differ.
-
-    One allgather of 32 bytes where they agree.
-    """
-    if process_set.size() == 1:
-        return
-    lines = [f"{key} = {value}" for key, value in settings.items()]
-    digest = hashlib.sha256("\n".join(lines).encode()).digest()
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-    digests = hvd.allgather(mine, name=f"{name}.settings", process_set=process_set).view(process_set.size(), -1)
-    if all(torch.equal(digests[0], other) for other in digests[1:]):
-        return
-    everyone = [text.split("\n") for text in gather_texts("\n".join(lines), f"{name}.settings", process_set)]
-    raise ValueError(f"DistributedOptimizer is configured differently on different ranks: {first_difference(everyone)}")
+    """Raises the same ValueError on all ranks, naming the first difference, if their settings differ."""
+    if process_set.size() > 1:
+        agreement.require_equal(settings, name, lambda data, its: gather(data, its, process_set))
 
 
-def gather_texts(text: str, name: str, process_set: hvd.ProcessSet) -> list[str]:
-    """The text of every rank."""
-    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    sizes = hvd.allgather(torch.tensor([mine.numel()]), name=f"{name}.sizes", process_set=process_set).tolist()
-    joined = bytes(hvd.allgather(mine, name=f"{name}.text", process_set=process_set).tolist())
-    return [joined[sum(sizes[:i]) : sum(sizes[: i + 1])].decode() for i in range(len(sizes))]
-
-
-def first_difference(everyone: Sequence[Sequence[str]]) -> str:
-    reference = everyone[0]
-    for rank, lines in enumerate(everyone[1:], 1):
-        for i in range(max(len(reference), len(lines))):
-            theirs, ours = (at[i] if i < len(at) else "nothing" for at in (lines, reference))
-            if theirs != ours:
-                return f"rank 0 has {ours!r}, rank {rank} has {theirs!r}"
-    return "their texts are equal but not their digests"
+def gather(data: bytes, name: str, process_set: hvd.ProcessSet) -> list[bytes]:
+    """The bytes of every rank."""
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    sizes = hvd.allgather(torch.tensor([len(data)]), name=f"{name}.sizes", process_set=process_set).tolist()
+    joined = bytes(hvd.allgather(mine, name=name, process_set=process_set).tolist())
+    return [joined[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
 
 def from_rank_0(numbers: Sequence[float], name: str, process_set: hvd.ProcessSet) -> list[float]:

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import horovod.torch as hvd
 import torch
-from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
 
 from hvd_accordion import checks
-from hvd_accordion.accordion import Accordion
-from hvd_accordion.compression import FP16, Dense
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Layer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What DistributedOptimizer was asked for, Horovod's arguments under Horovod's names."""
-
-    backward_passes_per_step: int
-    op: Any
-    gradient_predivide_factor: float
-    groups: int | list[list[torch.Tensor]] | None
-    sparse_as_dense: bool
-    process_set: hvd.ProcessSet
-    seed: int
+from hvd_accordion.settings import Settings
 
 
 def layer_of(name: str, p: torch.Tensor) -> Layer:
@@ -66,18 +49,6 @@ def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: l
             "named_parameters was specified, but one or more model parameters were not named: " + ", ".join(unnamed)
         )
     return {name_of[id(p)]: p for group in groups for p in group["params"]}
-
-
-def is_horovods(compression: Any) -> bool:
-    return isinstance(compression, type) and issubclass(compression, Compressor)
-
-
-def translated(compression: Any) -> Any:
-    """A dict of globs with specs in place of Horovod's own compressors; anything else as it is."""
-    specs = {NoneCompressor: Dense(), FP16Compressor: FP16(error_feedback=False)}
-    if not isinstance(compression, Mapping):
-        return compression
-    return {glob: specs.get(policy, policy) if is_horovods(policy) else policy for glob, policy in compression.items()}
 
 
 def check_groups(groups: Any) -> None:
@@ -130,29 +101,15 @@ def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, 
 
 
 def described(
-    params: Mapping[str, torch.nn.Parameter],
-    policy: Mapping[str, Any] | str,
-    settings: Settings,
-    steps_per_epoch: int | None,
-    min_numel: int,
+    params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Any] | str, settings: Settings
 ) -> dict[str, str]:
     """Everything in which ranks must agree, as text."""
     order = {id(p): name for name, p in params.items()}
     groups = settings.groups
     if isinstance(groups, list):
-        groups = [[order.get(id(p), "?") for p in group] for group in groups]  # type: ignore[misc]
-    described = {
-        "versions": f"hvd_accordion {version('hvd_accordion')}, horovod {version('horovod')}, torch {torch.__version__}",
-        "number of parameters": str(len(params)),
-        "op": str(settings.op),
-        "backward_passes_per_step": str(settings.backward_passes_per_step),
-        "gradient_predivide_factor": str(settings.gradient_predivide_factor),
-        "groups": str(groups),
-        "sparse_as_dense": str(settings.sparse_as_dense),
-        "steps_per_epoch": str(steps_per_epoch),
-        "seed": str(settings.seed),
-        "min_compress_numel": str(min_numel),
-    }
+        groups = [[order.get(id(p), "?") for p in group] for group in groups]
+    described = {**settings.described("torch", torch.__version__), "groups": str(groups)}
+    described["number of parameters"] = str(len(params))
     if isinstance(policy, str):
         described["compression"] = policy
     for i, (name, p) in enumerate(params.items()):
@@ -160,30 +117,3 @@ def described(
         grad = "" if p.requires_grad else ", frozen"
         described[f"parameter {i}"] = f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{grad}{kind}"
     return described
-
-
-def logged(
-    optimizer: Any,
-    compression: Any,
-    policy: Mapping[str, Any],
-    settings: Settings,
-    size: int,
-    steps_per_epoch: int | None,
-) -> dict[str, object]:
-    """The parameters of a run, for the logger."""
-    logged: dict[str, object] = {
-        "optimizer": type(optimizer).__name__,
-        "compression": getattr(compression, "__name__", None) or str(compression),
-        "world_size": size,
-        "backward_passes_per_step": settings.backward_passes_per_step,
-        "steps_per_epoch": steps_per_epoch,
-        "compression_seed": settings.seed,
-        "version.hvd_accordion": version("hvd_accordion"),
-        "version.horovod": version("horovod"),
-        "version.torch": torch.__version__,
-    }
-    accordion = next((p for p in policy.values() if isinstance(p, Accordion)), None)
-    if accordion is not None:
-        logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop")}
-        logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
-    return logged

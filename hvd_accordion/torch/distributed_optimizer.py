@@ -11,25 +11,15 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
+from horovod.torch.compression import Compressor, NoneCompressor
 
 from hvd_accordion import checks
-from hvd_accordion.compression import FP16, CompressionSpec, Dense
 from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
 from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
 from hvd_accordion.torch.agreement import require_equal
-from hvd_accordion.torch.configuration import (
-    Settings,
-    check_groups,
-    described,
-    is_horovods,
-    layer_of,
-    logged,
-    named,
-    take_over,
-    translated,
-)
+from hvd_accordion.torch.configuration import check_groups, described, layer_of, named, take_over
 from hvd_accordion.torch.engine import Engine
 from hvd_accordion.torch.plain import PlainEngine
 
@@ -93,25 +83,26 @@ def DistributedOptimizer(
         backward_passes_per_step, op = theirs["backward_passes_per_step"], theirs["op"]
         gradient_predivide_factor, groups = theirs["gradient_predivide_factor"], theirs["groups"]
         sparse_as_dense, process_set = theirs["sparse_as_dense"], theirs["process_set"]
-    checks.integer("backward_passes_per_step", backward_passes_per_step, 1)
-    checks.real("gradient_predivide_factor", gradient_predivide_factor, 0.0)
-    checks.boolean("sparse_as_dense", sparse_as_dense)
-    checks.integer("seed", seed, 0)
-    checks.integer("min_compress_numel", min_compress_numel, 1)
-    if steps_per_epoch is not None:
-        checks.integer("steps_per_epoch", steps_per_epoch, 1)
-    if gradient_predivide_factor != 1.0 and op != hvd.Average:
-        raise ValueError("gradient_predivide_factor not supported with op != Average")
-    for method in ("log_epoch", "log_window", "start"):
-        if logger is not None and not callable(getattr(logger, method, None)):
-            raise TypeError(f"logger must have a method {method}(), as MLflowLogger has, got {logger!r}")
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
     check_groups(groups)
+    check_logger(logger)
+    settings = Settings(
+        op,
+        hvd.Average,
+        process_set,
+        backward_passes_per_step,
+        gradient_predivide_factor,
+        groups,
+        sparse_as_dense,
+        steps_per_epoch,
+        seed,
+        min_compress_numel,
+    )
 
     params = named(named_parameters, optimizer.param_groups)
-    plain = compression is None or isinstance(compression, Compressor) or is_horovods(compression)
+    plain = compression is None or is_horovods(compression)
     compression = translated(compression)
     policy = assign(None if plain else compression, list(params))  # type: ignore[arg-type]
     if op not in (hvd.Average, hvd.Sum) and not plain:
@@ -120,14 +111,8 @@ def DistributedOptimizer(
         )
 
     prefix = f"hvd_accordion.{next(_serial)}"
-    settings = Settings(
-        backward_passes_per_step, op, gradient_predivide_factor, groups, sparse_as_dense, process_set, seed
-    )
     if process_set.included():
-        texts = described(
-            params, policy if not plain else str(compression), settings, steps_per_epoch, min_compress_numel
-        )
-        require_equal(texts, prefix, process_set)
+        require_equal(described(params, policy if not plain else str(compression), settings), prefix, process_set)
     if not process_set.included() or process_set.rank() != 0:
         logger = None
     size = process_set.size() if process_set.included() else 1
@@ -138,7 +123,7 @@ def DistributedOptimizer(
     else:
         result = _compressed(optimizer, params, compression, settings, controller, prefix)  # type: ignore[arg-type]
     if logger is not None:
-        logger.start(logged(result, compression, policy, settings, size, steps_per_epoch))
+        logger.start(settings.logged(type(result).__name__, compression, policy, size, "torch", torch.__version__))
     return result
 
 
@@ -168,8 +153,7 @@ def _plain(
         sparse_as_dense=settings.sparse_as_dense,
         process_set=settings.process_set,
     )
-    spec: CompressionSpec = FP16() if compression is FP16Compressor else Dense()
-    result._hvd = PlainEngine(controller, spec, result.synchronize)
+    result._hvd = PlainEngine(controller, plain_spec(compression), result.synchronize)
     result.synchronize = result._hvd.synchronize  # Horovod's step() calls it
     return result
 

@@ -34,12 +34,12 @@ class Driver:
     Args:
         prefix: of all names; unique to an optimizer, equal on all ranks.
         process_set: the ranks that exchange.
-        predivide: Horovod's `gradient_predivide_factor`; 1 divides by the number of ranks before the sum.
+        scales: what a mean multiplies with before and after its sum.
     """
 
     prefix: str
     process_set: hvd.ProcessSet
-    predivide: float = 1.0
+    scales: tuple[float, float]
     running: dict[str, Running] = field(default_factory=dict)
 
     def start(self, name: str, rounds: Rounds[Step]) -> None:
@@ -110,8 +110,7 @@ class Driver:
         return None
 
     def _allreduce(self, tensors: Sequence[torch.Tensor], name: str) -> Any:
-        n = self.process_set.size()
-        before, after = (1 / n, 1.0) if self.predivide == 1.0 else (1 / self.predivide, self.predivide / n)
+        before, after = self.scales
         return hvd.grouped_allreduce_async_(
             list(tensors),
             name=name,

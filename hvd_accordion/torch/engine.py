@@ -16,9 +16,10 @@ from hvd_accordion.compression.base import Memory
 from hvd_accordion.controller import Controller
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Group, Layer, Policy
+from hvd_accordion.settings import Settings
 from hvd_accordion.torch import sparse
 from hvd_accordion.torch.agreement import from_rank_0, require_equal
-from hvd_accordion.torch.configuration import Settings, layer_of
+from hvd_accordion.torch.configuration import layer_of
 from hvd_accordion.torch.driver import Driver
 
 TOO_MANY_PASSES = (
@@ -49,7 +50,6 @@ class Engine:
         self.controller, self.settings, self.lr, self.prefix = controller, settings, lr, prefix
         self.process_set = settings.process_set
         self._join()
-        self.driver = Driver(prefix, self.process_set, settings.gradient_predivide_factor)
         self.residual: dict[str, torch.Tensor] = {}
         self.memory: dict[str, Memory] = {}
         self.summed: dict[str, torch.Tensor] = {}  # averaged gradients since the window's start
@@ -70,6 +70,7 @@ class Engine:
         self.size = self.process_set.size() if self.active else 1
         self.rank = self.process_set.rank() if self.active else 0
         self.controller.world_size = self.size
+        self.driver = Driver(self.prefix, self.process_set, self.settings.scales(self.size))
 
     # plan: which layers, in which groups
 

@@ -420,7 +420,9 @@ def test_another_step_seed_or_name_gives_another_result(spec, backend):
     def mean(**where):
         return step(backend, spec, gradients(2), *fresh(2), **{"number": 5, "seed": 7, **where})[0][0].mean[0]
 
-    others = [mean(number=6), mean(seed=8), mean(names=("x", "y", "z"))]
+    others = [mean(seed=8), mean(names=("x", "y", "z"))]
+    if not getattr(spec, "warm_start", False):  # a warm start draws at its first step alone, whichever that is
+        others.append(mean(number=6))
     assert not any(same_bits(mean(), other) for other in others)
 
 

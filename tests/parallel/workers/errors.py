@@ -88,9 +88,9 @@ def test_different_dtype_and_frozen():
 
 
 def test_versions(monkeypatch):
-    from hvd_accordion.torch import configuration
+    from hvd_accordion import settings
 
-    monkeypatch.setattr(configuration, "version", lambda name: mine("9.9.9", "1.0.0"))
+    monkeypatch.setattr(settings, "version", lambda name: mine("9.9.9", "1.0.0"))
     assert "9.9.9" in error_of(lambda: build(compression=PowerSGD(2)))
 
 
