@@ -46,6 +46,19 @@ class Group:
     feeds_back: bool
 
 
+@dataclass(frozen=True)
+class Part:
+    """Layers that are exchanged together in a traced graph, which holds an exchange for each of `specs`."""
+
+    name: str
+    specs: tuple[CompressionSpec, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def feeds_back(self) -> bool:
+        return any(spec.lossy and spec.error_feedback for spec in self.specs)
+
+
 def is_policy(value: Any) -> bool:
     return isinstance(value, CompressionSpec | Accordion)
 
@@ -153,3 +166,19 @@ def grouped(
         for j, ((spec, dtype, _, feeds_back), members) in enumerate(parts.items()):
             groups.append(Group(f"{i}.{j}.{spec.tag}.{dtype}", spec, tuple(members), feeds_back))
     return groups
+
+
+def parts(
+    runs: Sequence[Sequence[Layer]], policy: Mapping[str, Policy], world_size: int, min_numel: int = MIN_NUMEL
+) -> list[Part]:
+    """Each run cut up like `grouped`, for levels that change without a new plan: an adaptive layer stays alone."""
+    found = []
+    for i, run in enumerate(runs):
+        members: dict[tuple[tuple[CompressionSpec, ...], str, str, str], list[Layer]] = {}
+        for layer in run:
+            specs = tuple(candidates(layer, policy[layer.name], world_size, min_numel))
+            alone = layer.name if adaptive(layer, policy[layer.name], world_size, min_numel) else ""
+            members.setdefault((specs, layer.dtype, layer.device, alone), []).append(layer)
+        for j, ((specs, dtype, _, _), layers) in enumerate(members.items()):
+            found.append(Part(f"{i}.{j}.{dtype}", specs, tuple(layers)))
+    return found

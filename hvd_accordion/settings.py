@@ -51,7 +51,8 @@ class Settings:
     def described(self, framework: str, framework_version: str) -> dict[str, str]:
         """As text, for `agreement.require_equal`; without `groups`, whose members only the framework can name."""
         ours, horovod = version("hvd_accordion"), version("horovod")
-        names = "op backward_passes_per_step gradient_predivide_factor sparse_as_dense steps_per_epoch seed min_compress_numel"
+        names = "op backward_passes_per_step gradient_predivide_factor sparse_as_dense steps_per_epoch seed "
+        names += "min_compress_numel"
         versions = f"hvd_accordion {ours}, horovod {horovod}, {framework} {framework_version}"
         return {"versions": versions, **{name: str(getattr(self, name)) for name in names.split()}}
 

@@ -13,8 +13,14 @@ from hvd_accordion.ops.protocol import Ops
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """A tensor as a matrix: its first axis by all the others."""
-    return (shape[0], size(shape[1:])) if len(shape) > 1 else (size(shape), 1)
+    """A tensor as a matrix: its first axis by all the others, or all by the last where that gives thinner factors.
+
+    The first is the outputs' in torch's convolutions, the last in Keras's.
+    """
+    if len(shape) < 2:
+        return size(shape), 1
+    first, last = (shape[0], size(shape[1:])), (size(shape[:-1]), shape[-1])
+    return last if sum(last) < sum(first) else first
 
 
 @dataclass(frozen=True)

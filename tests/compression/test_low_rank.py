@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
 
 from hvd_accordion import PowerSGD
 from hvd_accordion.collectives import Agree
 from hvd_accordion.compression import Context
 from hvd_accordion.compression.low_rank import matrix_shape, orthonormalise
 from hvd_accordion.ops import numpy as numpy_ops
+from hvd_accordion.ops import tensorflow as tensorflow_ops
+from hvd_accordion.ops import torch as torch_ops
 
-torch = pytest.importorskip("torch")
-
-from hvd_accordion.ops import torch as torch_ops  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only slow tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-every_backend = pytest.mark.parametrize("backend", ["numpy", "torch"])
+BACKENDS = {
+    "numpy": (numpy_ops, np.array),
+    "torch": (torch_ops, lambda x: torch.from_numpy(np.array(x))),
+    "tensorflow": (tensorflow_ops, tf.constant),
+}
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_rank = pytest.mark.parametrize("rank", [1, 2, 4])
-
-
-BACKENDS = {"numpy": (numpy_ops, np.array), "torch": (torch_ops, lambda x: torch.from_numpy(np.array(x)))}
 
 
 def exchange(backend, spec, grads, memory=None, step=0):

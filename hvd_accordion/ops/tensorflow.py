@@ -1,0 +1,183 @@
+"""The primitives in TensorFlow, eager or traced into a graph; nothing is updated in place. See protocol.py.
+
+A seed or a step may be an int64 scalar tensor. Shapes are static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor, concat, floor, reshape, stack
+
+__all__ = ["concat", "floor", "reshape", "stack"]
+
+
+def widen(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32) for x in xs]
+
+
+def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def subtract(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    return [x - y for x, y in zip(xs, ys, strict=True)]
+
+
+def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [tf.zeros_like(x) for x in xs]
+
+
+def commit(ok: Any, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    return [where(ok, n, o) for n, o in zip(new, old, strict=True)]
+
+
+def all_finite(xs: Sequence[Tensor]) -> Tensor:
+    return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(x)) for x in xs]))
+
+
+def flatten(xs: Sequence[Tensor]) -> Tensor:
+    return tf.concat([tf.reshape(x, (-1,)) for x in xs], 0)
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    *parts, _ = tf.split(flat, [*(x.shape.num_elements() for x in like), -1])
+    return [tf.reshape(part, x.shape) for part, x in zip(parts, like, strict=True)]
+
+
+def transpose(x: Tensor) -> Tensor:
+    return tf.linalg.matrix_transpose(x)
+
+
+def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
+    return tf.reshape(tf.pad(flat, [[0, size - flat.shape[0]]]), shape)
+
+
+def zeros(size: int, like: Tensor) -> Tensor:
+    return tf.zeros(size, like.dtype)
+
+
+def dtype(x: Tensor) -> str:
+    return x.dtype.name
+
+
+def cast(x: Tensor, dtype: str) -> Tensor:
+    if dtype in ("float16", "bfloat16") and x.dtype == tf.float64:  # as torch does it, by way of fp32
+        x = tf.cast(x, tf.float32)
+    return tf.cast(x, dtype)
+
+
+def cast_like(x: Tensor, like: Tensor) -> Tensor:
+    return tf.cast(x, like.dtype)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    if x.dtype == tf.uint8:
+        return x
+    return tf.reshape(tf.bitcast(x, tf.uint8), (*x.shape[:-1], x.shape[-1] * x.dtype.size))
+
+
+def from_bytes(x: Tensor, dtype: str) -> Tensor:
+    size = tf.as_dtype(dtype).size
+    if size == 1:
+        return tf.bitcast(x, dtype)
+    return tf.bitcast(tf.reshape(x, (*x.shape[:-1], x.shape[-1] // size, size)), dtype)
+
+
+def where(condition: Any, x: Any, y: Any) -> Tensor:
+    if condition is True:  # decided when the graph was traced
+        return x
+    dtype = next(value.dtype for value in (x, y) if tf.is_tensor(value))  # a number takes the other's dtype
+    return tf.where(condition, *(value if tf.is_tensor(value) else tf.constant(value, dtype) for value in (x, y)))
+
+
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    return tf.clip_by_value(x, low, high)
+
+
+def max(x: Tensor, axis: int, keepdims: bool) -> Tensor:
+    return tf.reduce_max(x, axis, keepdims)
+
+
+def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
+    return tf.reduce_sum(x, axis, keepdims)
+
+
+def top_k(x: Tensor, k: int) -> Tensor:
+    # of floats without their sign the bits are in the order of the values, with NaN behind Inf
+    whole, mask = (tf.int64, 2**63 - 1) if x.dtype == tf.float64 else (tf.int32, 2**31 - 1)
+    return tf.math.top_k(tf.bitwise.bitwise_and(tf.bitcast(x, whole), tf.constant(mask, whole)), k, sorted=False).indices
+
+
+def affine(factors: Sequence[int], pick: Any, shift: Any, k: int, count: int, like: Tensor) -> Tensor:
+    a = tf.gather(tf.constant(factors, tf.int64), pick % len(factors))
+    return tf.cast((tf.range(k, dtype=tf.int64) * a + shift) % count, tf.int32)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    return tf.gather(x, index)
+
+
+def put(x: Tensor, index: Tensor, value: float) -> Tensor:
+    return tf.tensor_scatter_nd_update(x, index[:, None], tf.fill(index.shape, tf.constant(value, x.dtype)))
+
+
+def scatter_add(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    return tf.tensor_scatter_nd_add(x, index[:, None], values)
+
+
+def add_row(x: Tensor, row: int, values: Tensor) -> Tensor:
+    return tf.tensor_scatter_nd_add(x, [[row]], values[None])
+
+
+def uniform(seed: Any, count: int, like: Tensor) -> Tensor:
+    x = tf.cast(tf.range(count, dtype=tf.int32), tf.uint32) * _word(0x9E3779B1) + tf.cast(seed, tf.uint32)
+    x = _shifted(x, 16) * _word(0x7FEB352D)
+    x = _shifted(x, 15) * _word(0x846CA68B)
+    x = tf.bitwise.right_shift(_shifted(x, 16), _word(8))
+    return tf.cast(x, like.dtype) * tf.constant(2.0**-24, like.dtype)
+
+
+def _word(value: int) -> Tensor:
+    return tf.constant(value, tf.uint32)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _word(bits)))
+
+
+def wave(frequency: int, like: Tensor) -> Tensor:
+    rows = tf.range(1, like.shape[-2] + 1, dtype=tf.float64)
+    return tf.cast(tf.sin(frequency * rows), like.dtype)[:, None]
+
+
+def pack_bits(x: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return x
+    words = tf.cast(tf.reshape(x, (*x.shape[:-1], x.shape[-1] // 8, 8)), tf.int64)
+    word = tf.reduce_sum(tf.bitwise.left_shift(words, bits * tf.range(8, dtype=tf.int64)), -1, keepdims=True)
+    packed = tf.bitwise.right_shift(word, 8 * tf.range(bits, dtype=tf.int64))
+    return tf.reshape(tf.cast(packed & 0xFF, tf.uint8), (*x.shape[:-1], x.shape[-1] // 8 * bits))
+
+
+def unpack_bits(x: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return x
+    words = tf.cast(tf.reshape(x, (*x.shape[:-1], x.shape[-1] // bits, bits)), tf.int64)
+    word = tf.reduce_sum(tf.bitwise.left_shift(words, 8 * tf.range(bits, dtype=tf.int64)), -1, keepdims=True)
+    values = tf.bitwise.right_shift(word, bits * tf.range(8, dtype=tf.int64))
+    return tf.reshape(tf.cast(values & ((1 << bits) - 1), tf.uint8), (*x.shape[:-1], x.shape[-1] // bits * 8))
+
+
+def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
+    return tf.stack([matrix @ q[i] for i, matrix in enumerate(matrices)])
+
+
+def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
+    return tf.stack([tf.matmul(matrix, p[i], transpose_a=True) for i, matrix in enumerate(matrices)])
+
+
+def outer(p: Tensor, q: Tensor) -> Tensor:
+    return tf.matmul(p, q, transpose_b=True)

@@ -1,0 +1,63 @@
+"""broadcast_variables for tf.Variable and keras.Variable alike; Horovod's own knows only the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_accordion.tensorflow.variables import value_of
+
+# what Horovod can't send, as what it can
+CARRIED_AS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64}
+
+
+def send(value: tf.Tensor, root_rank: int, name: str, process_set: hvd.ProcessSet) -> tf.Tensor:
+    """The tensor as `root_rank` has it, of any dtype of numbers."""
+    carrier = CARRIED_AS.get(value.dtype)
+    sent = value if carrier is None else tf.bitcast(value, carrier)
+    got = hvd.broadcast(sent, root_rank, name=name, process_set=process_set, ignore_name_scope=True)
+    return got if carrier is None else tf.bitcast(got, value.dtype)
+
+
+def broadcast_variables(
+    variables: Sequence[Any],
+    root_rank: int,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+    inplace: bool = False,
+) -> Any:
+    """Gives every rank the values that the variables have on `root_rank`.
+
+    Args:
+        variables: tf.Variable and keras.Variable, of any dtype of numbers, the same on every rank.
+        inplace: as Horovod's, without temporary copies.
+    """
+    values = [value_of(v) for v in variables]
+    if inplace:
+        return hvd.broadcast_variables(values, root_rank, process_set, inplace=True)
+
+    def broadcast() -> Any:
+        names = (f"hvd_accordion.broadcast.{i}" for i in range(len(values)))
+        return tf.group(
+            *[v.assign(send(v.read_value(), root_rank, name, process_set)) for v, name in zip(values, names, strict=True)]
+        )
+
+    if not values:
+        return None
+    # as one graph: all of them are on their way at once
+    return tf.function(broadcast, autograph=False)() if tf.executing_eagerly() else broadcast()
+
+
+def broadcast_global_variables(root_rank: int) -> Any:
+    """An op that gives every rank the global variables of `root_rank`, in a graph of TensorFlow 1.
+
+    RuntimeError where TensorFlow executes eagerly: there are no global variables there.
+    """
+    if tf.executing_eagerly():
+        raise RuntimeError(
+            "hvd.broadcast_global_variables() does not support eager execution. Please use "
+            "`hvd.broadcast_variables(<model/optimizer variables>)` instead."
+        )
+    return broadcast_variables(tf.compat.v1.global_variables(), root_rank)

@@ -1,0 +1,168 @@
+"""Epochs, windows and levels: the graph counts, and wakes the controller in Python where there is something to decide."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from hvd_accordion import controller as control
+from hvd_accordion.accordion import Regime
+from hvd_accordion.controller import Controller
+from hvd_accordion.tensorflow.agreement import root
+from hvd_accordion.tensorflow.state import State
+
+Told = tuple[np.ndarray, ...]
+
+
+class Clock:
+    """Keeps a controller and the variables of a state in step.
+
+    The graph counts steps and bytes in variables. At the end of a window and after the first step of one it hands the
+    numbers to `_woken` in Python, and writes what that decides back into variables; no other step leaves the graph.
+    The controller's memory is written to the journal, so that whoever restores the variables restores it too.
+    """
+
+    def __init__(self, controller: Controller, state: State, numbers: dict[str, str], name: str, process_set: Any) -> None:
+        self.controller, self.state, self.numbers = controller, state, numbers
+        self.name, self.process_set = name, process_set
+        self._journal = b""
+
+    @property
+    def adaptive(self) -> list[str]:
+        return [layer.name for layer in self.controller.adaptive]
+
+    def position(self, name: str) -> int:
+        """Of an adaptive layer in `levels`."""
+        return self.adaptive.index(name)
+
+    # in the graph
+
+    def tick(self, sent: tf.Tensor, learning_rate: Any) -> None:
+        """A step has ended."""
+        state = self.state
+        state.sent_bytes.assign_add(sent)
+        step, of_epoch = state.step.assign_add(1), state.step_of_epoch.assign_add(1)
+        wake = self._wakes(step, of_epoch)
+        if not wake:
+            return
+
+        def awake() -> tf.Tensor:
+            numbers = [*self._norms(), tf.cast(learning_rate, tf.float64)]
+            shared = self._from_rank_0(tf.stack(numbers))
+            kinds = [tf.int64, tf.int32, tf.bool, tf.bool, tf.string]
+            counts = [state.step.read_value(), state.sent_bytes.read_value(), state.journal.read_value()]
+            told = tf.numpy_function(self._woken, [*counts, shared], kinds)
+            for tensor, rank in zip(told, (0, 1, 1, 1, 0), strict=True):
+                tensor.set_shape([None] * rank)
+            self.follow(*told)
+            return tf.constant(True)
+
+        tf.cond(tf.reduce_any(tf.stack(wake)), awake, lambda: tf.constant(False))
+
+    def _wakes(self, step: tf.Tensor, of_epoch: tf.Tensor) -> list[tf.Tensor]:
+        """When there may be something to decide: at a window's end, and after its first step, for the learning rate."""
+        controller, wakes = self.controller, []
+        for accordion in controller.accordions:
+            if accordion.unit == "epochs":
+                wakes.append(tf.equal(of_epoch, 1))
+                if controller.steps_per_epoch is None:  # to complain that nobody counts
+                    wakes.append(tf.equal(of_epoch, control.MAX_STEPS_OF_EPOCH + 1))
+            else:
+                wakes += [tf.equal(step % accordion.interval, 0), tf.equal((step - 1) % accordion.interval, 0)]
+        if controller.steps_per_epoch is not None:
+            wakes.append(of_epoch >= controller.steps_per_epoch)
+        return wakes
+
+    def _norms(self) -> list[tf.Tensor]:
+        summed = [self.state.summed[self.numbers[name]] for name in self.adaptive]
+        return [tf.norm(tf.cast(x, tf.float64)) for x in summed]
+
+    def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
+        if self.process_set.size() == 1:
+            return numbers
+        where = {"process_set": self.process_set, "ignore_name_scope": True}
+        return hvd.broadcast(numbers, root(self.process_set), name=f"{self.name}.norms", **where)
+
+    def follow(self, of_epoch: Any, levels: Any, measured: Any, emptied: Any, journal: Any) -> None:
+        """Writes what the controller told into the variables."""
+        state = self.state
+        state.step_of_epoch.assign(of_epoch)
+        state.levels.assign(levels)
+        state.measured.assign(measured)
+        state.journal.assign(journal)
+        for i, accordion in enumerate(self.controller.accordions):
+            sums = [state.summed[self.numbers[x]] for x in self.adaptive if self.controller.policy[x] is accordion]
+
+            def empty(sums: Sequence[tf.Variable] = sums) -> tf.Tensor:
+                for x in sums:
+                    x.assign(tf.zeros_like(x))
+                return tf.constant(True)
+
+            tf.cond(emptied[i], empty, lambda: tf.constant(False))
+
+    # outside
+
+    def begin(self) -> None:
+        """After the state has got its variables, which a checkpoint may have filled at once."""
+        self.look()
+        self.follow(*self.told([]))
+
+    def _woken(self, step: int, sent: float, journal: bytes, numbers: np.ndarray) -> Told:
+        """Called from the graph: norms of the adaptive layers and the learning rate, as rank 0 has them."""
+        *norms, learning_rate = map(float, numbers)
+        ended = self._catch_up(int(step), float(sent), journal)
+        if self.controller.wants_lr:
+            self.controller.observe_lr(learning_rate)
+        if ended:
+            self.controller.end_epoch()
+        return self.told(self._observe(norms, learning_rate))
+
+    def look(self) -> None:
+        """Makes the controller know what the variables do."""
+        state = self.state
+        self._catch_up(int(state.step), float(state.sent_bytes), state.journal.numpy())
+
+    def end_epoch(self, learning_rate: float) -> None:
+        """Ends an epoch from outside of the graph, unless it has ended by itself; on all ranks."""
+        self.look()
+        if self.controller.end_epoch():
+            numbers = [*self._norms(), tf.constant(learning_rate, tf.float64)]
+            *norms, learning_rate = self._from_rank_0(tf.stack(numbers)).numpy().tolist()
+            self.follow(*self.told(self._observe(norms, learning_rate)))
+
+    def _catch_up(self, step: int, sent: float, journal: bytes) -> bool:
+        """Tells whether an epoch has ended by its number of steps."""
+        if journal and journal != self._journal:  # variables were restored
+            self.controller.load_state_dict(json.loads(journal))
+            self._journal = journal
+        steps = step - self.controller.step
+        return steps > 0 and self.controller.advance(sent - self.controller.stats.sent_bytes, 0.0, steps)
+
+    def _observe(self, norms: Sequence[float], learning_rate: float) -> list[Any]:
+        """A check, if one is due. Returns the Accordions whose sums were looked at."""
+        due = self.controller.due()
+        looked = {id(self.controller.policy[name]) for name in due}
+        if due:
+            found = dict(zip(self.adaptive, norms, strict=True))
+            self.controller.observe({name: found[name] for name in due}, learning_rate)
+        return [a for a in self.controller.accordions if id(a) in looked]
+
+    def told(self, looked: Sequence[Any]) -> Told:
+        """What the variables are to hold now."""
+        controller = self.controller
+        levels = [controller.regime(name) is not Regime.CRITICAL for name in self.adaptive]
+        measured = [a.measures(controller.epoch) for a in controller.accordions]
+        emptied = [any(a is other for other in looked) for a in controller.accordions]
+        self._journal = json.dumps(controller.state_dict()).encode()
+        return (
+            np.array(controller.step_of_epoch, np.int64),
+            np.array(levels, np.int32),
+            np.array(measured, bool),
+            np.array(emptied, bool),
+            np.array(self._journal, object),
+        )

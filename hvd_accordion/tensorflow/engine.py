@@ -1,0 +1,291 @@
+"""The way of a TensorFlow gradient: through its part's exchange, traced into the graph for each of its levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_accordion import plan
+from hvd_accordion.accordion import Accordion
+from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
+from hvd_accordion.controller import Controller
+from hvd_accordion.ops import tensorflow as ops
+from hvd_accordion.plan import Layer, Part, Policy
+from hvd_accordion.settings import Settings, plain_spec
+from hvd_accordion.tensorflow import slices
+from hvd_accordion.tensorflow.agreement import largest, require_equal
+from hvd_accordion.tensorflow.clock import Clock
+from hvd_accordion.tensorflow.driver import Driver
+from hvd_accordion.tensorflow.state import State, variable
+
+NONE, SLICES, DENSE = range(3)  # kinds of gradients; where ranks have different ones the last of these counts
+
+
+class Engine:
+    """Exchanges the gradients of named layers.
+
+    Args:
+        plain: Horovod's own compressor where nothing else is asked for, else None.
+        prefix: of all names of collectives; unique to an engine, equal on all ranks.
+    """
+
+    def __init__(self, controller: Controller, state: State, settings: Settings, plain: Any, prefix: str) -> None:
+        self.controller, self.state, self.settings = controller, state, settings
+        self.plain, self.prefix = plain, prefix
+        self.process_set = settings.process_set
+        self.rank, self.size = state.me
+        self.numbers: dict[str, str] = {}  # of a layer in the state
+        self.group_of: dict[str, int] = {}  # where the user gave groups of variables
+        self.kinds: dict[str, int] = {}
+        self.traffic: dict[tuple[str, CompressionSpec], float] = {}  # of a layer under a spec, as traced
+        self.clock = Clock(controller, state, self.numbers, prefix, self.process_set)
+        self._signatures: dict[tuple[str, ...], int] = {}
+        self._functions: dict[tuple[str, ...], Any] = {}
+
+    def add(self, layers: Sequence[Layer]) -> None:
+        """Makes variables for layers that the controller knows."""
+        adaptive = self.clock.adaptive
+        for layer in layers:
+            key = self.numbers[layer.name] = str(len(self.numbers))
+            specs = self._specs(layer)
+            wide = tf.float64 if layer.dtype == "float64" else tf.float32
+            if Part("", specs, (layer,)).feeds_back and self.size > 1:
+                self.state.residual[key] = variable(tf.zeros(layer.shape, wide), wide)
+            if layer.name in adaptive:
+                self.state.summed[key] = variable(tf.zeros(layer.shape, wide), wide)
+            self.state.slice_bytes[key] = variable(0.0, tf.float64)
+            like = tf.zeros(layer.shape, wide)
+            memories = [spec.initial_memory(ops, like, layer.name, self.settings.seed) for spec in specs]
+            largest_of: dict[str, tf.Tensor] = {}
+            for memory in memories if self.size > 1 else []:
+                for part, value in memory.items():
+                    if part not in largest_of or value.shape[-1] > largest_of[part].shape[-1]:
+                        largest_of[part] = value
+            self.state.memory[key] = {part: variable(value, wide) for part, value in largest_of.items()}
+        self.clock.begin()
+
+    def _specs(self, layer: Layer) -> tuple[CompressionSpec, ...]:
+        policy = self.controller.policy[layer.name]
+        return tuple(plan.candidates(layer, policy, self.size, self.settings.min_compress_numel))
+
+    # before the first exchange
+
+    def agree(self, names: tuple[str, ...], grads: Sequence[Any], described: Callable[[], dict[str, str]]) -> None:
+        """Compares the ranks' settings, and settles which gradients there are and of which kind. Once for each `names`."""
+        if names in self._signatures:
+            return
+        number = self._signatures[names] = len(self._signatures)
+        require_equal({**described(), "exchanged": ", ".join(names)}, f"{self.prefix}.{number}", self.process_set)
+        dense = self.settings.sparse_as_dense
+        mine = [NONE if g is None else SLICES if isinstance(g, tf.IndexedSlices) and not dense else DENSE for g in grads]
+        everyone = largest(mine, f"{self.prefix}.{number}.kinds", self.process_set)
+        for name, kind in zip(names, everyone, strict=True):
+            self.kinds[name] = max(kind, self.kinds.get(name, NONE))
+
+    # a step
+
+    def __call__(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any) -> list[Any]:
+        """The averaged gradients; None where no rank has one."""
+        if not tf.executing_eagerly():
+            return self._reduce(names, grads, learning_rate)
+        function = self._functions.get(names)
+        if function is None:  # as one graph: its parts run side by side
+            function = tf.function(partial(self._reduce, names), reduce_retracing=True, autograph=False)
+            self._functions[names] = function
+        return function(grads, tf.convert_to_tensor(learning_rate))
+
+    def _reduce(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any) -> list[Any]:
+        given = {name: g for name, g in zip(names, grads, strict=True) if self.kinds[name] != NONE}
+        number = self._signatures[names]
+        if self.size == 1:
+            means, sent = self._alone(given), tf.constant(0.0, tf.float64)
+        elif self.plain is not None:
+            means, sent = self._plainly(given, f"{self.prefix}.{number}")
+        else:
+            means, sent = self._compressed(given, f"{self.prefix}.{number}")
+        self.clock.tick(sent, learning_rate)
+        return [means.get(name) for name in names]
+
+    def _compressed(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], tf.Tensor]:
+        state = self.state
+        state.claim()
+        step, levels = state.step.read_value(), state.levels.read_value()
+        driver = Driver(prefix, self.process_set, self.settings.scales(self.size))
+        means, flags, sent, kept = {}, [], [], []
+        for part in self._parts(given):
+            mean, residual, memory, ok, nbytes = self._travel(part, given, step, levels, driver)
+            flags.append(ok)
+            sent.append(nbytes)
+            for i, layer in enumerate(part.layers):
+                key = self.numbers[layer.name]
+                means[layer.name] = mean[i]
+                kept += [(state.residual[key], residual[i])] if residual else []
+                kept += [(state.memory[key][name], value) for name, value in memory[i].items()]
+        joined, its_flags, its_sent = self._slices(given, prefix)
+        ok = tf.reduce_all(tf.stack(flags + its_flags))
+
+        def keep() -> tf.Tensor:
+            for into, value in kept:
+                into.assign(value)
+            return ok
+
+        tf.cond(ok, keep, lambda: ok)  # a step with NaN or Inf leaves no trace
+        self._measure(means, ok)
+        if self.settings.op == hvd.Sum:
+            means = {name: mean * self.size for name, mean in means.items()}
+        layers = self.controller.layers
+        return {**{n: tf.cast(x, layers[n].dtype) for n, x in means.items()}, **joined}, tf.add_n(sent + its_sent)
+
+    def _parts(self, given: dict[str, Any]) -> list[Part]:
+        policy, small = self.controller.policy, self.settings.min_compress_numel
+        return plan.parts(self._runs(self._dense(given)), policy, self.size, small)
+
+    def _dense(self, given: dict[str, Any]) -> list[Layer]:
+        """Layers whose gradients are neither missing nor slices, in the order of the variables."""
+        layers = [layer for name, layer in self.controller.layers.items() if name in given]
+        return [layer for layer in layers if self.kinds[layer.name] == DENSE and layer.numel]
+
+    def _runs(self, layers: list[Layer]) -> list[list[Layer]]:
+        groups = self.settings.groups
+        if isinstance(groups, int) and groups > 0:
+            return plan.split(layers, groups)
+        if isinstance(groups, list):
+            runs: dict[Any, list[Layer]] = {}
+            for layer in layers:
+                runs.setdefault(self.group_of.get(layer.name, layer.name), []).append(layer)
+            return list(runs.values())
+        return plan.buckets(layers)
+
+    def _travel(self, part: Part, given: dict[str, Any], step: tf.Tensor, levels: tf.Tensor, driver: Driver) -> Any:
+        """Averages, new residuals and memory of the layers, whether all were finite, bytes sent."""
+        names = tuple(layer.name for layer in part.layers)
+        grads = [self._gradient(layer, given[layer.name]) for layer in part.layers]
+        context = Context(names, part.layers[0].dtype, step, self.settings.seed, self.rank, self.size)
+        branches = [partial(self._under, part, i, grads, context, driver) for i in range(len(part.specs))]
+        if len(branches) == 1:
+            return branches[0]()
+        return tf.switch_case(self._index(part, step, levels), branches)
+
+    def _under(self, part: Part, index: int, grads: list[tf.Tensor], context: Context, driver: Driver) -> Any:
+        """An exchange under one of the part's specs."""
+        spec, state = part.specs[index], self.state
+        keys = [self.numbers[name] for name in context.names]
+        residual = [state.residual[key].read_value() for key in keys] if part.feeds_back else None
+        memory = [{name: v.read_value() for name, v in state.memory[key].items()} for key in keys]
+        rounds = exchange(spec, ops, grads, residual, memory, context)
+        done, ok, nbytes = driver.run(rounds, f"{part.name}.{index}.{spec.tag}")
+        self._count(part, spec, nbytes)
+        # what a spec does not know of stays for the others
+        kept = [{name: new.get(name, old[name]) for name in old} for old, new in zip(memory, done.memory, strict=True)]
+        return done.mean, done.residual or [], kept, ok, tf.constant(nbytes, tf.float64)
+
+    def _index(self, part: Part, step: tf.Tensor, levels: tf.Tensor) -> Any:
+        """Which of the part's specs holds now."""
+        layer = part.layers[0]
+        policy = self.controller.policy[layer.name]
+        dense = part.specs.index(Dense()) if Dense() in part.specs else 0
+
+        def number(spec: CompressionSpec) -> Any:
+            if not plan.allowed(layer, spec, self.size, self.settings.min_compress_numel):
+                return dense
+            index = part.specs.index(spec)
+            return index if spec.active(0) else tf.where(spec.active(step), index, dense)
+
+        if not isinstance(policy, Accordion):
+            return number(policy)
+        critical = tf.equal(levels[self.clock.position(layer.name)], 0)
+        return tf.where(critical, number(policy.critical), number(policy.relaxed))
+
+    def _gradient(self, layer: Layer, grad: Any) -> tf.Tensor:
+        """Dense; zeros where there is none; ValueError where it is not what the layer was planned for."""
+        if grad is None:
+            # not a constant: TensorFlow would send constants once and for all, while it simplifies the graph
+            return tf.fill(layer.shape, tf.cast(self.state.step * 0, layer.dtype))
+        grad = tf.convert_to_tensor(grad)
+        if grad.dtype.name != layer.dtype or not grad.shape.is_compatible_with(layer.shape):
+            raise ValueError(
+                f"the gradient of {layer.name} must be {layer.dtype} {layer.shape} as the variable is, "
+                f"got {grad.dtype.name} {tuple(grad.shape)}"
+            )
+        return tf.ensure_shape(grad, layer.shape)
+
+    def _slices(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[tf.Tensor], list[tf.Tensor]]:
+        joined, flags, sent = {}, [], []
+        for name in (name for name in given if self.kinds[name] == SLICES):
+            layer, key = self.controller.layers[name], self.numbers[name]
+            at, summed = f"{prefix}.slices.{key}", self.settings.op == hvd.Sum
+            joined[name], ok, nbytes = slices.average(layer, given[name], at, self.process_set, summed)
+            self.state.slice_bytes[key].assign(nbytes)
+            flags.append(ok)
+            sent.append(nbytes)
+        return joined, flags, sent
+
+    def _measure(self, means: dict[str, tf.Tensor], ok: tf.Tensor) -> None:
+        """Adds to the window's sums."""
+        controller, state = self.controller, self.state
+        measured = state.measured.read_value()
+        for i, accordion in enumerate(controller.accordions):
+            watched = [name for name in self.clock.adaptive if controller.policy[name] is accordion and name in means]
+
+            def add(watched: Sequence[str] = watched) -> tf.Tensor:
+                for name in watched:
+                    summed = state.summed[self.numbers[name]]
+                    summed.assign_add(tf.cast(means[name], summed.dtype))
+                return ok
+
+            tf.cond(ok & measured[i], add, lambda: ok)
+
+    def _count(self, part: Part, spec: CompressionSpec, nbytes: float) -> None:
+        """Shares the bytes among the layers as their own specs would have it."""
+        predicted = [spec.bytes_per_step(x.shape, x.dtype, self.size) for x in part.layers]
+        for layer, share in zip(part.layers, predicted, strict=True):
+            self.traffic[layer.name, spec] = nbytes * share / sum(predicted)
+
+    def _alone(self, given: dict[str, Any]) -> dict[str, Any]:
+        """One rank: gradients stay as they are; norms are watched all the same."""
+        dense = {x.name: self._gradient(x, given[x.name]) for x in self._dense(given) if x.name in self.clock.adaptive}
+        if dense:
+            self._measure(dense, ops.all_finite(list(dense.values())))
+        return given
+
+    def _plainly(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], tf.Tensor]:
+        """As Horovod itself does it: no state, no compression but a cast."""
+        s, means = self.settings, {}
+        factor = s.gradient_predivide_factor
+        how = {"op": s.op, "compression": self.plain, "process_set": s.process_set, "ignore_name_scope": True}
+        how |= {"prescale_factor": 1 / factor, "postscale_factor": factor} if factor != 1.0 else {}
+        dense = self._dense(given)
+        grouped = s.groups and s.op != hvd.Adasum
+        for i, run in enumerate(self._runs(dense) if grouped else [[layer] for layer in dense]):
+            grads = [self._gradient(layer, given[layer.name]) for layer in run]
+            if grouped:
+                done = hvd.grouped_allreduce(grads, name=f"{prefix}.group.{i}", **how)
+            else:
+                done = [hvd.allreduce(grads[0], name=f"{prefix}.gradient.{i}", **how)]
+            means |= {layer.name: mean for layer, mean in zip(run, done, strict=True)}
+        joined, _, sent = self._slices(given, prefix)
+        total = sum(self._plain_spec.bytes_per_step(x.shape, x.dtype, self.size) for x in dense)
+        return {**means, **joined}, tf.add_n([tf.constant(total, tf.float64), *sent])
+
+    @property
+    def _plain_spec(self) -> CompressionSpec:
+        return plain_spec(self.plain)
+
+    # reports
+
+    def bytes_per_step(self) -> dict[str, float]:
+        """Bytes of each layer a step at the levels of now; of slices those of the last step."""
+        specs, found = self.controller.specs(), {}
+        for name, layer in self.controller.layers.items():
+            spec = specs[name] if self.plain is None else self._plain_spec
+            if self.kinds.get(name) == SLICES:
+                found[name] = float(self.state.slice_bytes[self.numbers[name]])
+            elif (name, spec) in self.traffic:
+                found[name] = self.traffic[name, spec]
+            else:
+                found[name] = spec.bytes_per_step(layer.shape, layer.dtype, self.size)
+        return found

@@ -1,0 +1,254 @@
+"""GradientExchange: the averaging of gradients in TensorFlow, with all that it remembers from step to step."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
+from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
+from hvd_accordion.tensorflow.engine import Engine
+from hvd_accordion.tensorflow.broadcasting import send
+from hvd_accordion.tensorflow.state import State
+from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
+from hvd_accordion.tensorflow.xla import refuse_xla
+
+_serial = itertools.count()  # tells the exchanges of one process apart, alike on all ranks
+
+
+class GradientExchange(tf.Module):
+    """Averages gradients over the ranks, compressed; lives as long as the training.
+
+    `DistributedOptimizer` holds one. `DistributedGradientTape` takes one as its `compression` where that shall be told
+    of epochs, report, or be saved. Levels are variables that the traced graph reads: it holds an exchange for each
+    level and is not traced again when one changes. All state (residuals, factors, levels, norms, counts) is in
+    variables of this module, which `tf.train.Checkpoint` saves; see `State` for whose a restored residual is.
+
+    Args:
+        compression: as `DistributedOptimizer`'s.
+        steps_per_epoch: calls in an epoch; otherwise `end_epoch` tells. An Accordion that counts epochs raises
+            ValueError when it has heard of none in 10,000 steps.
+        logger: told on rank 0 of what happened, such as `MLflowLogger()`.
+        seed: of everything random in compression; the global generators are left alone.
+        min_compress_numel: tensors of fewer elements travel dense.
+        op, gradient_predivide_factor, groups, sparse_as_dense, process_set, scale_local_gradients: as Horovod's.
+
+    Raises ValueError or TypeError for arguments out of range; at the first exchange, on every rank the same, where ranks
+    are configured differently.
+    """
+
+    def __init__(
+        self,
+        compression: Compression | type = None,
+        *,
+        steps_per_epoch: int | None = None,
+        logger: Logger | None = None,
+        seed: int = 0,
+        min_compress_numel: int = MIN_NUMEL,
+        op: Any = hvd.Average,
+        gradient_predivide_factor: float = 1.0,
+        groups: int | list[list[Any]] | None = None,
+        sparse_as_dense: bool = False,
+        process_set: hvd.ProcessSet = hvd.global_process_set,
+        scale_local_gradients: bool = True,
+        backward_passes_per_step: int = 1,
+        optimizer: str = "",
+    ) -> None:
+        super().__init__(name="gradient_exchange")
+        check_groups(groups)
+        check_logger(logger)
+        settings = Settings(
+            op,
+            hvd.Average,
+            process_set,
+            backward_passes_per_step,
+            gradient_predivide_factor,
+            groups,
+            sparse_as_dense,
+            steps_per_epoch,
+            seed,
+            min_compress_numel,
+        )
+        plain = compression is None or is_horovods(compression)
+        if op not in (hvd.Average, hvd.Sum) and not plain:
+            raise ValueError(
+                f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
+            )
+        policy = plain_spec(compression) if plain else translated(compression)
+        assign(policy, [], strict=False)  # a value of a wrong type shows at once
+        # in plain objects: attributes that are dicts or lists would count as parts of a checkpoint
+        self.settings = settings
+        self._asked = _Asked(compression, plain, policy, logger, optimizer, scale_local_gradients)
+        self._known = Known()
+        self._engine: Engine | None = None
+        self._prefix = f"hvd_accordion.{next(_serial)}"
+
+    @property
+    def active(self) -> bool:
+        """Whether this rank takes part."""
+        return self.settings.process_set.included()
+
+    def register_local(self, variable: Any) -> None:
+        """From now on the variable's gradient stays this rank's own."""
+        self._known.local.add(id(value_of(variable)))
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes the state for these variables, tf.Variable or keras.Variable, the same on every rank. Sends nothing.
+
+        The first call of the exchange does so by itself. ValueError for a glob of `compression` that matches no name.
+        """
+        fresh = [v for v in variables if self._known.name(v) is None and tf.as_dtype(v.dtype).is_floating]
+        if not fresh:
+            return
+        names = names_of(fresh, self._known.names())
+        layers = [layer_of(name, v) for name, v in zip(names, fresh, strict=True)]
+        first = self._engine is None
+        policy = assign(self._asked.policy, names, strict=first)
+        with tf.init_scope():
+            if first:
+                self._engine = self._made(layers, policy)
+            else:
+                self._engine.controller.adopt(policy)
+                self._engine.controller.set_layers([*self._engine.controller.layers.values(), *layers])
+            self._known.add(names, fresh)
+            if isinstance(self.settings.groups, list):
+                members = {self._known.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
+                self._engine.group_of.update(members)
+            self._engine.add(layers)
+
+    def _made(self, layers: Sequence[Layer], policy: dict[str, Any]) -> Engine:
+        settings, asked = self.settings, self._asked
+        rank, size = (settings.process_set.rank(), settings.process_set.size()) if self.active else (0, 1)
+        logger = asked.logger if self.active and rank == 0 else None
+        steps, small = settings.steps_per_epoch, settings.min_compress_numel
+        controller = Controller(layers, policy, size, steps, logger, small)
+        self.state = State(rank, size)
+        if logger is not None:
+            logger.start(
+                settings.logged(asked.optimizer, asked.compression, policy, size, "tensorflow", tf.__version__)
+            )
+        plain = (asked.compression or hvd.Compression.none) if asked.plain else None
+        return Engine(controller, self.state, settings, plain, self._prefix)
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], learning_rate: Any = 1.0) -> list[Any]:
+        """The averages over the ranks of the gradients of `variables`, eagerly or in a graph; None where all have None.
+
+        Args:
+            gradients: tensors, IndexedSlices or None, one for each variable.
+            learning_rate: of now; its drop makes an Accordion's layers critical.
+        """
+        averaged, variables = list(gradients), list(variables)
+        if not self.active:
+            return averaged
+        refuse_xla()
+        self.build(variables)
+        assert self._engine is not None
+        known = self._known
+        mine = [i for i, v in enumerate(variables) if known.name(v) is not None and not known.is_local(v)]
+        names = tuple(known.name(variables[i]) for i in mine)
+        given = [averaged[i] for i in mine]
+        with tf.init_scope():
+            self._engine.agree(names, given, lambda: self._described(variables))
+        means = self._engine(names, given, learning_rate)
+        for i, mean in zip(mine, means, strict=True):
+            averaged[i] = mean
+        if not self._asked.scale_local_gradients:
+            return averaged
+        # Horovod divides the others by the number of ranks: so do those that stay
+        size = self.settings.process_set.size()
+        return [divided(g, size) if known.is_local(v) else g for v, g in zip(variables, averaged, strict=True)]
+
+    def _described(self, variables: Sequence[Any]) -> dict[str, str]:
+        """Everything in which ranks must agree, as text."""
+        known, asked, groups = self._known, self._asked, self.settings.groups
+        described = self.settings.described("tensorflow", tf.__version__)
+        if isinstance(groups, list):
+            groups = [[known.name(v) or "?" for v in group] for group in groups]
+        described["groups"] = str(groups)
+        described["compression"] = str(asked.compression) if asked.plain else repr(asked.policy)
+        described["number of variables"] = str(len(variables))
+        for i, v in enumerate(variables):
+            local = ", local" if known.is_local(v) else ""
+            described[f"variable {i}"] = f"{known.name(v)} {tuple(v.shape)} {tf.as_dtype(v.dtype).name}{local}"
+        return described
+
+    def end_epoch(self, learning_rate: Any = 1.0) -> None:
+        """An epoch is over: needed where `steps_per_epoch` was not given and no callback tells. The same on every rank.
+
+        Called a second time without an exchange in between it does nothing.
+        """
+        if self._engine is not None and self.active:
+            self._engine.clock.end_epoch(float(learning_rate))
+
+    def compression_report(self) -> CompressionReport:
+        """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        if self._engine is None:
+            return CompressionReport()
+        self._engine.clock.look()
+        return self._engine.controller.report(self._engine.bytes_per_step())
+
+    @property
+    def stats(self) -> Stats:
+        """Running totals of steps and bytes; a graph can't tell the seconds that its exchange takes: they are 0."""
+        if self._engine is None:
+            return Stats()
+        self._engine.clock.look()
+        return self._engine.controller.stats
+
+    def broadcast(self, root_rank: int) -> None:
+        """Gives every rank what `root_rank` has restored: levels, factors, norms and counts, but no residual."""
+        if self._engine is None or not self.active or self.settings.process_set.size() == 1:
+            return
+        process_set, name = self.settings.process_set, f"{self._prefix}.state"
+        for i, v in enumerate(self.state.shared()):
+            v.assign(send(v.read_value(), root_rank, f"{name}.{i}", process_set))
+        journal = self.state.journal.numpy()
+        self.state.journal.assign(hvd.broadcast_object(journal, root_rank, name=name, process_set=process_set))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    compression: Any
+    plain: bool
+    policy: Any
+    logger: Logger | None
+    optimizer: str
+    scale_local_gradients: bool
+
+
+class Known:
+    """Names of variables, by the identity of the tf.Variable; keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, tuple[weakref.ref[Any], str]] = {}
+        self.local: set[int] = set()
+
+    def add(self, names: Sequence[str], variables: Sequence[Any]) -> None:
+        for name, variable in zip(names, map(value_of, variables), strict=True):
+            self._names[id(variable)] = weakref.ref(variable), name
+
+    def name(self, variable: Any) -> str | None:
+        value = value_of(variable)
+        found = self._names.get(id(value))
+        return found[1] if found is not None and found[0]() is value else None
+
+    def names(self) -> list[str]:
+        return [name for _, name in self._names.values()]
+
+    def is_local(self, variable: Any) -> bool:
+        return id(value_of(variable)) in self.local
+
+
+def divided(gradient: Any, by: int) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values / by, gradient.indices, gradient.dense_shape)
+    return None if gradient is None else gradient / by

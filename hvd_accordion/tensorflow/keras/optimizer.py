@@ -1,0 +1,333 @@
+"""DistributedOptimizer for Keras 3: an optimizer of the wrapped one's own class, which averages gradients first."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+
+from hvd_accordion import checks
+from hvd_accordion.controller import Logger
+from hvd_accordion.plan import MIN_NUMEL, Compression
+from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
+from hvd_accordion.tensorflow.gradient_tape import trainable_of
+from hvd_accordion.tensorflow.state import variable
+
+
+def DistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Compression | type = None,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = hvd.Average,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: int | list[list[Any]] | None = None,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+    scale_local_gradients: bool = True,
+    *,
+    steps_per_epoch: int | None = None,
+    logger: Logger | None = None,
+    seed: int = 0,
+    min_compress_numel: int = MIN_NUMEL,
+) -> keras.optimizers.Optimizer:
+    """An optimizer that averages gradients over the ranks, compressed, before it applies them.
+
+    All arguments of `horovod.tensorflow.keras.DistributedOptimizer` keep their meaning. The result is of a subclass of
+    the optimizer's class with its name, its state and its settings: weight decay, clipping and moving averages act on
+    averaged gradients. `get_config` is the wrapped optimizer's, so that a saved model loads without Horovod, by
+    `keras.models.load_model`, or with it, by `load_model`; saved with the model are this rank's residuals too, and
+    `tf.train.Checkpoint` holds them.
+
+    Args:
+        optimizer: any Keras 3 optimizer. Under mixed_float16 pass a `keras.optimizers.LossScaleOptimizer`: where Keras
+            puts its own around the result, a rank whose gradients overflow would skip an exchange that others wait in.
+        name: of the optimizer.
+        compression: None, `hvd.Compression.none` or `.fp16`: plain Horovod; a spec (`PowerSGD(4)`, `TopK(0.01)`, ...);
+            an `Accordion`; or a dict from variable-path glob ("conv*/kernel") to any of these, first match counts, no
+            match is dense. 1-D and small tensors, and those that would not get smaller, travel dense; so do
+            IndexedSlices, unless `sparse_as_dense`.
+        device_dense, device_sparse: where exchanges run, such as "/cpu:0".
+        backward_passes_per_step: steps whose gradients add up locally before they are exchanged and applied; with
+            `average_aggregated_gradients` their mean counts, else their sum.
+        groups: as Horovod's; by default runs of layers of up to 16 MiB, from the last to the first.
+        steps_per_epoch: not needed under `fit` with any callback of this package, nor where `end_epoch` is called. An
+            Accordion that counts epochs raises ValueError when it has heard of none in 10,000 steps.
+        logger: told on rank 0 of what happened, such as `MLflowLogger()`.
+        seed: of everything random in compression; the global generators are left alone.
+        min_compress_numel: tensors of fewer elements travel dense.
+
+    The result also has `end_epoch`, `compression_report`, `stats` and `register_local_var`.
+
+    Raises ValueError or TypeError for arguments out of range; at the first step, on every rank the same, where ranks are
+    configured differently.
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
+    if isinstance(optimizer, _Distributed):
+        raise ValueError(
+            "optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from"
+        )
+    if op not in (hvd.Average, hvd.Sum):
+        raise ValueError("op currently only supports Average and Sum")
+    checks.boolean("average_aggregated_gradients", average_aggregated_gradients)
+    if num_groups != 0:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    arguments = {
+        "compression": compression,
+        "sparse_as_dense": sparse_as_dense,
+        "gradient_predivide_factor": gradient_predivide_factor,
+        "op": op,
+        "backward_passes_per_step": backward_passes_per_step,
+        "groups": groups,
+        "process_set": process_set,
+        "scale_local_gradients": scale_local_gradients,
+        "steps_per_epoch": steps_per_epoch,
+        "logger": logger,
+        "seed": seed,
+        "min_compress_numel": min_compress_numel,
+    }
+    base = type(optimizer)
+    if base.__module__.startswith("horovod."):  # its wrapper is of the same name as what it wraps
+        base = base.__mro__[1]
+    kind = distributed(base, arguments, average_aggregated_gradients, device_dense or device_sparse)
+    result = kind.__new__(kind)
+    result.__dict__.update(optimizer.__dict__)
+    result._attach()
+    if name is not None:
+        result.name = name
+    if optimizer.built:
+        result._hvd.build(optimizer._trainable_variables)
+    return result
+
+
+def PartialDistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer, *args: Any, local_layers: Any = None, **kwargs: Any
+) -> keras.optimizers.Optimizer:
+    """As `DistributedOptimizer`, but the gradients of `local_layers` stay the rank's own."""
+    result = DistributedOptimizer(optimizer, *args, **kwargs)
+    for v in trainable_of(local_layers):
+        result.register_local_var(v)
+    return result
+
+
+def distributed(base: type, arguments: Mapping[str, Any], average: bool, device: str) -> type:
+    """The subclass of an optimizer's class that exchanges gradients with these arguments."""
+    scaling = issubclass(base, keras.optimizers.LossScaleOptimizer)
+    names = {"_hvd_arguments": dict(arguments), "_hvd_average": average, "_hvd_device": device}
+    kind = type(base.__name__, (_LossScaled if scaling else _Distributed, base), names)
+    kind.__module__ = base.__module__  # saved under the name of the wrapped class
+    return kind
+
+
+class _Distributed:
+    """What a distributed optimizer does more than its own class."""
+
+    _hvd: GradientExchange
+    _hvd_arguments: dict[str, Any]
+    _hvd_average: bool
+    _hvd_device: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._attach()
+
+    def _attach(self) -> None:
+        self._hvd = GradientExchange(optimizer=type(self).__name__, **self._hvd_arguments)
+        self.compression_state = _Saved(self._hvd)  # Keras saves what it finds in attributes
+        self._hvd_sums = _Sums(self._hvd_arguments["backward_passes_per_step"], self._hvd_average)
+        self._hvd_loss_scaled = False
+
+    def build(self, variables: Any) -> None:
+        """Makes the optimizer's variables and those of compression. Sends nothing."""
+        if self._hvd_loss_scaled:
+            raise ValueError(
+                "mixed_float16: a LossScaleOptimizer around a DistributedOptimizer would let a rank whose gradients overflow "
+                "skip the exchange that the others wait in; pass hvd.DistributedOptimizer(keras.optimizers."
+                "LossScaleOptimizer(optimizer)) to compile"
+            )
+        super().build(variables)  # type: ignore[misc]
+        self._hvd.build(variables)
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Averages the gradients over the ranks, then does what the optimizer does."""
+        grads = list(grads)
+        if not grads:
+            return
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if not self.built:
+            with tf.name_scope(self.name):
+                self.build(variables)
+            self.built = True
+        if self._hvd_sums.passes == 1:
+            self._averaged_and_applied(grads, variables)
+            return
+        sums, last = self._hvd_sums.added(grads, variables)
+
+        def step() -> tf.Tensor:
+            self._averaged_and_applied(sums, variables)
+            self._hvd_sums.clear()
+            return last
+
+        def wait() -> tf.Tensor:
+            self._iterations.assign_add(1)
+            return last
+
+        tf.cond(last, step, wait)
+
+    def _averaged_and_applied(self, grads: list[Any], variables: list[Any]) -> None:
+        with tf.device(self._hvd_device or None):
+            means = self._hvd(grads, variables, tf.convert_to_tensor(self.learning_rate))
+        super().apply(means, variables)  # type: ignore[misc]
+
+    def register_local_var(self, var: Any) -> None:
+        """The gradient of this variable stays the rank's own."""
+        self._hvd.register_local(var)
+
+    def end_epoch(self) -> None:
+        """An epoch is over: needed where no callback of this package, no `steps_per_epoch` tells. On every rank."""
+        self._hvd.end_epoch(float(tf.convert_to_tensor(self.learning_rate)))
+
+    def compression_report(self) -> CompressionReport:
+        """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        return self._hvd.compression_report()
+
+    @property
+    def stats(self) -> Stats:
+        """Running totals of steps and bytes."""
+        return self._hvd.stats
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # what LossScaleOptimizer does to the optimizer that it is put around: the only thing that it lets one know
+        if name == "loss_scale_factor" and "_hvd" in self.__dict__ and called_by_loss_scale_optimizer():
+            super().__setattr__("_hvd_loss_scaled", True)
+        super().__setattr__(name, value)
+
+
+def called_by_loss_scale_optimizer() -> bool:
+    frame = inspect.currentframe()
+    caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+    return caller is not None and isinstance(caller.f_locals.get("self"), keras.optimizers.LossScaleOptimizer)
+
+
+class _LossScaled(_Distributed):
+    """Exchanges gradients without their scale, so that residuals don't depend on it; what overflows does so on all ranks."""
+
+    def _averaged_and_applied(self, grads: list[Any], variables: list[Any]) -> None:
+        scale = tf.convert_to_tensor(self.dynamic_scale)  # a power of two: nothing is rounded
+        with tf.device(self._hvd_device or None):
+            given = [scaled(g, 1 / scale) for g in grads]
+            means = self._hvd(given, variables, tf.convert_to_tensor(self.learning_rate))
+        keras.optimizers.LossScaleOptimizer.apply(self, [scaled(mean, scale) for mean in means], variables)
+
+
+def scaled(gradient: Any, factor: tf.Tensor) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(factor, gradient.values.dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
+
+
+class _Sums(tf.Module):
+    """Gradients of several backward passes, added up locally."""
+
+    def __init__(self, passes: int, average: bool) -> None:
+        super().__init__(name="sums")
+        self.passes, self.average = passes, average
+        self.sums: dict[str, tf.Variable] = {}
+        with tf.init_scope():
+            self.count = variable(0, tf.int64)
+
+    def added(self, grads: list[Any], variables: list[Any]) -> tuple[list[Any], tf.Tensor]:
+        """The sums (or means) with these gradients added, and whether this was the last pass.
+
+        ValueError for IndexedSlices: they can't be added up without becoming dense.
+        """
+        count = self.count.assign_add(1)
+        found: list[Any] = []
+        for i, (grad, v) in enumerate(zip(grads, variables, strict=True)):
+            if isinstance(grad, tf.IndexedSlices):
+                raise ValueError(
+                    "IndexedSlices are not supported when `backward_passes_per_step` > 1 and `sparse_as_dense` is False."
+                )
+            if grad is None:
+                found.append(None)
+                continue
+            if str(i) not in self.sums:
+                with tf.init_scope():
+                    self.sums[str(i)] = variable(tf.zeros(v.shape, v.dtype), tf.as_dtype(v.dtype))
+            total = self.sums[str(i)].assign_add(tf.cast(grad, v.dtype))
+            found.append(total / self.passes if self.average else total)
+        return found, count >= self.passes
+
+    def clear(self) -> None:
+        self.count.assign(0)
+        for total in self.sums.values():
+            total.assign(tf.zeros_like(total))
+
+
+class _Saved(keras.layers.Layer):
+    """The state of compression in the form in which Keras saves the parts of a model."""
+
+    def __init__(self, exchange: GradientExchange) -> None:
+        super().__init__(name="compression_state", trainable=False)
+        self.exchange, self.built = exchange, True
+
+    def save_own_variables(self, store: Any) -> None:
+        if hasattr(self.exchange, "state"):
+            for name, array in self.exchange.state.arrays().items():
+                store[name] = array
+
+    def load_own_variables(self, store: Any) -> None:
+        if hasattr(self.exchange, "state"):
+            self.exchange.state.load({name: store[name] for name in store.keys()})
+
+
+def load_model(
+    filepath: Any,
+    custom_optimizers: Any = None,
+    custom_objects: Mapping[str, Any] | None = None,
+    compression: Compression | type = None,
+    legacy_opts: bool = False,
+    **options: Any,
+) -> keras.Model:
+    """A saved Keras model whose optimizer averages gradients over the ranks, with all of its state.
+
+    A residual is its rank's own: save and load one file per rank to resume exactly.
+
+    Args:
+        filepath: as `keras.models.load_model`'s.
+        custom_optimizers: classes of optimizers beside those of Keras.
+        custom_objects: as Keras's.
+        compression, options: as `DistributedOptimizer`'s.
+    """
+    del legacy_opts
+    classes = [c for c in vars(keras.optimizers).values() if isinstance(c, type)]
+    classes = [c for c in classes if issubclass(c, keras.optimizers.Optimizer)] + list(custom_optimizers or ())
+    arguments, average, device = _arguments(compression, options)
+    objects = {c.__name__: distributed(c, arguments, average, device) for c in classes}
+    model = keras.models.load_model(filepath, custom_objects={**objects, **(custom_objects or {})})
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or isinstance(optimizer, _Distributed):
+        return model
+    # saved by Keras's own optimizer: compiled again with the same settings, and its state
+    config = keras.saving.deserialize_keras_object(model.get_compile_config())
+    model.compile(**{**config, "optimizer": DistributedOptimizer(optimizer, compression=compression, **options)})
+    return model
+
+
+def _arguments(compression: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], bool, str]:
+    probe = type(DistributedOptimizer(keras.optimizers.SGD(), compression=compression, **options))
+    return probe._hvd_arguments, probe._hvd_average, probe._hvd_device

@@ -1,0 +1,89 @@
+"""What an exchange of gradients keeps in variables: all that a checkpoint must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+Arrays = dict[str, np.ndarray]
+
+
+class State(tf.Module):
+    """Variables by the number of their layer, in the order in which the exchange got to know it.
+
+    All but `residual` (and its `owner`) are equal on all ranks. A restored residual is a rank's own: taken from another
+    rank it is dropped at the next step, after a change of the number of ranks it is scaled by new/old, so that it
+    counts for as much in the mean.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(name="state")
+        self.me = (rank, size)
+        self.owner = variable([rank, size], tf.int32)
+        self.step = variable(0, tf.int64)
+        self.step_of_epoch = variable(0, tf.int64)
+        self.sent_bytes = variable(0.0, tf.float64)
+        self.levels = variable(np.zeros(0), tf.int32, [None])  # of each adaptive layer: 0 critical, 1 relaxed
+        self.measured = variable(np.zeros(0), tf.bool, [None])  # whether each Accordion's gradients are summed now
+        self.journal = variable("", tf.string)  # what the controller knows, as JSON
+        self.residual: dict[str, tf.Variable] = {}
+        self.memory: dict[str, dict[str, tf.Variable]] = {}
+        self.summed: dict[str, tf.Variable] = {}  # averaged gradients since the window's start
+        self.slice_bytes: dict[str, tf.Variable] = {}  # of each layer with IndexedSlices, at its last exchange
+
+    def claim(self) -> None:
+        """Makes a restored residual this rank's own, or drops it."""
+        rank, size = self.me
+        owner = self.owner.read_value()
+
+        def take() -> tf.Tensor:
+            mine = tf.cast(tf.equal(owner[0], rank), tf.float64)
+            factor = tf.math.divide_no_nan(mine * size, tf.cast(owner[1], tf.float64))
+            for residual in self.residual.values():
+                residual.assign(residual * tf.cast(factor, residual.dtype))
+            self.owner.assign(self.me)
+            return tf.constant(True)
+
+        tf.cond(tf.reduce_all(tf.equal(owner, self.me)), lambda: tf.constant(False), take)
+
+    def shared(self) -> list[tf.Variable]:
+        """Those that are equal on all ranks, but for the journal, which no collective can carry."""
+        counts = [self.step, self.step_of_epoch, self.sent_bytes, self.levels, self.measured]
+        memory = [v for own in self.memory.values() for v in own.values()]
+        return [*counts, *memory, *self.summed.values()]
+
+    def arrays(self) -> Arrays:
+        """All of it as numpy arrays, for a file format that knows nothing else."""
+        found = {name: v.numpy() for name, v in self._named().items()}
+        return {**found, "journal": np.frombuffer(self.journal.numpy(), np.uint8)}
+
+    def load(self, arrays: Mapping[str, Any]) -> None:
+        """Takes up saved arrays; a variable that was not saved keeps its value.
+
+        Raises ValueError where one has another shape now.
+        """
+        for name, v in self._named().items():
+            if name not in arrays:
+                continue
+            saved = np.asarray(arrays[name])
+            if not v.shape.is_compatible_with(saved.shape):
+                raise ValueError(f"compression state {name} was saved in shape {saved.shape}, now it has {tuple(v.shape)}")
+            v.assign(saved)
+        if "journal" in arrays:
+            self.journal.assign(np.asarray(arrays["journal"]).tobytes())
+
+    def _named(self) -> dict[str, tf.Variable]:
+        singles = ("owner", "step", "step_of_epoch", "sent_bytes", "levels", "measured")
+        found = {name: getattr(self, name) for name in singles}
+        for group in ("residual", "summed", "slice_bytes"):
+            found |= {f"{group}.{key}": v for key, v in getattr(self, group).items()}
+        for key, own in self.memory.items():
+            found |= {f"memory.{key}.{part}": v for part, v in own.items()}
+        return found
+
+
+def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = None) -> tf.Variable:
+    return tf.Variable(tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape)
