@@ -108,7 +108,9 @@ def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
 def top_k(x: Tensor, k: int) -> Tensor:
     # of floats without their sign the bits are in the order of the values, with NaN behind Inf
     whole, mask = (tf.int64, 2**63 - 1) if x.dtype == tf.float64 else (tf.int32, 2**31 - 1)
-    return tf.math.top_k(tf.bitwise.bitwise_and(tf.bitcast(x, whole), tf.constant(mask, whole)), k, sorted=False).indices
+    return tf.math.top_k(
+        tf.bitwise.bitwise_and(tf.bitcast(x, whole), tf.constant(mask, whole)), k, sorted=False
+    ).indices
 
 
 def affine(factors: Sequence[int], pick: Any, shift: Any, k: int, count: int, like: Tensor) -> Tensor:

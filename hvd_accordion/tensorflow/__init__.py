@@ -7,19 +7,19 @@
 import horovod.tensorflow as _horovod
 from horovod.tensorflow import *  # noqa: F403
 
-for _name in dir(_horovod):
-    if not _name.startswith("_"):
-        globals()[_name] = getattr(_horovod, _name)
+from hvd_accordion.mirror import mirror as _mirror
 
-from hvd_accordion.tensorflow.distributed_optimizer import DistributedOptimizer  # noqa: E402
-from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables, broadcast_variables  # noqa: E402
-from hvd_accordion.tensorflow.gradient_exchange import GradientExchange  # noqa: E402
-from hvd_accordion.tensorflow.gradient_tape import (  # noqa: E402
+__all__ = _mirror(_horovod, globals())
+
+from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables, broadcast_variables
+from hvd_accordion.tensorflow.distributed_optimizer import DistributedOptimizer
+from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
+from hvd_accordion.tensorflow.gradient_tape import (
     DistributedGradientTape,
     PartialDistributedGradientTape,
 )
 
-_OURS = [
+__all__ += [
     "DistributedGradientTape",
     "DistributedOptimizer",
     "GradientExchange",
@@ -27,4 +27,3 @@ _OURS = [
     "broadcast_global_variables",
     "broadcast_variables",
 ]
-__all__ = sorted({*(_name for _name in dir(_horovod) if not _name.startswith("_")), *_OURS})

@@ -41,7 +41,10 @@ def broadcast_variables(
     def broadcast() -> Any:
         names = (f"hvd_accordion.broadcast.{i}" for i in range(len(values)))
         return tf.group(
-            *[v.assign(send(v.read_value(), root_rank, name, process_set)) for v, name in zip(values, names, strict=True)]
+            *[
+                v.assign(send(v.read_value(), root_rank, name, process_set))
+                for v, name in zip(values, names, strict=True)
+            ]
         )
 
     if not values:

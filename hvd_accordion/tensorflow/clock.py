@@ -27,7 +27,9 @@ class Clock:
     The controller's memory is written to the journal, so that whoever restores the variables restores it too.
     """
 
-    def __init__(self, controller: Controller, state: State, numbers: dict[str, str], name: str, process_set: Any) -> None:
+    def __init__(
+        self, controller: Controller, state: State, numbers: dict[str, str], name: str, process_set: Any
+    ) -> None:
         self.controller, self.state, self.numbers = controller, state, numbers
         self.name, self.process_set = name, process_set
         self._journal = b""

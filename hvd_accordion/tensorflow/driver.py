@@ -57,9 +57,7 @@ class Driver:
 
     def _allreduce(self, tensors: Sequence[tf.Tensor], where: dict[str, Any]) -> list[tf.Tensor]:
         before, after = self.scales
-        return hvd.grouped_allreduce(
-            list(tensors), op=hvd.Sum, prescale_factor=before, postscale_factor=after, **where
-        )
+        return hvd.grouped_allreduce(list(tensors), op=hvd.Sum, prescale_factor=before, postscale_factor=after, **where)
 
 
 def n_bytes(x: tf.Tensor) -> int:

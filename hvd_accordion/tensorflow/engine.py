@@ -14,7 +14,7 @@ from hvd_accordion.accordion import Accordion
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.controller import Controller
 from hvd_accordion.ops import tensorflow as ops
-from hvd_accordion.plan import Layer, Part, Policy
+from hvd_accordion.plan import Layer, Part
 from hvd_accordion.settings import Settings, plain_spec
 from hvd_accordion.tensorflow import slices
 from hvd_accordion.tensorflow.agreement import largest, require_equal
@@ -81,7 +81,9 @@ class Engine:
         number = self._signatures[names] = len(self._signatures)
         require_equal({**described(), "exchanged": ", ".join(names)}, f"{self.prefix}.{number}", self.process_set)
         dense = self.settings.sparse_as_dense
-        mine = [NONE if g is None else SLICES if isinstance(g, tf.IndexedSlices) and not dense else DENSE for g in grads]
+        mine = [
+            NONE if g is None else SLICES if isinstance(g, tf.IndexedSlices) and not dense else DENSE for g in grads
+        ]
         everyone = largest(mine, f"{self.prefix}.{number}.kinds", self.process_set)
         for name, kind in zip(names, everyone, strict=True):
             self.kinds[name] = max(kind, self.kinds.get(name, NONE))

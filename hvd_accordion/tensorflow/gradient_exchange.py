@@ -15,8 +15,8 @@ from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
-from hvd_accordion.tensorflow.engine import Engine
 from hvd_accordion.tensorflow.broadcasting import send
+from hvd_accordion.tensorflow.engine import Engine
 from hvd_accordion.tensorflow.state import State
 from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
 from hvd_accordion.tensorflow.xla import refuse_xla

@@ -138,7 +138,9 @@ class _Distributed:
         )
 
 
-_exchanges: dict[int, dict[tuple[Any, ...], GradientExchange]] = {}  # by the first source, then by all and the arguments
+_exchanges: dict[
+    int, dict[tuple[Any, ...], GradientExchange]
+] = {}  # by the first source, then by all and the arguments
 
 
 def exchange_of(sources: Sequence[Any], compression: Any, arguments: dict[str, Any]) -> GradientExchange:

@@ -70,7 +70,9 @@ class State(tf.Module):
                 continue
             saved = np.asarray(arrays[name])
             if not v.shape.is_compatible_with(saved.shape):
-                raise ValueError(f"compression state {name} was saved in shape {saved.shape}, now it has {tuple(v.shape)}")
+                raise ValueError(
+                    f"compression state {name} was saved in shape {saved.shape}, now it has {tuple(v.shape)}"
+                )
             v.assign(saved)
         if "journal" in arrays:
             self.journal.assign(np.asarray(arrays["journal"]).tobytes())
@@ -86,4 +88,6 @@ class State(tf.Module):
 
 
 def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = None) -> tf.Variable:
-    return tf.Variable(tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape)
+    return tf.Variable(
+        tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape
+    )

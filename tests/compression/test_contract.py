@@ -237,7 +237,7 @@ def test_every_framework_does_what_numpy_does_across_changes_of_level(levels, fr
         for ours, theirs in zip(results[framework], results["numpy"], strict=True):
             for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
                 assert a.dtype == b.dtype and a.shape == b.shape
-                print(number, np.linalg.norm(a - b) / max(1e-30,np.linalg.norm(b)))
+                print(number, np.linalg.norm(a - b) / max(1e-30, np.linalg.norm(b)))
                 assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), number
 
 

@@ -99,8 +99,8 @@ def DistributedOptimizer(
         "min_compress_numel": min_compress_numel,
     }
     base = type(optimizer)
-    if base.__module__.startswith("horovod."):  # its wrapper is of the same name as what it wraps
-        base = base.__mro__[1]
+    if base.__module__ == "horovod._keras":
+        base, arguments = base.__mro__[1], {**arguments, **taken_over(optimizer, compression)}
     kind = distributed(base, arguments, average_aggregated_gradients, device_dense or device_sparse)
     result = kind.__new__(kind)
     result.__dict__.update(optimizer.__dict__)
@@ -120,6 +120,19 @@ def PartialDistributedOptimizer(
     for v in trainable_of(local_layers):
         result.register_local_var(v)
     return result
+
+
+def taken_over(optimizer: Any, compression: Any) -> dict[str, Any]:
+    """The settings of Horovod's own DistributedOptimizer, as far as it can still tell them."""
+    reduce = optimizer._allreduce_grads
+    theirs = inspect.getclosurevars(getattr(reduce, "python_function", reduce)).nonlocals
+    found = {name: theirs[name] for name in ("op", "sparse_as_dense", "groups", "process_set")}
+    found["gradient_predivide_factor"] = theirs["postscale_factor"] if theirs["op"] == hvd.Average else 1.0
+    found["compression"] = theirs["compression"] if compression is None else compression
+    found["scale_local_gradients"] = optimizer.scale_local_gradients
+    helper = optimizer._agg_helper
+    found["backward_passes_per_step"] = 1 if helper is None else helper.backward_passes_per_step
+    return found
 
 
 def distributed(base: type, arguments: Mapping[str, Any], average: bool, device: str) -> type:

@@ -1,0 +1,24 @@
+"""Mirrors horovod.keras: with Keras 3 the same as hvd_accordion.tensorflow.keras."""
+
+import horovod.keras as _horovod
+from horovod.keras import *  # noqa: F403
+
+from hvd_accordion.mirror import mirror as _mirror
+
+__all__ = _mirror(_horovod, globals())
+
+import hvd_accordion.keras.callbacks as callbacks
+from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables
+from hvd_accordion.tensorflow.keras.optimizer import (
+    DistributedOptimizer,
+    PartialDistributedOptimizer,
+    load_model,
+)
+
+__all__ += [
+    "DistributedOptimizer",
+    "PartialDistributedOptimizer",
+    "broadcast_global_variables",
+    "callbacks",
+    "load_model",
+]

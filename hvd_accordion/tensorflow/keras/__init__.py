@@ -1,0 +1,24 @@
+"""Mirrors horovod.tensorflow.keras, on Keras 3: every public name of it, with an optimizer that compresses."""
+
+import horovod.tensorflow.keras as _horovod
+from horovod.tensorflow.keras import *  # noqa: F403
+
+from hvd_accordion.mirror import mirror as _mirror
+
+__all__ = _mirror(_horovod, globals())
+
+import hvd_accordion.tensorflow.keras.callbacks as callbacks
+from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables
+from hvd_accordion.tensorflow.keras.optimizer import (
+    DistributedOptimizer,
+    PartialDistributedOptimizer,
+    load_model,
+)
+
+__all__ += [
+    "DistributedOptimizer",
+    "PartialDistributedOptimizer",
+    "broadcast_global_variables",
+    "callbacks",
+    "load_model",
+]

@@ -1,0 +1,219 @@
+"""Horovod's callbacks for Keras, on Keras 3. Each of them tells the optimizer of the epochs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+from horovod.tensorflow.keras.callbacks import BestModelCheckpoint
+
+from hvd_accordion.tensorflow.broadcasting import broadcast_variables
+from hvd_accordion.tensorflow.keras.optimizer import _Distributed
+from hvd_accordion.tensorflow.variables import value_of
+
+__all__ = [
+    "BestModelCheckpoint",
+    "BroadcastGlobalVariablesCallback",
+    "EpochCallback",
+    "LearningRateScheduleCallback",
+    "LearningRateWarmupCallback",
+    "MetricAverageCallback",
+]
+
+log = logging.getLogger("hvd_accordion")
+
+
+class EpochCallback(keras.callbacks.Callback):
+    """Tells every DistributedOptimizer of the model when an epoch is over; the other callbacks of this module do, too."""
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        if model is not None and optimizers_of(model) and getattr(model, "jit_compile", False):
+            if tf.config.list_physical_devices("GPU"):  # what Keras makes of "auto" there
+                model.jit_compile = False
+                log.warning("jit_compile is off: Horovod's collectives can't be compiled by XLA")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        for optimizer in optimizers_of(self.model):
+            optimizer.end_epoch()
+
+
+class BroadcastGlobalVariablesCallback(EpochCallback):
+    """Gives every rank the variables of the model and of its optimizers that `root_rank` has, before the first step.
+
+    Whatever `root_rank` restored from a checkpoint comes along, what compression keeps included, but for residuals,
+    which are each rank's own. So are the states of random seeds: ranks drop out different units.
+
+    Args:
+        root_rank: rank that sends.
+        device: where the broadcast runs, such as "/cpu:0".
+        local_variables: a variable or a collection of those that stay each rank's own.
+    """
+
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+        super().__init__()
+        self.root_rank, self.device, self.broadcast_done = root_rank, device, False
+        self._local: set[int] = set()
+        single = local_variables is not None and hasattr(local_variables, "assign")
+        for v in [local_variables] if single else local_variables or ():
+            if not hasattr(v, "assign"):
+                raise ValueError("All local variables must be of tf.Variable type.")
+            self.register_local_var(v)
+
+    def register_local_var(self, var: Any) -> None:
+        """This variable stays each rank's own."""
+        self._local.add(id(value_of(var)))
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.broadcast_done = False
+        if self.model.built and all(optimizer.built for optimizer in optimizers_of(self.model)):
+            self._broadcast()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if not self.broadcast_done:  # variables that the first step had to make
+            self._broadcast()
+
+    def _broadcast(self) -> None:
+        optimizers = optimizers_of(self.model)
+        found = [*self.model.variables]
+        for optimizer in optimizers or [self.model.optimizer]:
+            found += optimizer.variables if optimizer is not None else []
+        unique = {id(value_of(v)): v for v in found if tf.as_dtype(v.dtype) not in (tf.uint32, tf.uint64)}
+        with tf.device(self.device or None):
+            broadcast_variables([v for key, v in unique.items() if key not in self._local], self.root_rank)
+            for optimizer in optimizers:
+                optimizer._hvd.broadcast(self.root_rank)
+        self.broadcast_done = True
+
+
+class MetricAverageCallback(EpochCallback):
+    """Averages the metrics of an epoch over the ranks, for itself and for the callbacks behind it in the list."""
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self.device = device
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if not logs or hvd.size() == 1:
+            return
+        names = sorted(logs)
+        with tf.device(self.device or None):
+            mine = tf.constant([float(logs[name]) for name in names], tf.float64)
+            means = hvd.allreduce(mine, op=hvd.Average, name="hvd_accordion.metrics").numpy().tolist()
+        logs.update(zip(names, means, strict=True))
+
+
+class LearningRateScheduleCallback(EpochCallback):
+    """Sets the learning rate to `initial_lr * multiplier(epoch)` from `start_epoch` up to, not including, `end_epoch`.
+
+    Args:
+        multiplier: a function of the epoch, or a constant c, which stands for c^(epoch - start_epoch).
+        staircase: change it at the beginning of an epoch; otherwise of every batch, and the epoch is a fraction.
+        momentum_correction: scale the optimizer's velocity with the rate (Goyal et al. 2017, arXiv 1706.02677, 3.1).
+        steps_per_epoch: where Keras does not know it and `staircase` is False.
+    """
+
+    def __init__(
+        self,
+        initial_lr: float,
+        multiplier: float | Callable[[float], float],
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        staircase: bool = True,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        if initial_lr is None:
+            raise ValueError("Parameter `initial_lr` is required")
+        self.initial_lr, self.start_epoch, self.end_epoch = initial_lr, start_epoch, end_epoch
+        self.staircase, self.momentum_correction, self.steps_per_epoch = staircase, momentum_correction, steps_per_epoch
+        constant = multiplier
+        self.multiplier = multiplier if callable(multiplier) else lambda epoch: constant ** (epoch - start_epoch)
+        self.current_epoch = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if not self.staircase and not self.steps_per_epoch:
+            self.steps_per_epoch = self.params.get("steps")
+            if not self.steps_per_epoch:
+                raise ValueError(
+                    "Could not autodetect the number of steps per epoch. Please specify the steps_per_epoch parameter to "
+                    f"the {type(self).__name__}()."
+                )
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.current_epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self.current_epoch < self.start_epoch or (
+            self.end_epoch is not None and self.current_epoch >= self.end_epoch
+        ):
+            return
+        if not self.staircase:
+            self._adjust(self.current_epoch + batch / self.steps_per_epoch)
+        elif batch == 0:
+            self._adjust(self.current_epoch)
+
+    def _adjust(self, epoch: float) -> None:
+        optimizer = innermost(self.model.optimizer)
+        old, new = learning_rate_of(optimizer), self.initial_lr * self.multiplier(epoch)
+        optimizer.learning_rate = new
+        if self.momentum_correction and old > 0 and getattr(optimizer, "momentum", 0):
+            # Keras's velocity contains the rate: v = momentum v - lr g
+            for velocity in getattr(optimizer, "momentums", None) or getattr(optimizer, "_momentums", []):
+                velocity.assign(velocity * (new / old))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if logs is not None:
+            logs["lr"] = learning_rate_of(self.model.optimizer)
+
+
+class LearningRateWarmupCallback(LearningRateScheduleCallback):
+    """Raises the learning rate from `initial_lr / size` to `initial_lr` over the first epochs, batch by batch.
+
+    (Goyal et al. 2017, arXiv 1706.02677, 2.2.)
+    """
+
+    def __init__(
+        self,
+        initial_lr: float,
+        warmup_epochs: int = 5,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        def multiplier(epoch: float) -> float:
+            epoch += 1.0 / self.steps_per_epoch  # round numbers at the ends of epochs
+            return (epoch * (hvd.size() - 1) / warmup_epochs + 1) / hvd.size()
+
+        super().__init__(initial_lr, multiplier, 0, warmup_epochs, False, momentum_correction, steps_per_epoch)
+        self.verbose = verbose
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if epoch == self.end_epoch - 1 and self.verbose > 0 and hvd.rank() == 0:
+            rate = learning_rate_of(self.model.optimizer)
+            print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
+
+
+def optimizers_of(model: keras.Model) -> list[Any]:
+    """The distributed optimizers among the attributes of a model, each once."""
+    found = {id(value): value for value in vars(model).values() if isinstance(value, _Distributed)}
+    return list(found.values())
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer whose rate and velocity count."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def learning_rate_of(optimizer: Any) -> float:
+    return float(tf.convert_to_tensor(optimizer.learning_rate))
