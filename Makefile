@@ -3,10 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo ui test lint bench clean
+.PHONY: help setup demo demo-tf ui test lint bench clean
 
 help:             ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
 $(STAMP): setup.cfg docker/constraints.txt docker/setup.sh docker/build_horovod.sh
 	bash docker/setup.sh $(VENV)
@@ -16,6 +16,9 @@ setup: $(STAMP)   ## system packages, virtual environment, Horovod for today's t
 
 demo: $(STAMP)    ## five trainings on two ranks: table, picture (build/demo/) and MLflow run
 	$(BIN)/python examples/demo.py
+
+demo-tf: $(STAMP) ## the same with Keras on TensorFlow (build/demo-keras/)
+	$(BIN)/python examples/demo.py --framework keras
 
 ui: $(STAMP)      ## MLflow's page on the runs of the demo
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db

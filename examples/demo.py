@@ -1,6 +1,7 @@
-"""Five trainings of pytorch/pytorch_mnist.py under horovodrun, alike but for the compression, and what came of them.
+"""Five trainings of one example under horovodrun, alike but for the compression, and what came of them.
 
-Writes table.md, results.json, demo.png and a log of each training to build/demo/, and everything to MLflow (mlflow.db).
+Writes table.md, results.json, demo.png and a log of each training to build/demo/ (torch) or build/demo-keras/, and
+everything to MLflow (mlflow.db).
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "examples" / "pytorch" / "pytorch_mnist.py"
-OUT = ROOT / "build" / "demo"
 MLFLOW_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
-EXPERIMENT = "pytorch_mnist"
 
+SCRIPTS = {  # their names are those of MLflow's experiments, too
+    "torch": ROOT / "examples" / "pytorch" / "pytorch_mnist.py",
+    "keras": ROOT / "examples" / "keras" / "keras_mnist.py",
+}
+FOLDERS = {"torch": ROOT / "build" / "demo", "keras": ROOT / "build" / "demo-keras"}
 RUNS = {
     "plain Horovod": ["--compression", "none"],
     "PowerSGD, relaxed only": ["--compression", "powersgd", "--level", "relaxed"],
@@ -47,6 +50,7 @@ BAR = re.compile(r"\d+%\|")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--framework", choices=SCRIPTS, default="torch")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--np", type=int, default=2, help="ranks")
@@ -56,35 +60,36 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: sys.exit("demo: interrupted"))
     begin = time.perf_counter()
-    OUT.mkdir(parents=True, exist_ok=True)
-    lock = open(OUT / ".lock", "w")  # held until this process ends
+    script, out = SCRIPTS[args.framework], FOLDERS[args.framework]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # held until this process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"demo: another one is running and writes to {OUT}")
-    client, experiment = mlflow_experiment()
+        sys.exit(f"demo: another one is running and writes to {out}")
+    client, experiment = mlflow_experiment(script.stem)
     results = {}
     for i, (name, arguments) in enumerate(RUNS.items(), 1):
         print(f"[{i}/{len(RUNS)}] {name}", flush=True)
         arguments = [*arguments, "--seed", str(args.seed), "--epochs", str(args.epochs)]
-        results[name] = train(name, arguments, args.np, args.timeout)
+        results[name] = train(name, script, arguments, args.np, args.timeout, out)
 
     text = table(results)
-    (OUT / "table.md").write_text(text + "\n", encoding="utf-8")
-    (OUT / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(results)
-    log_demo(client, experiment, results)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw(results, out)
+    log_demo(client, experiment, results, out)
     total = time.perf_counter() - begin
     print(f"\n{text}\n\n{args.epochs} epochs, {args.np} ranks, seed {args.seed}; {total:.0f} s in all")
-    print(f"Written to {OUT.relative_to(ROOT)}/ (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
+    print(f"Written to {out.relative_to(ROOT)}/ (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
 
 
-def train(name: str, arguments: list[str], ranks: int, timeout: float) -> dict[str, Any]:
+def train(name: str, script: Path, arguments: list[str], ranks: int, timeout: float, out: Path) -> dict[str, Any]:
     """One training in a session of its own, of which nothing is left at the end, however it ends."""
     stem = re.sub(r"\W+", "-", name.lower())
-    history, log = OUT / f"{stem}.json", OUT / f"{stem}.log"
+    history, log = out / f"{stem}.json", out / f"{stem}.log"
     horovodrun = Path(sys.executable).with_name("horovodrun")
-    command = [str(horovodrun), "-np", str(ranks), sys.executable, str(SCRIPT), *arguments]
+    command = [str(horovodrun), "-np", str(ranks), sys.executable, str(script), *arguments]
     command += ["--history", str(history), "--mlflow-uri", MLFLOW_URI, "--run-name", name]
     begin = time.monotonic()
     with open(log, "wb") as file:
@@ -177,32 +182,32 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def draw(results: dict[str, dict[str, Any]]) -> None:
+def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
     from hvd_accordion.figures import demo_figure
 
     curves = {name: [(sent / 1e6, accuracy) for sent, accuracy in r["points"]] for name, r in results.items()}
     regimes = {name: r["regimes"] for name, r in results.items() if any(r["regimes"])}
-    demo_figure(curves, regimes).savefig(OUT / "demo.png", dpi=120)
+    demo_figure(curves, regimes).savefig(out / "demo.png", dpi=120)
 
 
-def mlflow_experiment() -> tuple[Any, str]:
+def mlflow_experiment(name: str) -> tuple[Any, str]:
     """MLflow's client and the experiment of all runs; makes the database before two processes might."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
     client = MlflowClient(MLFLOW_URI)
-    known = client.get_experiment_by_name(EXPERIMENT)
-    return client, known.experiment_id if known else client.create_experiment(EXPERIMENT, (ROOT / "mlruns").as_uri())
+    known = client.get_experiment_by_name(name)
+    return client, known.experiment_id if known else client.create_experiment(name, (ROOT / "mlruns").as_uri())
 
 
-def log_demo(client: Any, experiment: str, results: dict[str, dict[str, Any]]) -> None:
+def log_demo(client: Any, experiment: str, results: dict[str, dict[str, Any]], out: Path) -> None:
     run = client.create_run(experiment, run_name="demo").info.run_id
     for name, r in results.items():
         for key in ("accuracy", "sent_bytes", "dense_bytes", "seconds", "critical_fraction"):
             client.log_metric(run, f"{re.sub(r',', '', name)}/{key}", r[key])
     for file in ("table.md", "results.json", "demo.png"):
-        client.log_artifact(run, str(OUT / file))
+        client.log_artifact(run, str(out / file))
     client.set_terminated(run)
 
 

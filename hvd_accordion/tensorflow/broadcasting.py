@@ -38,19 +38,15 @@ def broadcast_variables(
     if inplace:
         return hvd.broadcast_variables(values, root_rank, process_set, inplace=True)
 
-    def broadcast() -> Any:
+    def broadcast() -> list[Any]:
         names = (f"hvd_accordion.broadcast.{i}" for i in range(len(values)))
-        return tf.group(
-            *[
-                v.assign(send(v.read_value(), root_rank, name, process_set))
-                for v, name in zip(values, names, strict=True)
-            ]
-        )
+        sent = [send(v.read_value(), root_rank, name, process_set) for v, name in zip(values, names, strict=True)]
+        return [v.assign(value) for v, value in zip(values, sent, strict=True)]
 
-    if not values:
-        return None
-    # as one graph: all of them are on their way at once
-    return tf.function(broadcast, autograph=False)() if tf.executing_eagerly() else broadcast()
+    if not tf.executing_eagerly():
+        return tf.group(*broadcast())
+    tf.function(lambda: tf.group(*broadcast()) and None, autograph=False).get_concrete_function()()  # all at once
+    return None
 
 
 def broadcast_global_variables(root_rank: int) -> Any:

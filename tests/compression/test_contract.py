@@ -80,7 +80,7 @@ def over_numpy(rounds, to):
             means = yield AllReduce([to_numpy(x) for x in request.tensors])
             answer = [reduced(x, to(mean)) for x, mean in zip(request.tensors, means, strict=True)]
         else:
-            (tensor,) = vars(request).values()
+            tensor = request.flag if isinstance(request, Agree) else request.tensor
             answer = to((yield type(request)(to_numpy(tensor))))
 
 
@@ -152,7 +152,7 @@ def assert_nothing_lost(given, applied, residual, tolerance=1e-6):
 @every_backend
 @every_spec
 def test_ranks_agree_and_applied_plus_residual_is_given(spec, backend, dtype, ranks):
-    steps = 20 if backend == "tensorflow" else 50  # whose eager ops take ten times as long
+    steps = 10 if backend == "tensorflow" else 50  # whose eager ops take ten times as long
     given, applied, residual = train([spec] * steps, backend, dtype, ranks)
     assert_nothing_lost(given, applied, residual, 1e-6 if dtype == "float32" else 1e-12)
     if spec.lossy:  # feedback had something to do
@@ -221,34 +221,45 @@ CHANGES = [
     (TopK(0.1), Dense(), TopK(0.01)),
     (FP16(), Dense(), FP16()),
     (BF16(), FP16(), BF16()),
+    (PowerSGD(2), TopK(0.1), QSGD(7), RandomK(0.1)),
 ]
 
 
 @every_framework
-@pytest.mark.parametrize("levels", CHANGES, ids=lambda levels: " ".join(spec.tag for spec in levels))
-def test_every_framework_does_what_numpy_does_across_changes_of_level(levels, framework):
-    states, steps = {backend: fresh(3) for backend in ("numpy", framework)}, 20
-    for number in range(steps):
+@every_dtype
+@pytest.mark.parametrize("levels", CHANGES, ids=lambda levels: " to ".join(map(str, levels)))
+def test_every_framework_does_what_numpy_does_across_changes_of_level(levels, dtype, framework):
+    """No entry of these gradients is so near a tie, in TopK or in QSGD's rounding, that frameworks decide it differently:
+    but for PowerSGD and the l2 norm, all that comes before is the same to the bit."""
+    states = {backend: fresh(3, dtype) for backend in ("numpy", framework)}
+    # Error feedback around a power iteration multiplies rounding errors, up to 10^4 times in 20 steps, in numpy as in the
+    # others. fp64 has digits for that; in fp32 each step of PowerSGD is compared from where numpy is.
+    together = dtype == "float32" and any(isinstance(spec, PowerSGD) for spec in levels)
+    for number in range(20):
         results = {}
         for backend, state in states.items():
-            spec = levels[number * len(levels) // steps]
-            results[backend], _ = step(backend, spec, falling_gradients(3, number), *state, number)
-            states[backend] = kept(results[backend])
+            grads = falling_gradients(3, dtype, number)
+            results[backend], _ = step(backend, levels[number * len(levels) // 20], grads, *state, number)
+            states[backend] = kept(results["numpy" if together else backend])
         for ours, theirs in zip(results[framework], results["numpy"], strict=True):
-            for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
-                assert a.dtype == b.dtype and a.shape == b.shape
-                print(number, np.linalg.norm(a - b) / max(1e-30, np.linalg.norm(b)))
-                assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), number
+            assert_equal(ours, theirs, 1e-5 if dtype == "float32" else 1e-10)
 
 
-def falling_gradients(ranks, seed):
+def falling_gradients(ranks, dtype, seed):
     """With a falling spectrum, as gradients have: noise alone has no leading directions, which PowerSGD looks for."""
     made = gradients(ranks, "float64", seed)
     for own in made:
         for i, x in enumerate(own):
             u, s, v = np.linalg.svd(x.reshape(x.shape[0], -1), full_matrices=False)
-            own[i] = ((u * np.geomspace(1, 1e-2, s.size)) @ v).reshape(x.shape).astype("float32")
+            own[i] = ((u * np.geomspace(1, 1e-2, s.size)) @ v).reshape(x.shape).astype(dtype)
     return made
+
+
+def assert_equal(ours, theirs, tolerance):
+    """Means, residuals and memory, each relative to its norm."""
+    for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
 def tensors_of(result):
@@ -260,23 +271,25 @@ def test_a_traced_graph_does_what_eager_tensorflow_does(spec):
     """Traced as a driver does it: once, the step a tensor, memory of one shape from the start."""
 
     @tf.function(autograph=False)
-    def traced(number, grads, residual, memory):
+    def traced(number, *args):
         contexts = [Context(NAMES, "float32", number, 0, rank, 2) for rank in range(2)]
-        ranks = zip(grads, residual, memory, contexts, strict=True)
+        ranks = zip(*args, contexts, strict=True)
         return [vars(done) for done in in_a_graph([exchange(spec, tensorflow_ops, *own) for own in ranks])]
 
-    state = eager = fresh(2)
-    values = each(tf.constant, gradients(1)[0])
-    starts = [spec.initial_memory(tensorflow_ops, x, name, 0) for x, name in zip(values, NAMES, strict=True)]
-    state = each(tf.constant, state[0]), [starts] * 2
+    eager = fresh(2)
+    memory = [
+        spec.initial_memory(tensorflow_ops, tf.constant(x), name, 0) for x, name in zip(eager[0][0], NAMES, strict=True)
+    ]
+    state = each(tf.constant, eager[0]), [memory] * 2
     for number in range(3):
         grads = gradients(2, seed=number)
-        results = traced(tf.constant(number, tf.int64), each(tf.constant, grads), *state)
-        state = [result["residual"] for result in results], [result["memory"] for result in results]
+        results = [Step(**done) for done in traced(tf.constant(number, tf.int64), each(tf.constant, grads), *state)]
+        state = kept(results)
         expected, _ = step("tensorflow", spec, grads, *eager, number)
         eager = kept(expected)
         for result, wanted in zip(results, expected, strict=True):
-            assert same_bits(each(to_numpy, result), vars(wanted))
+            assert result.ok
+            assert_equal(Step(*each(to_numpy, list(vars(result).values()))), wanted, 1e-5)
     assert traced.experimental_get_tracing_count() == 1
 
 
@@ -522,7 +535,9 @@ def test_another_step_seed_or_name_gives_another_result(spec, backend):
 @pytest.mark.parametrize("spec", RANDOM, ids=str)
 def test_the_global_generators_are_left_alone(spec, backend):
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    tensorflows = tf.random.get_global_generator().state.numpy()
     step(backend, spec, gradients(2), *fresh(2))
     assert random.getstate() == before[0]
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
+    np.testing.assert_array_equal(tf.random.get_global_generator().state.numpy(), tensorflows)

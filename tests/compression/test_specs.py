@@ -7,6 +7,8 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,8 +148,7 @@ def test_power_sgd_alone_waits():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
 def test_dtype_names(dtype):
-    torch = pytest.importorskip("torch")
-    assert dtype_name(dtype) == dtype_name(getattr(torch, dtype)) == dtype
+    assert dtype_name(dtype) == dtype_name(getattr(torch, dtype)) == dtype_name(getattr(tf, dtype)) == dtype
     if dtype != "bfloat16":
         assert dtype_name(getattr(np, dtype)) == dtype_name(np.dtype(dtype)) == dtype
 

@@ -1,4 +1,4 @@
-"""Each primitive of the protocol, torch against numpy on the same input; numpy is checked against its own meaning."""
+"""Each primitive of the protocol, torch and TensorFlow against numpy on one input; numpy against its own meaning."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import inspect
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_accordion import seeds
 from hvd_accordion.ops import numpy as numpy_ops
 from hvd_accordion.ops import protocol
+from hvd_accordion.ops import tensorflow as tensorflow_ops
+from hvd_accordion.ops import torch as torch_ops
 
-torch = pytest.importorskip("torch")
+# the primitives, and how a framework takes an array of numpy's. Copies: torch's primitives may update in place
+FRAMEWORKS = [(torch_ops, lambda x: torch.from_numpy(x.copy())), (tensorflow_ops, tf.constant)]
+BACKENDS = [(numpy_ops, np.array), *FRAMEWORKS]
+every_framework = pytest.mark.parametrize(("ops", "to"), FRAMEWORKS, ids=["torch", "tensorflow"])
 
-from hvd_accordion.ops import torch as torch_ops  # noqa: E402
-
+PRIMITIVES = [name for name in vars(protocol.Ops) if not name.startswith("_")]
 FLOATS = [np.float32, np.float64]
 floats = pytest.mark.parametrize("dtype", FLOATS)
 
@@ -24,38 +31,43 @@ def numbers(*shape: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def t(x):
-    """numpy to torch, also in lists; other things as they are. Copies: torch's primitives may update in place."""
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(x.copy())
-    return [t(y) for y in x] if isinstance(x, list) else x
+def each(how, x):
+    """`how` of an array, also in lists; other things as they are."""
+    if isinstance(x, list | tuple):
+        return type(x)(each(how, y) for y in x)
+    return how(x) if isinstance(x, np.ndarray) else x
 
 
 def n(x):
-    if isinstance(x, torch.Tensor):
-        return x.numpy()
-    return [n(y) for y in x] if isinstance(x, list | tuple) else x
+    """Any framework's tensors, also in lists, in numpy."""
+    if isinstance(x, list | tuple):
+        return [n(y) for y in x]
+    return x.numpy() if tf.is_tensor(x) or isinstance(x, torch.Tensor) else x
 
 
-def both(name: str, *args, exact: bool = True):
-    """The primitive's result in numpy, which that of torch must equal, dtypes and shapes included."""
-    ours, theirs = getattr(numpy_ops, name)(*args), n(getattr(torch_ops, name)(*map(t, args)))
-    for a, b in zip(*(x if isinstance(x, list) else [x] for x in (ours, theirs)), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.dtype == b.dtype and a.shape == b.shape, (name, a.dtype, b.dtype, a.shape, b.shape)
-        if exact:
-            np.testing.assert_array_equal(a, b)
-        else:
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+def same(name: str, *args, exact: bool = True):
+    """The primitive's result in numpy, which those of the frameworks must equal, dtypes and shapes included."""
+    ours = getattr(numpy_ops, name)(*args)
+    for ops, to in FRAMEWORKS:
+        assert_same(ours, n(getattr(ops, name)(*each(to, args))), f"{name} of {ops.__name__}", exact)
     return ours
 
 
+def assert_same(ours, theirs, what: str, exact: bool = True):
+    for a, b in zip(*(x if isinstance(x, list) else [x] for x in (ours, theirs)), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
+        if exact:
+            np.testing.assert_array_equal(a, b, what)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=what)
+
+
 def test_each_framework_has_every_primitive_with_the_protocols_arguments():
-    names = [name for name in vars(protocol.Ops) if not name.startswith("_")]
-    assert len(names) > 30
-    for name in names:
+    assert len(PRIMITIVES) > 30
+    for name in PRIMITIVES:
         wanted = list(inspect.signature(getattr(protocol.Ops, name)).parameters)[1:]
-        for ops in (numpy_ops, torch_ops):
+        for ops, _ in BACKENDS:
             primitive = getattr(ops, name)
             if getattr(primitive, "__module__", "") == ops.__name__:
                 assert list(inspect.signature(primitive).parameters) == wanted, (ops.__name__, name)
@@ -68,58 +80,60 @@ def test_each_framework_has_every_primitive_with_the_protocols_arguments():
     ("given_dtype", "wide"), [("float16", "float32"), ("float32", "float32"), ("float64", "float64")]
 )
 def test_widen(given_dtype, wide):
-    (x, y) = both("widen", [numbers(3, 4).astype(given_dtype), numbers(5).astype(given_dtype)])
+    (x, y) = same("widen", [numbers(3, 4).astype(given_dtype), numbers(5).astype(given_dtype)])
     assert x.dtype == y.dtype == wide
 
 
 def test_widen_bfloat16_and_strided():
     (x,) = torch_ops.widen([torch.tensor([[1.5, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).t()])
     assert x.dtype == torch.float32 and x.is_contiguous() and x.tolist() == [[1.5, 3.0], [2.0, 4.0]]
+    (x,) = tensorflow_ops.widen([tf.constant([[1.5, 2.0], [3.0, 4.0]], tf.bfloat16)])
+    assert x.dtype == tf.float32 and x.numpy().tolist() == [[1.5, 2.0], [3.0, 4.0]]
     (x,) = numpy_ops.widen([numbers(3, 4).T])
     assert x.shape == (4, 3)
     assert x.flags.c_contiguous
 
 
 def test_widen_keeps_a_scalar_a_scalar():
-    assert both("widen", [np.array(2.5, np.float32)])[0].shape == ()
+    assert same("widen", [np.array(2.5, np.float32)])[0].shape == ()
 
 
 @floats
 def test_add_subtract_zeros(dtype):
     xs, ys = ([numbers(3, 4, dtype=dtype, seed=s), numbers(7, dtype=dtype, seed=s)] for s in (0, 1))
-    np.testing.assert_array_equal(both("add", xs, ys)[1], xs[1] + ys[1])
-    np.testing.assert_array_equal(both("subtract", xs, ys)[1], xs[1] - ys[1])
-    assert not any(z.any() for z in both("zeros_like", xs))
+    np.testing.assert_array_equal(same("add", xs, ys)[1], xs[1] + ys[1])
+    np.testing.assert_array_equal(same("subtract", xs, ys)[1], xs[1] - ys[1])
+    assert not any(z.any() for z in same("zeros_like", xs))
 
 
 def test_commit_takes_new_only_if_ok():
     new, old = [numbers(3), numbers(2, 2)], [numbers(3, seed=1), np.zeros((2, 2), np.float32)]
-    np.testing.assert_array_equal(both("commit", np.array(True), new, old)[0], new[0])
-    np.testing.assert_array_equal(both("commit", np.array(False), new, old)[0], old[0])
-    np.testing.assert_array_equal(both("commit", np.array(False), [np.full(3, np.nan, np.float32)], old[:1])[0], old[0])
+    np.testing.assert_array_equal(same("commit", np.array(True), new, old)[0], new[0])
+    np.testing.assert_array_equal(same("commit", np.array(False), new, old)[0], old[0])
+    np.testing.assert_array_equal(same("commit", np.array(False), [np.full(3, np.nan, np.float32)], old[:1])[0], old[0])
 
 
 @floats
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_all_finite(dtype, bad):
     xs = [numbers(3, 4, dtype=dtype), numbers(70, dtype=dtype)]
-    assert both("all_finite", xs)
-    assert both("all_finite", [np.full(9, np.finfo(dtype).max)])  # large is not infinite
+    assert same("all_finite", xs)
+    assert same("all_finite", [np.full(9, np.finfo(dtype).max)])  # large is not infinite
     xs[1][69] = bad
-    assert not both("all_finite", xs)
+    assert not same("all_finite", xs)
 
 
 def test_all_finite_of_an_empty_tensor():
-    assert both("all_finite", [np.zeros((3, 0), np.float32), numbers(2)])
+    assert same("all_finite", [np.zeros((3, 0), np.float32), numbers(2)])
 
 
 def test_flatten_and_unflatten():
     xs = [numbers(3, 4), numbers(5), numbers(2, 2, 2)]
-    flat = both("flatten", xs)
+    flat = same("flatten", xs)
     assert flat.shape == (25,)
-    padded = both("pad", flat, 32, (4, 8))
+    padded = same("pad", flat, 32, (4, 8))
     assert not padded.reshape(-1)[25:].any()
-    for x, y in zip(xs, both("unflatten", padded.reshape(-1), xs), strict=True):
+    for x, y in zip(xs, same("unflatten", padded.reshape(-1), xs), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -129,30 +143,30 @@ def test_flatten_and_unflatten():
 @floats
 def test_shapes(dtype):
     x, y = numbers(4, 6, dtype=dtype), numbers(4, 6, dtype=dtype, seed=1)
-    assert both("reshape", x, (2, 12)).shape == (2, 12)
-    assert both("reshape", x, (-1,)).shape == (24,)
-    batch = both("stack", [x, y])
+    assert same("reshape", x, (2, 12)).shape == (2, 12)
+    assert same("reshape", x, (-1,)).shape == (24,)
+    batch = same("stack", [x, y])
     assert batch.shape == (2, 4, 6)
-    np.testing.assert_array_equal(both("transpose", batch)[1], y.T)
-    assert both("concat", [x, y], 0).shape == (8, 6)
-    assert both("concat", [x, y], -1).shape == (4, 12)
-    assert both("concat", [batch, batch], -1).shape == (2, 4, 12)
-    assert not both("zeros", 5, x).any()
-    assert both("dtype", x) == np.dtype(dtype).name
+    np.testing.assert_array_equal(same("transpose", batch)[1], y.T)
+    assert same("concat", [x, y], 0).shape == (8, 6)
+    assert same("concat", [x, y], -1).shape == (4, 12)
+    assert same("concat", [batch, batch], -1).shape == (2, 4, 12)
+    assert not same("zeros", 5, x).any()
+    assert same("dtype", x) == np.dtype(dtype).name
 
 
 @pytest.mark.parametrize("to", ["float16", "float32", "float64", "uint8", "int32"])
 def test_cast(to):
-    assert both("cast", np.array([0, 1, 2.5, 100], np.float32), to).dtype == to
+    assert same("cast", np.array([0, 1, 2.5, 100], np.float32), to).dtype == to
 
 
 @floats
 def test_cast_like(dtype):
-    assert both("cast_like", numbers(3), np.zeros(1, dtype)).dtype == dtype
-    assert both("cast_like", np.arange(250, 256, dtype=np.uint8), np.zeros(1, dtype)).tolist() == [*range(250, 256)]
+    assert same("cast_like", numbers(3), np.zeros(1, dtype)).dtype == dtype
+    assert same("cast_like", np.arange(250, 256, dtype=np.uint8), np.zeros(1, dtype)).tolist() == [*range(250, 256)]
 
 
-# each is rounded to nearest, ties to even, as torch rounds it
+# each is rounded to nearest, ties to even, as frameworks round it
 HARD = [
     0.0,
     -0.0,
@@ -174,16 +188,17 @@ HARD = [
 HARD += [np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 2**-11, 1 + 3 * 2**-11]
 
 
-def bits_of(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The 16 bits by our numpy and by torch itself, all NaN alike."""
-    ours = numpy_ops.to_bytes(numpy_ops.cast(x, dtype)).view(np.uint16)
-    theirs = torch.from_numpy(x).to(getattr(torch, dtype))
-    bits = theirs.view(torch.int16).numpy().view(np.uint16)
-    return np.where(np.isnan(x), 0, ours), np.where(np.isnan(x), 0, bits)
+def bits_of(ops, x, dtype: str) -> np.ndarray:
+    return n(ops.to_bytes(ops.cast(x, dtype))).view(np.uint16)
 
 
+@every_framework
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_to_16_bits_is_torchs(dtype):
+def test_rounding_to_16_bits_is_the_frameworks_own(dtype, ops, to):
+    def assert_same_bits(x):  # all NaN alike
+        ours, theirs = bits_of(numpy_ops, x, dtype), bits_of(ops, to(x), dtype)
+        np.testing.assert_array_equal(*(np.where(np.isnan(x), 0, bits) for bits in (ours, theirs)))
+
     every_pattern = np.arange(2**16, dtype=np.uint32)
     with np.errstate(all="ignore"):
         near = np.concatenate(
@@ -195,41 +210,44 @@ def test_rounding_to_16_bits_is_torchs(dtype):
             numbers(10_000) * np.float32(1e3),
             numbers(10_000, dtype=np.float64),
         ):
-            np.testing.assert_array_equal(*bits_of(x, dtype))
+            assert_same_bits(x)
     # from fp64 by way of fp32, which rounds some values twice
-    twice = np.array([1 + 2.0**-e + 2.0**-40 for e in (8, 9, 11, 12)])
-    np.testing.assert_array_equal(*bits_of(twice, dtype))
+    assert_same_bits(np.array([1 + 2.0**-e + 2.0**-40 for e in (8, 9, 11, 12)]))
 
 
 @floats
-@pytest.mark.parametrize("to", ["bfloat16", "float16"])
-def test_bytes_of_16_bit_floats_are_the_same_in_both(dtype, to):
-    x = np.array([h for h in HARD if not np.isnan(h)], dtype)
-    code = numpy_ops.to_bytes(numpy_ops.cast(x, to))
-    assert code.dtype == np.uint8 and code.shape == (2 * x.size,)
-    np.testing.assert_array_equal(code, n(torch_ops.to_bytes(torch_ops.cast(t(x), to))))
-    back = numpy_ops.cast_like(numpy_ops.from_bytes(code, to), x)
-    np.testing.assert_array_equal(back, n(torch_ops.cast_like(torch_ops.from_bytes(t(code), to), t(x))))
-    assert back[HARD.index(1.0)] == 1.0 and np.isinf(back[HARD.index(np.inf)])
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_bytes_of_16_bit_floats_are_the_same_in_all(dtype, half):
+    hard = np.array([h for h in HARD if not np.isnan(h)], dtype)
+    for ops, to in BACKENDS:
+        x = hard
+        if ops is tensorflow_ops and dtype == np.float64:  # whose kernels take fp32's subnormal numbers for zero
+            x = np.where(np.abs(hard) < np.finfo(np.float32).tiny, np.copysign(0, hard), hard)
+        code = numpy_ops.to_bytes(numpy_ops.cast(x, half))
+        assert code.dtype == np.uint8 and code.shape == (2 * x.size,)
+        back = numpy_ops.cast_like(numpy_ops.from_bytes(code, half), x)
+        assert back[HARD.index(1.0)] == 1.0 and np.isinf(back[HARD.index(np.inf)])
+        assert_same(code, n(ops.to_bytes(ops.cast(to(x), half))), ops.__name__)
+        assert_same(back, n(ops.cast_like(ops.from_bytes(to(code), half), to(x))), ops.__name__)
 
 
-@pytest.mark.parametrize("to", ["bfloat16", "float16"])
-def test_nan_survives_16_bits(to):
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_nan_survives_16_bits(half):
     # quiet, signalling and full of bits: rounding must not carry one into Inf or zero
     nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     x = np.stack([nans, np.ones(5, np.float32)], axis=-1)
-    for ops, given_x in ((numpy_ops, x), (torch_ops, t(x))):
-        code = ops.to_bytes(ops.cast(given_x, to))
-        back = n(ops.cast_like(ops.from_bytes(code, to), given_x))
-        np.testing.assert_array_equal(back, [[np.nan, 1]] * 5)
+    for ops, to in BACKENDS:
+        code = ops.to_bytes(ops.cast(to(x), half))
+        back = n(ops.cast_like(ops.from_bytes(code, half), to(x)))
+        np.testing.assert_array_equal(back, [[np.nan, 1]] * 5, ops.__name__)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
 def test_bytes_there_and_back(kind):
     x = (1000 * numbers(3, 4)).astype(kind)
-    code = both("to_bytes", x)
+    code = same("to_bytes", x)
     assert code.dtype == np.uint8 and code.shape == (3, 4 * x.itemsize)
-    np.testing.assert_array_equal(both("from_bytes", code, kind), x)
+    np.testing.assert_array_equal(same("from_bytes", code, kind), x)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
@@ -238,8 +256,8 @@ def test_from_bytes_of_a_misaligned_slice(kind, shift):
     x = (1000 * numbers(6)).astype(kind)
     message = np.concatenate([np.zeros(shift, np.uint8), x.view(np.uint8), np.ones(3, np.uint8)])
     end = shift + x.nbytes
-    np.testing.assert_array_equal(numpy_ops.from_bytes(message[shift:end], kind), x)
-    np.testing.assert_array_equal(n(torch_ops.from_bytes(t(message)[shift:end], kind)), x)
+    for ops, to in BACKENDS:
+        np.testing.assert_array_equal(n(ops.from_bytes(to(message)[shift:end], kind)), x, ops.__name__)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -247,8 +265,8 @@ def test_from_bytes_of_a_misaligned_slice(kind, shift):
 def test_from_bytes_of_the_first_columns(rows, width):
     x = numbers(rows, 4)
     code = np.concatenate([x.view(np.uint8), np.zeros((rows, width - 16), np.uint8)], -1)
-    np.testing.assert_array_equal(numpy_ops.from_bytes(code[:, :16], "float32"), x)
-    np.testing.assert_array_equal(n(torch_ops.from_bytes(t(code)[:, :16], "float32")), x)
+    for ops, to in BACKENDS:
+        np.testing.assert_array_equal(n(ops.from_bytes(to(code)[:, :16], "float32")), x, ops.__name__)
 
 
 # elementwise and reductions
@@ -257,11 +275,11 @@ def test_from_bytes_of_the_first_columns(rows, width):
 @floats
 def test_elementwise(dtype):
     x = 3 * numbers(4, 5, dtype=dtype)
-    assert both("where", x > 0, 1.0, x).dtype == dtype
-    both("where", np.array(False), x, -x)
-    both("floor", x)
-    assert both("clip", x, -2, 2).dtype == dtype
-    assert both("clip", np.array([9.0, np.inf, -np.inf], dtype), -2, 2).tolist() == [2, 2, -2]
+    assert same("where", x > 0, 1.0, x).dtype == dtype
+    same("where", np.array(False), x, -x)
+    same("floor", x)
+    assert same("clip", x, -2, 2).dtype == dtype
+    assert same("clip", np.array([9.0, np.inf, -np.inf], dtype), -2, 2).tolist() == [2, 2, -2]
 
 
 @floats
@@ -269,10 +287,18 @@ def test_reductions(dtype):
     x = numbers(3, 4, 5, dtype=dtype)
     for axis in (0, -1, -2):
         for keepdims in (True, False):
-            both("max", x, axis, keepdims)
-            both("sum", x, axis, keepdims, exact=False)
-    x[1, 2, 3] = np.nan
-    assert np.isnan(both("max", x, -1, True)[1, 2, 0])
+            same("max", x, axis, keepdims)
+            same("sum", x, axis, keepdims, exact=False)
+
+
+@floats
+@pytest.mark.parametrize("size", [1, 3, 8, 37])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_max_finds_a_nan_wherever_it_is(dtype, size, axis):
+    for place in range(size):
+        x = np.moveaxis(numbers(2, 5, size, dtype=dtype), -1, axis).copy()
+        np.moveaxis(x, axis, -1)[1, 2, place] = np.nan
+        assert np.flatnonzero(np.isnan(same("max", x, axis, False))).tolist() == [7]
 
 
 # entries of vectors
@@ -284,7 +310,7 @@ def test_reductions(dtype):
 def test_top_k(dtype, seed, count, share):
     x, k = numbers(count, dtype=dtype, seed=seed), max(1, int(share * count))
     expected = set(np.argsort(-np.abs(x))[:k].tolist())
-    for picked in (numpy_ops.top_k(x, k), n(torch_ops.top_k(t(x), k))):
+    for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS):
         assert picked.dtype == np.int32 and picked.shape == (k,)
         assert set(picked.tolist()) == expected
 
@@ -293,13 +319,13 @@ def test_top_k(dtype, seed, count, share):
 def test_top_k_takes_nan_first_then_infinity(k):
     x = numbers(50)
     x[[7, 31, 40]] = [-np.inf, np.nan, 1e30]
-    for picked in (numpy_ops.top_k(x, k), n(torch_ops.top_k(t(x), k))):
+    for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS):
         assert set(picked.tolist()) == set([31, 7, 40][:k])
 
 
 def test_top_k_among_equals_picks_k_different():
     x = np.ones(20, np.float32)
-    for picked in (numpy_ops.top_k(x, 7), n(torch_ops.top_k(t(x), 7))):
+    for picked in (n(ops.top_k(to(x), 7)) for ops, to in BACKENDS):
         assert len(set(picked.tolist())) == 7
 
 
@@ -309,23 +335,23 @@ def test_affine(count, data):
     factors = tuple(data.draw(st.lists(st.integers(0, count), min_size=1, max_size=3)))
     pick, b = data.draw(st.integers(0, 2**31 - 1)), data.draw(st.integers(0, 2**31 - 1))
     a, k = factors[pick % len(factors)], min(count, 50)
-    got = both("affine", factors, pick, b, k, count, np.zeros(1, np.float32))
+    got = same("affine", factors, pick, b, k, count, np.zeros(1, np.float32))
     assert got.dtype == np.int32 and got.tolist() == [(a * j + b) % count for j in range(k)]
 
 
 @floats
 def test_take_put_and_add(dtype):
     x, index = numbers(10, dtype=dtype), np.array([7, 0, 3], np.int32)
-    np.testing.assert_array_equal(both("take", x, index), x[[7, 0, 3]])
-    assert not both("put", x, index, 0.0)[[7, 0, 3]].any()
-    added = both("scatter_add", x, index, np.array([1.0, 2.0, 3.0], dtype))
+    np.testing.assert_array_equal(same("take", x, index), x[[7, 0, 3]])
+    assert not same("put", x, index, 0.0)[[7, 0, 3]].any()
+    added = same("scatter_add", x, index, np.array([1.0, 2.0, 3.0], dtype))
     np.testing.assert_array_equal(added[[7, 0, 3]], x[[7, 0, 3]] + np.array([1, 2, 3], dtype))
     rows = numbers(3, 4, dtype=dtype)
-    np.testing.assert_array_equal(both("add_row", rows, 1, np.ones(4, dtype))[1], rows[1] + 1)
+    np.testing.assert_array_equal(same("add_row", rows, 1, np.ones(4, dtype))[1], rows[1] + 1)
 
 
 def test_put_of_zero_removes_a_nan():
-    assert both("put", np.array([1, np.nan, 3], np.float32), np.array([1], np.int32), 0.0).tolist() == [1, 0, 3]
+    assert same("put", np.array([1, np.nan, 3], np.float32), np.array([1], np.int32), 0.0).tolist() == [1, 0, 3]
 
 
 # pseudo-random numbers
@@ -345,13 +371,13 @@ def mixed(i: int, seed: int) -> int:
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_uniform_is_bit_equal_and_as_documented(dtype, seed):
-    u = both("uniform", seed, 300, np.zeros(1, dtype))
+    u = same("uniform", seed, 300, np.zeros(1, dtype))
     assert u.dtype == dtype
     assert u.tolist() == [(mixed(i, seed) >> 8) * 2.0**-24 for i in range(300)]
 
 
 def test_uniform_looks_uniform():
-    u = both("uniform", 42, 200_000, np.zeros(1, np.float32))
+    u = same("uniform", 42, 200_000, np.zeros(1, np.float32))
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
     assert np.histogram(u, 20, (0, 1))[0].min() > 9_500
@@ -362,7 +388,7 @@ def test_uniform_looks_uniform():
 
 @floats
 def test_wave(dtype):
-    got = both("wave", 3, np.zeros((2, 50, 4), dtype), exact=False)
+    got = same("wave", 3, np.zeros((2, 50, 4), dtype), exact=False)
     np.testing.assert_allclose(got[:, 0], np.sin(3.0 * np.arange(1, 51)), atol=1e-6)
 
 
@@ -375,9 +401,9 @@ def test_wave(dtype):
 def test_pack_there_and_back(bits, data, rows, words):
     values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * rows * words, max_size=8 * rows * words))
     x = np.array(values, np.uint8).reshape(rows, 8 * words)
-    packed = both("pack_bits", x, bits)
+    packed = same("pack_bits", x, bits)
     assert packed.dtype == np.uint8 and packed.shape == (rows, words * bits)
-    np.testing.assert_array_equal(both("unpack_bits", packed, bits), x)
+    np.testing.assert_array_equal(same("unpack_bits", packed, bits), x)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -391,8 +417,8 @@ def test_packed_bits_lie_where_the_protocol_says(bits):
 def test_unpack_a_slice(bits):
     x = np.random.default_rng(bits).integers(0, 2**bits, (2, 16)).astype(np.uint8)
     code = np.concatenate([np.zeros((2, 3), np.uint8), numpy_ops.pack_bits(x, bits)], -1)
-    np.testing.assert_array_equal(numpy_ops.unpack_bits(code[:, 3:], bits), x)
-    np.testing.assert_array_equal(n(torch_ops.unpack_bits(t(code)[:, 3:], bits)), x)
+    for ops, to in BACKENDS:
+        np.testing.assert_array_equal(n(ops.unpack_bits(to(code)[:, 3:], bits)), x, ops.__name__)
 
 
 # matrices
@@ -403,15 +429,113 @@ def test_products_of_matrices(dtype):
     matrices = [numbers(6, 5, dtype=dtype, seed=s) for s in range(3)]
     q, p = numbers(3, 5, 2, dtype=dtype), numbers(3, 6, 2, dtype=dtype)
     for i, m in enumerate(matrices):
-        np.testing.assert_allclose(both("project", matrices, q, exact=False)[i], m @ q[i], rtol=1e-5)
-        np.testing.assert_allclose(both("project_t", matrices, p, exact=False)[i], m.T @ p[i], rtol=1e-5)
-    np.testing.assert_allclose(both("outer", p[0], q[0], exact=False), p[0] @ q[0].T, rtol=1e-5)
+        np.testing.assert_allclose(same("project", matrices, q, exact=False)[i], m @ q[i], rtol=1e-5)
+        np.testing.assert_allclose(same("project_t", matrices, p, exact=False)[i], m.T @ p[i], rtol=1e-5)
+    np.testing.assert_allclose(same("outer", p[0], q[0], exact=False), p[0] @ q[0].T, rtol=1e-5)
 
 
 def test_primitives_leave_the_global_generators_alone():
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    both("uniform", 1, 10, np.zeros(1, np.float32))
-    both("wave", 1, np.zeros((3, 1), np.float32), exact=False)
-    both("affine", (3,), 0, 1, 5, 10, np.zeros(1, np.float32))
+    tensorflows = tf.random.get_global_generator().state.numpy()
+    same("uniform", 1, 10, np.zeros(1, np.float32))
+    same("wave", 1, np.zeros((3, 1), np.float32), exact=False)
+    same("affine", (3,), 0, 1, 5, 10, np.zeros(1, np.float32))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
+    np.testing.assert_array_equal(tf.random.get_global_generator().state.numpy(), tensorflows)
+
+
+# traced into a graph
+
+
+def in_a_graph(function):
+    return tf.function(function, autograph=False)
+
+
+# arguments of every primitive that gives tensors
+CALLS = {
+    "widen": ([numbers(3, 4).astype(np.float16), numbers(5)],),
+    "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
+    "subtract": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
+    "zeros_like": ([numbers(3, 4), numbers(5)],),
+    "commit": (np.array(True), [numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
+    "all_finite": ([numbers(3, 4), numbers(5)],),
+    "flatten": ([numbers(3, 4), numbers(5), numbers()],),
+    "unflatten": (numbers(30), [numbers(3, 4), numbers(5), numbers()]),
+    "reshape": (numbers(3, 4), (-1,)),
+    "transpose": (numbers(2, 3, 4),),
+    "concat": ([numbers(3, 4), numbers(3, 2)], -1),
+    "stack": ([numbers(3, 4), numbers(3, 4)],),
+    "pad": (numbers(5), 8, (2, 4)),
+    "zeros": (5, numbers(2)),
+    "cast": (numbers(3, 4), "float16"),
+    "cast_like": (np.arange(3, dtype=np.uint8), numbers(2)),
+    "to_bytes": (numbers(3, 4),),
+    "from_bytes": (numbers(3, 4).view(np.uint8), "float32"),
+    "where": (numbers(3, 1) > 0, 1.0, numbers(3, 4)),
+    "floor": (numbers(3, 4),),
+    "clip": (numbers(3, 4), -1, 1),
+    "max": (numbers(3, 4), -1, True),
+    "sum": (numbers(3, 4), 0, False),
+    "top_k": (numbers(20), 4),
+    "affine": ((3, 7), 1, 5, 4, 20, numbers(2)),
+    "take": (numbers(20), np.array([3, 1], np.int32)),
+    "put": (numbers(20), np.array([3, 1], np.int32), 0.0),
+    "scatter_add": (numbers(20), np.array([3, 1], np.int32), numbers(2)),
+    "add_row": (numbers(3, 4), 1, numbers(4)),
+    "uniform": (5, 20, numbers(2)),
+    "wave": (3, numbers(2, 5, 1)),
+    "pack_bits": (np.arange(16, dtype=np.uint8).reshape(1, 16), 5),
+    "unpack_bits": (np.arange(10, dtype=np.uint8).reshape(1, 10), 5),
+    "project": ([numbers(6, 5), numbers(6, 5)], numbers(2, 5, 3)),
+    "project_t": ([numbers(6, 5), numbers(6, 5)], numbers(2, 6, 3)),
+    "outer": (numbers(6, 3), numbers(5, 3)),
+}
+
+
+def test_the_calls_are_of_every_primitive():
+    assert {*CALLS, "dtype"} == set(PRIMITIVES)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_traced_primitive_does_the_same_and_has_static_shapes(name):
+    primitive, args = getattr(tensorflow_ops, name), CALLS[name]
+    traced = in_a_graph(primitive)  # to which an array is a tensor, all else is known when it is traced
+    given = traced.get_concrete_function(*args).structured_outputs
+    assert all(x.shape.is_fully_defined() for x in tf.nest.flatten(given))
+    assert_same(n(primitive(*each(tf.constant, args))), n(traced(*args)), name, exact=False)
+
+
+def test_what_is_decided_when_tracing_costs_no_operation():
+    x, y = tf.constant([1.0]), tf.constant([2.0])
+    assert tensorflow_ops.where(True, x, y) is x
+    assert tensorflow_ops.commit(True, [x, y], [y, x]) == [x, y]
+
+
+LARGE = [2**k + i for k in (15, 16, 30) for i in (-1, 0, 1)] + [2**31 - 3, 2**31 - 2]
+
+
+@pytest.mark.parametrize("key", [0, 1, seeds.stable_hash("key"), 2**31 - 1])
+def test_a_seed_of_a_step_that_is_a_tensor(key):
+    traced = in_a_graph(lambda step: seeds.at(key, step))
+    for step in [*range(101), *LARGE]:
+        seed = traced(tf.constant(step, tf.int64))
+        assert seed.dtype == tf.int64 and seed.shape == () and int(seed) == seeds.at(key, step)
+
+
+@floats
+def test_uniform_of_a_seed_that_is_a_tensor(dtype):
+    like = np.zeros(1, dtype)
+    traced = in_a_graph(lambda seed: tensorflow_ops.uniform(seed, 300, tf.constant(like)))
+    for seed in [*range(10), *LARGE, 2**31 - 1]:
+        assert_same(numpy_ops.uniform(seed, 300, like), n(traced(tf.constant(seed, tf.int64))), str(seed))
+
+
+@pytest.mark.parametrize("count", [1, 12, 50_000, 2**31 - 1])
+def test_affine_of_a_pick_and_a_shift_that_are_tensors(count):
+    factors = tuple(a % count for a in (1, 5, 2**31 - 2))
+    k, like = min(count, 50), np.zeros(1, np.float32)
+    traced = in_a_graph(lambda *at: tensorflow_ops.affine(factors, *at, k, count, tf.constant(like)))
+    for pick, shift in zip([*range(10), *LARGE], [*LARGE, *range(10)], strict=False):
+        got = traced(tf.constant(pick, tf.int64), tf.constant(shift, tf.int64))
+        assert_same(numpy_ops.affine(factors, pick, shift, k, count, like), n(got), f"{pick} {shift}")

@@ -70,6 +70,9 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.broadcast_done = False
+        optimizer = self.model.optimizer
+        if self.model.built and optimizer is not None and not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
         if self.model.built and all(optimizer.built for optimizer in optimizers_of(self.model)):
             self._broadcast()
 

@@ -54,7 +54,7 @@ def DistributedOptimizer(
             puts its own around the result, a rank whose gradients overflow would skip an exchange that others wait in.
         name: of the optimizer.
         compression: None, `hvd.Compression.none` or `.fp16`: plain Horovod; a spec (`PowerSGD(4)`, `TopK(0.01)`, ...);
-            an `Accordion`; or a dict from variable-path glob ("conv*/kernel") to any of these, first match counts, no
+            an `Accordion`; or a dict from variable-path glob ("*conv2d*/kernel") to any of these, first match counts, no
             match is dense. 1-D and small tensors, and those that would not get smaller, travel dense; so do
             IndexedSlices, unless `sparse_as_dense`.
         device_dense, device_sparse: where exchanges run, such as "/cpu:0".
