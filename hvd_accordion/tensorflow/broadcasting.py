@@ -35,8 +35,8 @@ def broadcast_variables(
         inplace: as Horovod's, without temporary copies.
     """
     values = [value_of(v) for v in variables]
-    if inplace:
-        return hvd.broadcast_variables(values, root_rank, process_set, inplace=True)
+    if inplace:  # one by one: Horovod takes the variables' names, of which two may be the same
+        return [hvd.broadcast_variables([v], root_rank, process_set, inplace=True) for v in values] and None
 
     def broadcast() -> list[Any]:
         names = (f"hvd_accordion.broadcast.{i}" for i in range(len(values)))

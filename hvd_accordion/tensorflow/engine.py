@@ -205,8 +205,8 @@ class Engine:
     def _gradient(self, layer: Layer, grad: Any) -> tf.Tensor:
         """Dense; zeros where there is none; ValueError where it is not what the layer was planned for."""
         if grad is None:
-            # not a constant: TensorFlow would send constants once and for all, while it simplifies the graph
-            return tf.fill(layer.shape, tf.cast(self.state.step * 0, layer.dtype))
+            # not what TensorFlow could tell to be constant: that it would send once and for all, as it simplifies the graph
+            return tf.fill(layer.shape, tf.cast(self.state.step.read_value() < 0, layer.dtype))
         grad = tf.convert_to_tensor(grad)
         if grad.dtype.name != layer.dtype or not grad.shape.is_compatible_with(layer.shape):
             raise ValueError(
