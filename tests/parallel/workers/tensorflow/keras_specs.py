@@ -1,0 +1,202 @@
+"""Every spec under Keras and in TensorFlow graphs, on real ranks."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_common import SPECS, STEPS, assert_ranks_equal, compiled, data, everyone, fit, flat, loss, residuals, sgd
+from keras_common import model as network
+
+import hvd_accordion.tensorflow as hvd
+import hvd_accordion.tensorflow.keras as hvd_keras
+from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK, cluster
+from hvd_accordion.compression import Context, exchange
+from hvd_accordion.ops import numpy as ops
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ranks_are_bit_equal_after_50_steps_and_hold_their_own_residuals(name):
+    net, optimizer = compiled(SPECS[name])
+    fit(net, epochs=10)
+    assert optimizer.stats.steps == 10 * STEPS == int(optimizer.iterations)
+    assert_ranks_equal(flat(net), name)
+    state = optimizer._hvd.state
+    for v in [*state.shared(), *optimizer.variables]:
+        assert_ranks_equal(v.numpy().astype(np.float64), v.name)
+    assert len(set(map(bytes, everyone(np.frombuffer(state.journal.numpy(), np.uint8))))) == 1
+    for key, residual in residuals(optimizer).items():
+        rows = everyone(residual)
+        assert np.isfinite(rows).all(), key
+        assert not rows.any() or not np.array_equal(rows[0], rows[1]), key  # none is left where it has just gone dense
+    lossy = name not in ("none", "dense", "no-feedback")
+    assert bool(residuals(optimizer)) == lossy
+    assert optimizer.stats.sent_bytes < optimizer.stats.dense_bytes or not lossy
+
+
+class Counting(keras.Sequential):
+    """Counts how often its step is traced."""
+
+    traces = 0
+
+    def train_step(self, batch):
+        self.traces += 1
+        return super().train_step(batch)
+
+
+class Levels(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        optimizer = self.model.optimizer
+        self.seen.append((optimizer._hvd.state.levels.numpy().tolist(), float(optimizer._hvd.state.sent_bytes)))
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Accordion(PowerSGD(4), PowerSGD(1), interval=4, unit="steps", eta=0.2),
+        Accordion(TopK(0.1), TopK(0.01), interval=4, unit="steps", eta=0.2),
+        Accordion(QSGD(7), QSGD(1), interval=4, unit="steps", eta=0.2),
+        Accordion(Dense(), PowerSGD(1, start_after=7), interval=4, unit="steps", eta=0.2),
+    ],
+    ids=str,
+)
+def test_one_trace_serves_all_levels_and_what_is_sent_follows_them(policy, steps_per_execution):
+    net = Counting(network().layers)
+    net, optimizer = compiled(policy, net=net, compile_options={"steps_per_execution": steps_per_execution})
+    optimizer.build(net.trainable_variables)  # a function that makes variables is always traced twice
+    levels = Levels()
+    fit(net, epochs=6, steps=8, callbacks=[levels])
+    assert net.traces == 1
+    assert len({tuple(level) for level, _ in levels.seen}) >= 3  # they changed several times
+    assert_ranks_equal(flat(net))
+    if steps_per_execution == 1:
+        sent = np.diff([0.0, *(total for _, total in levels.seen)])
+        by_level = {}
+        for step, nbytes in enumerate(sent[1:], 1):  # a level holds from the step after the one that set it
+            by_level.setdefault(tuple(levels.seen[step - 1][0]) + (step >= 7,), set()).add(float(nbytes))
+        assert all(len(found) == 1 for found in by_level.values()), by_level
+        assert len(set.union(*by_level.values())) >= 3
+
+
+def gradients(step, shapes):
+    """With a falling spectrum, as gradients have: noise alone has no leading directions. [rank][name]."""
+    rng = np.random.default_rng(step)
+    everyones = []
+    for _ in range(hvd.size()):
+        one = {}
+        for name, shape in shapes.items():
+            u, s, v = np.linalg.svd(rng.standard_normal((shape[0], int(np.prod(shape[1:])))), full_matrices=False)
+            one[name] = ((u * np.geomspace(1, 1e-2, len(s))) @ v).reshape(shape).astype(np.float32)
+        everyones.append(one)
+    return everyones
+
+
+SHAPES = {"a": (40, 36), "b": (64, 3, 3, 5), "c": (40, 36)}
+
+
+@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s is not None and "accordion" not in n and n != "globs"])
+def test_equals_the_simulated_cluster(name):
+    """Same gradients, seeds and steps: TensorFlow over Horovod gives what numpy gives in one process."""
+    spec, n = SPECS[name], hvd.size()
+    variables = {key: tf.Variable(tf.zeros(shape), name=key) for key, shape in SHAPES.items()}
+    averaging = hvd.GradientExchange(spec)
+    names = tuple(reversed(SHAPES))
+    residual = [[np.zeros(SHAPES[k], np.float32) for k in names] for _ in range(n)]
+    memory = [[{} for _ in names] for _ in range(n)]
+    for step in range(6):
+        grads = gradients(step, SHAPES)
+        if spec.active(step):
+            contexts = [Context(names, "float32", step, 0, rank, n) for rank in range(n)]
+            rounds = [
+                exchange(
+                    spec,
+                    ops,
+                    [grads[r][k] for k in names],
+                    residual[r] if spec.error_feedback else None,
+                    memory[r],
+                    contexts[r],
+                )
+                for r in range(n)
+            ]
+            done, _ = cluster.run(rounds)
+            expected = dict(zip(names, done[0].mean, strict=True))
+            residual, memory = [d.residual for d in done], [d.memory for d in done]
+        else:
+            expected = {k: np.mean([g[k] for g in grads], axis=0) for k in names}
+        mine = [tf.constant(grads[hvd.rank()][k]) for k in SHAPES]
+        for k, got in zip(SHAPES, averaging(mine, list(variables.values())), strict=True):
+            scale = np.abs(expected[k]).max()
+            assert np.abs(got.numpy() - expected[k]).max() <= 1e-5 * scale, (name, step, k)
+
+
+def test_a_gradient_is_conserved():
+    """What was applied and what the residuals still hold is what was given, on every rank, across level changes."""
+    shape = (96, 64)
+    specs = [PowerSGD(4), TopK(0.02), Dense(), PowerSGD(1), QSGD(7)]
+    for first, second in zip(specs, specs[1:], strict=False):
+        weight = tf.Variable(tf.zeros(shape), name="w")
+        averaging = hvd.GradientExchange(Accordion(first, second, interval=10**6, unit="steps"))
+        given, applied = np.zeros(shape), np.zeros(shape)
+        for step in range(30):
+            g = np.random.default_rng((step, hvd.rank())).standard_normal(shape).astype(np.float32)
+            given += hvd.allreduce(tf.constant(g, tf.float64), name="given").numpy()
+            applied += averaging([tf.constant(g)], [weight])[0].numpy()
+            if step % 10 == 9:
+                averaging.state.levels.assign([(step // 10 + 1) % 2])
+            held = hvd.allreduce(tf.cast(averaging.state.residual["0"], tf.float64), name="held").numpy()
+            error = np.linalg.norm(applied + held - given) / np.linalg.norm(given)
+            assert error < 1e-6, (first, second, step, error)
+        assert_ranks_equal(applied)
+
+
+def test_a_tape_in_a_graph_remembers():
+    """New tapes on the same variables go on with the residual of the last, eagerly or traced."""
+    spec = TopK(0.05)
+
+    def train(graph):
+        net, optimizer = network(), sgd()
+        optimizer.build(net.trainable_variables)
+
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                value = loss()(y, net(x))
+            tape = hvd.DistributedGradientTape(tape, compression=spec)
+            grads = tape.gradient(value, net.trainable_variables)
+            optimizer.apply_gradients(zip(grads, net.trainable_variables, strict=True))
+
+        run = tf.function(step) if graph else step
+        x, y = data(steps=10)
+        for i in range(10):
+            run(tf.constant(x[8 * i : 8 * i + 8]), tf.constant(y[8 * i : 8 * i + 8]))
+        assert_ranks_equal(flat(net))
+        return flat(net)
+
+    traced, eager = train(True), train(False)
+    np.testing.assert_allclose(traced, eager, rtol=1e-4, atol=1e-6)
+    keras.backend.clear_session()
+    net, _ = compiled(spec)
+    fit(net, steps=10)
+    np.testing.assert_allclose(traced, flat(net), rtol=1e-4, atol=1e-6)
+
+
+def test_different_seeds_give_different_trainings():
+    nets = [compiled(QSGD(1), seed=seed)[0] for seed in (0, 0, 1)]
+    for net in nets:
+        net.set_weights(nets[0].get_weights())
+        fit(net)
+    assert not np.array_equal(flat(nets[0]), flat(nets[2]))
+
+
+def test_reruns_are_bit_equal():
+    def run():
+        keras.backend.clear_session()
+        net, _ = compiled(Accordion(QSGD(7), PowerSGD(1), interval=3, unit="steps", eta=0.2))
+        fit(net, epochs=3)
+        return flat(net)
+
+    np.testing.assert_array_equal(run(), run())
+    assert hvd_keras.rank() == hvd.rank()
