@@ -17,7 +17,7 @@ from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
 from hvd_accordion.tensorflow.broadcasting import send
 from hvd_accordion.tensorflow.engine import Engine
-from hvd_accordion.tensorflow.state import State
+from hvd_accordion.tensorflow.state import State, outside
 from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
 from hvd_accordion.tensorflow.xla import refuse_xla
 
@@ -110,19 +110,21 @@ class GradientExchange(tf.Module):
             return
         names = names_of(fresh, self._known.names())
         layers = [layer_of(name, v) for name, v in zip(names, fresh, strict=True)]
-        first = self._engine is None
-        policy = assign(self._asked.policy, names, strict=first)
-        with tf.init_scope():
-            if first:
-                self._engine = self._made(layers, policy)
-            else:
-                self._engine.controller.adopt(policy)
-                self._engine.controller.set_layers([*self._engine.controller.layers.values(), *layers])
-            self._known.add(names, fresh)
-            if isinstance(self.settings.groups, list):
-                members = {self._known.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
-                self._engine.group_of.update(members)
-            self._engine.add(layers)
+        policy = assign(self._asked.policy, names, strict=self._engine is None)
+        self._known.add(names, fresh)
+        outside(lambda: self._extend(layers, policy))
+
+    def _extend(self, layers: Sequence[Layer], policy: dict[str, Any]) -> None:
+        engine = self._engine
+        if engine is None:
+            engine = self._engine = self._made(layers, policy)
+        else:
+            engine.controller.adopt(policy)
+            engine.controller.set_layers([*engine.controller.layers.values(), *layers])
+        if isinstance(self.settings.groups, list):
+            members = {self._known.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
+            engine.group_of.update(members)
+        engine.add(layers)
 
     def _made(self, layers: Sequence[Layer], policy: dict[str, Any]) -> Engine:
         settings, asked = self.settings, self._asked

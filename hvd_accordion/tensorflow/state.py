@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 class State(tf.Module):
@@ -85,6 +87,17 @@ class State(tf.Module):
         for key, own in self.memory.items():
             found |= {f"memory.{key}.{part}": v for part, v in own.items()}
         return found
+
+
+def outside(make: Callable[[], T]) -> T:
+    """What `make` returns, run eagerly even while a function is traced.
+
+    In a thread: of a function that it traces again TensorFlow takes no new variables, whatever scope they are made in.
+    """
+    if tf.executing_eagerly():
+        return make()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = None) -> tf.Variable:

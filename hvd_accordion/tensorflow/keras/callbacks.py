@@ -85,7 +85,7 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
         found = [*self.model.variables]
         for optimizer in optimizers or [self.model.optimizer]:
             found += optimizer.variables if optimizer is not None else []
-        unique = {id(value_of(v)): v for v in found if tf.as_dtype(v.dtype) not in (tf.uint32, tf.uint64)}
+        unique = {id(value_of(v)): v for v in found if v.name != "seed_generator_state"}
         with tf.device(self.device or None):
             broadcast_variables([v for key, v in unique.items() if key not in self._local], self.root_rank)
             for optimizer in optimizers:

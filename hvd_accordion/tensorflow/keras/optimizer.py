@@ -17,7 +17,7 @@ from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.gradient_tape import trainable_of
-from hvd_accordion.tensorflow.state import variable
+from hvd_accordion.tensorflow.state import outside, variable
 
 
 def DistributedOptimizer(
@@ -260,8 +260,7 @@ class _Sums(tf.Module):
         super().__init__(name="sums")
         self.passes, self.average = passes, average
         self.sums: dict[str, tf.Variable] = {}
-        with tf.init_scope():
-            self.count = variable(0, tf.int64)
+        self.count = outside(lambda: variable(0, tf.int64))
 
     def added(self, grads: list[Any], variables: list[Any]) -> tuple[list[Any], tf.Tensor]:
         """The sums (or means) with these gradients added, and whether this was the last pass.
@@ -279,8 +278,8 @@ class _Sums(tf.Module):
                 found.append(None)
                 continue
             if str(i) not in self.sums:
-                with tf.init_scope():
-                    self.sums[str(i)] = variable(tf.zeros(v.shape, v.dtype), tf.as_dtype(v.dtype))
+                dtype = tf.as_dtype(v.dtype)
+                self.sums[str(i)] = outside(lambda v=v, dtype=dtype: variable(tf.zeros(v.shape, dtype), dtype))
             total = self.sums[str(i)].assign_add(tf.cast(grad, v.dtype))
             found.append(total / self.passes if self.average else total)
         return found, count >= self.passes
