@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvd_accordion import controller as control
 from hvd_accordion.accordion import Regime
 from hvd_accordion.controller import Controller
+from hvd_accordion.naming import Prefix
 from hvd_accordion.tensorflow.agreement import root
 from hvd_accordion.tensorflow.state import State
 
@@ -28,7 +29,7 @@ class Clock:
     """
 
     def __init__(
-        self, controller: Controller, state: State, numbers: dict[str, str], name: str, process_set: Any
+        self, controller: Controller, state: State, numbers: dict[str, str], name: Prefix, process_set: Any
     ) -> None:
         self.controller, self.state, self.numbers = controller, state, numbers
         self.name, self.process_set = name, process_set

@@ -13,6 +13,7 @@ from hvd_accordion import plan
 from hvd_accordion.accordion import Accordion
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.controller import Controller
+from hvd_accordion.naming import Prefix
 from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.plan import Layer, Part
 from hvd_accordion.settings import Settings, plain_spec
@@ -33,7 +34,7 @@ class Engine:
         prefix: of all names of collectives; unique to an engine, equal on all ranks.
     """
 
-    def __init__(self, controller: Controller, state: State, settings: Settings, plain: Any, prefix: str) -> None:
+    def __init__(self, controller: Controller, state: State, settings: Settings, plain: Any, prefix: Prefix) -> None:
         self.controller, self.state, self.settings = controller, state, settings
         self.plain, self.prefix = plain, prefix
         self.process_set = settings.process_set
@@ -91,7 +92,12 @@ class Engine:
     # a step
 
     def __call__(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any) -> list[Any]:
-        """The averaged gradients; None where no rank has one."""
+        """The averaged gradients; None where no rank has one.
+
+        ValueError where one is not what its layer was planned for.
+        """
+        for name, grad in zip(names, grads, strict=True):
+            self._check(self.controller.layers[name], grad)
         if not tf.executing_eagerly():
             return self._reduce(names, grads, learning_rate)
         function = self._functions.get(names)
@@ -99,6 +105,19 @@ class Engine:
             function = tf.function(partial(self._reduce, names), reduce_retracing=True, autograph=False)
             self._functions[names] = function
         return function(grads, tf.convert_to_tensor(learning_rate))
+
+    def _check(self, layer: Layer, grad: Any) -> None:
+        if grad is None:
+            return
+        sparse = isinstance(grad, tf.IndexedSlices)
+        if self.kinds[layer.name] == SLICES and not sparse:
+            raise ValueError(f"the gradient of {layer.name} is dense but was IndexedSlices at the first step")
+        shape = tf.TensorShape(layer.shape) if sparse else grad.shape
+        if grad.dtype.name != layer.dtype or not shape.is_compatible_with(layer.shape):
+            raise ValueError(
+                f"the gradient of {layer.name} must be {layer.dtype} {layer.shape} as the variable is, "
+                f"got {grad.dtype.name} {tuple(shape)}"
+            )
 
     def _reduce(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any) -> list[Any]:
         given = {name: g for name, g in zip(names, grads, strict=True) if self.kinds[name] != NONE}
@@ -203,17 +222,11 @@ class Engine:
         return tf.where(critical, number(policy.critical), number(policy.relaxed))
 
     def _gradient(self, layer: Layer, grad: Any) -> tf.Tensor:
-        """Dense; zeros where there is none; ValueError where it is not what the layer was planned for."""
+        """Dense; zeros where there is none."""
         if grad is None:
             # not what TensorFlow could tell to be constant: that it would send once and for all, as it simplifies the graph
             return tf.fill(layer.shape, tf.cast(self.state.step.read_value() < 0, layer.dtype))
-        grad = tf.convert_to_tensor(grad)
-        if grad.dtype.name != layer.dtype or not grad.shape.is_compatible_with(layer.shape):
-            raise ValueError(
-                f"the gradient of {layer.name} must be {layer.dtype} {layer.shape} as the variable is, "
-                f"got {grad.dtype.name} {tuple(grad.shape)}"
-            )
-        return tf.ensure_shape(grad, layer.shape)
+        return tf.ensure_shape(tf.convert_to_tensor(grad), layer.shape)
 
     def _slices(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[tf.Tensor], list[tf.Tensor]]:
         joined, flags, sent = {}, [], []

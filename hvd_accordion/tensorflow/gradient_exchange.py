@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
@@ -20,8 +20,6 @@ from hvd_accordion.tensorflow.engine import Engine
 from hvd_accordion.tensorflow.state import State, outside
 from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
 from hvd_accordion.tensorflow.xla import refuse_xla
-
-_serial = itertools.count()  # tells the exchanges of one process apart, alike on all ranks
 
 
 class GradientExchange(tf.Module):
@@ -36,6 +34,8 @@ class GradientExchange(tf.Module):
         compression: as `DistributedOptimizer`'s.
         steps_per_epoch: calls in an epoch; otherwise `end_epoch` tells. An Accordion that counts epochs raises
             ValueError when it has heard of none in 10,000 steps.
+        learning_rate: a variable, a number or a function without arguments that gives the rate of now: its drop makes an
+            Accordion's layers critical.
         logger: told on rank 0 of what happened, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
@@ -50,6 +50,7 @@ class GradientExchange(tf.Module):
         compression: Compression | type = None,
         *,
         steps_per_epoch: int | None = None,
+        learning_rate: Any = None,
         logger: Logger | None = None,
         seed: int = 0,
         min_compress_numel: int = MIN_NUMEL,
@@ -86,10 +87,10 @@ class GradientExchange(tf.Module):
         assign(policy, [], strict=False)  # a value of a wrong type shows at once
         # in plain objects: attributes that are dicts or lists would count as parts of a checkpoint
         self.settings = settings
-        self._asked = _Asked(compression, plain, policy, logger, optimizer, scale_local_gradients)
+        self._asked = _Asked(compression, plain, policy, logger, optimizer, scale_local_gradients, learning_rate)
         self._known = Known()
         self._engine: Engine | None = None
-        self._prefix = f"hvd_accordion.{next(_serial)}"
+        self._prefix = Prefix(process_set)
 
     @property
     def active(self) -> bool:
@@ -141,12 +142,11 @@ class GradientExchange(tf.Module):
         return Engine(controller, self.state, settings, plain, self._prefix)
 
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], learning_rate: Any = 1.0) -> list[Any]:
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The averages over the ranks of the gradients of `variables`, eagerly or in a graph; None where all have None.
 
         Args:
             gradients: tensors, IndexedSlices or None, one for each variable.
-            learning_rate: of now; its drop makes an Accordion's layers critical.
         """
         averaged, variables = list(gradients), list(variables)
         if not self.active:
@@ -160,7 +160,7 @@ class GradientExchange(tf.Module):
         given = [averaged[i] for i in mine]
         with tf.init_scope():
             self._engine.agree(names, given, lambda: self._described(variables))
-        means = self._engine(names, given, learning_rate)
+        means = self._engine(names, given, self._learning_rate())
         for i, mean in zip(mine, means, strict=True):
             averaged[i] = mean
         if not self._asked.scale_local_gradients:
@@ -168,6 +168,11 @@ class GradientExchange(tf.Module):
         # Horovod divides the others by the number of ranks: so do those that stay
         size = self.settings.process_set.size()
         return [divided(g, size) if known.is_local(v) else g for v, g in zip(variables, averaged, strict=True)]
+
+    def _learning_rate(self) -> tf.Tensor:
+        rate = self._asked.learning_rate
+        rate = rate() if callable(rate) else rate
+        return tf.convert_to_tensor(1.0 if rate is None else rate)
 
     def _described(self, variables: Sequence[Any]) -> dict[str, str]:
         """Everything in which ranks must agree, as text."""
@@ -183,13 +188,13 @@ class GradientExchange(tf.Module):
             described[f"variable {i}"] = f"{known.name(v)} {tuple(v.shape)} {tf.as_dtype(v.dtype).name}{local}"
         return described
 
-    def end_epoch(self, learning_rate: Any = 1.0) -> None:
+    def end_epoch(self) -> None:
         """An epoch is over: needed where `steps_per_epoch` was not given and no callback tells. The same on every rank.
 
         Called a second time without an exchange in between it does nothing.
         """
         if self._engine is not None and self.active:
-            self._engine.clock.end_epoch(float(learning_rate))
+            self._engine.clock.end_epoch(float(self._learning_rate()))
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
@@ -225,6 +230,7 @@ class _Asked:
     logger: Logger | None
     optimizer: str
     scale_local_gradients: bool
+    learning_rate: Any
 
 
 class Known:

@@ -30,6 +30,7 @@ def DistributedGradientTape(
     scale_local_gradients: bool = True,
     *,
     steps_per_epoch: int | None = None,
+    learning_rate: Any = None,
     seed: int = 0,
 ) -> tf.GradientTape:
     """A tape like `gradtape` whose `gradient()` gives averages over the ranks, compressed on the way.
@@ -42,7 +43,7 @@ def DistributedGradientTape(
             an `Accordion`; a dict from variable-name glob to any of these, first match counts, no match is dense; or a
             `GradientExchange`, which holds the settings and the state.
         device_dense, device_sparse: where exchanges run, such as "/cpu:0".
-        steps_per_epoch, seed: as `GradientExchange`'s.
+        steps_per_epoch, learning_rate, seed: as `GradientExchange`'s.
 
     What compression keeps from step to step belongs to the sources: every tape on the same sources with the same
     arguments continues where the last one ended, as long as the first source lives. To save it, to read its report, or
@@ -66,6 +67,7 @@ def DistributedGradientTape(
     else:
         arguments = {
             "steps_per_epoch": steps_per_epoch,
+            "learning_rate": learning_rate,
             "seed": seed,
             "op": op,
             "gradient_predivide_factor": gradient_predivide_factor,
@@ -150,7 +152,12 @@ def exchange_of(sources: Sequence[Any], compression: Any, arguments: dict[str, A
     if first not in _exchanges:
         _exchanges[first] = {}
         weakref.finalize(values[0], _exchanges.pop, first, None)
-    described = {**arguments, "process_set": arguments["process_set"].process_set_id, "op": str(arguments["op"])}
+    described = {
+        **arguments,
+        "learning_rate": "",
+        "process_set": arguments["process_set"].process_set_id,
+        "op": str(arguments["op"]),
+    }
     groups = arguments["groups"]
     if isinstance(groups, list):
         described["groups"] = [[id(value_of(v)) for v in group] for group in groups]

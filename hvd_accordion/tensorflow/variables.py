@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -16,16 +17,19 @@ def value_of(variable: Any) -> Any:
     return variable if isinstance(variable, tf.Variable) else getattr(variable, "value", variable)
 
 
-def name_of(variable: Any) -> str:
-    """ "dense/kernel" for a Keras variable, "w" for a tf.Variable named "w:0"."""
-    return getattr(variable, "path", None) or variable.name.split(":")[0]
+def names_of(variables: Sequence[Any], taken: Collection[str] = ()) -> list[str]:
+    """A name for each: "dense/kernel" of a Keras variable's path, "w" of a tf.Variable named "w:0".
 
-
-def names_of(variables: Sequence[Any], taken: Sequence[str] = ()) -> list[str]:
-    """A name for each; where one stands twice the later ones are numbered."""
+    What all paths begin with is left out: Keras puts the model's name there when the model is made, but not when it is
+    loaded. Where a name stands twice the later ones are numbered.
+    """
+    paths = [(getattr(v, "path", None) or v.name.split(":")[0]).split("/") for v in variables]
+    common = list(
+        itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(path[:-1] for path in paths), strict=False))
+    )
     seen, names = set(taken), []
-    for variable in variables:
-        base = name = name_of(variable)
+    for path in paths:
+        base = name = "/".join(path[len(common) :])
         count = 0
         while name in seen:
             count += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from horovod.torch.compression import Compressor, NoneCompressor
 
 from hvd_accordion import checks
 from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
@@ -24,7 +24,6 @@ from hvd_accordion.torch.engine import Engine
 from hvd_accordion.torch.plain import PlainEngine
 
 STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
-_serial = itertools.count()  # tells the optimizers of one process apart, alike on all ranks
 
 
 def DistributedOptimizer(
@@ -110,7 +109,7 @@ def DistributedOptimizer(
             f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
         )
 
-    prefix = f"hvd_accordion.{next(_serial)}"
+    prefix = str(Prefix(process_set))
     if process_set.included():
         require_equal(described(params, policy if not plain else str(compression), settings), prefix, process_set)
     if not process_set.included() or process_set.rank() != 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def DistributedOptimizer(
             puts its own around the result, a rank whose gradients overflow would skip an exchange that others wait in.
         name: of the optimizer.
         compression: None, `hvd.Compression.none` or `.fp16`: plain Horovod; a spec (`PowerSGD(4)`, `TopK(0.01)`, ...);
-            an `Accordion`; or a dict from variable-path glob ("*conv2d*/kernel") to any of these, first match counts, no
+            an `Accordion`; or a dict from variable-path glob ("conv2d*/kernel") to any of these, first match counts, no
             match is dense. 1-D and small tensors, and those that would not get smaller, travel dense; so do
             IndexedSlices, unless `sparse_as_dense`.
         device_dense, device_sparse: where exchanges run, such as "/cpu:0".
@@ -157,7 +158,10 @@ class _Distributed:
         self._attach()
 
     def _attach(self) -> None:
-        self._hvd = GradientExchange(optimizer=type(self).__name__, **self._hvd_arguments)
+        itself = weakref.ref(self)
+        self._hvd = GradientExchange(
+            learning_rate=lambda: itself().learning_rate, optimizer=type(self).__name__, **self._hvd_arguments
+        )
         self.compression_state = _Saved(self._hvd)  # Keras saves what it finds in attributes
         self._hvd_sums = _Sums(self._hvd_arguments["backward_passes_per_step"], self._hvd_average)
         self._hvd_loss_scaled = False
@@ -202,7 +206,7 @@ class _Distributed:
 
     def _averaged_and_applied(self, grads: list[Any], variables: list[Any]) -> None:
         with tf.device(self._hvd_device or None):
-            means = self._hvd(grads, variables, tf.convert_to_tensor(self.learning_rate))
+            means = self._hvd(grads, variables)
         super().apply(means, variables)  # type: ignore[misc]
 
     def register_local_var(self, var: Any) -> None:
@@ -211,7 +215,7 @@ class _Distributed:
 
     def end_epoch(self) -> None:
         """An epoch is over: needed where no callback of this package, no `steps_per_epoch` tells. On every rank."""
-        self._hvd.end_epoch(float(tf.convert_to_tensor(self.learning_rate)))
+        self._hvd.end_epoch()
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
@@ -241,8 +245,7 @@ class _LossScaled(_Distributed):
     def _averaged_and_applied(self, grads: list[Any], variables: list[Any]) -> None:
         scale = tf.convert_to_tensor(self.dynamic_scale)  # a power of two: nothing is rounded
         with tf.device(self._hvd_device or None):
-            given = [scaled(g, 1 / scale) for g in grads]
-            means = self._hvd(given, variables, tf.convert_to_tensor(self.learning_rate))
+            means = self._hvd([scaled(g, 1 / scale) for g in grads], variables)
         keras.optimizers.LossScaleOptimizer.apply(self, [scaled(mean, scale) for mean in means], variables)
 
 

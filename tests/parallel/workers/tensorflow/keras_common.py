@@ -29,7 +29,7 @@ SPECS = {
     "no-feedback": PowerSGD(2, error_feedback=False, warm_start=False),
     "accordion": Accordion(interval=1, eta=0.1),
     "accordion-kinds": Accordion(critical=Dense(), relaxed=TopK(0.02), interval=4, unit="steps", eta=0.5),
-    "globs": {"*conv*": QSGD(7), "*/kernel": Accordion(QSGD(7), PowerSGD(1), interval=2, unit="steps"), "*": None},
+    "globs": {"conv*": QSGD(7), "*/kernel": Accordion(QSGD(7), PowerSGD(1), interval=2, unit="steps"), "*": None},
 }
 BATCH, STEPS = 8, 5  # of a rank, of an epoch
 
@@ -74,7 +74,9 @@ def sgd(**options: Any) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(**{"learning_rate": 0.05, "momentum": 0.9, **options})
 
 
-def compiled(compression: Any = None, optimizer: Any = None, net: Any = None, compile_options: Any = None, **options: Any):
+def compiled(
+    compression: Any = None, optimizer: Any = None, net: Any = None, compile_options: Any = None, **options: Any
+):
     """A model that trains under the compression, and its optimizer."""
     net = net or model()
     wrapped = hvd.DistributedOptimizer(optimizer or sgd(), compression=compression, **options)
@@ -82,7 +84,9 @@ def compiled(compression: Any = None, optimizer: Any = None, net: Any = None, co
     return net, wrapped
 
 
-def fit(net: keras.Model, epochs: int = 1, steps: int = STEPS, callbacks: Sequence[Any] = (), seed: int = 0, **options: Any):
+def fit(
+    net: keras.Model, epochs: int = 1, steps: int = STEPS, callbacks: Sequence[Any] = (), seed: int = 0, **options: Any
+):
     x, y = data(steps=steps, seed=seed)
     told = [hvd.callbacks.EpochCallback(), *callbacks]
     return net.fit(x, y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0, callbacks=told, **options)

@@ -48,7 +48,7 @@ def test_an_embedding_batch_norm_and_dropout_under_fit_with_callbacks_and_steps_
     assert history["lr"][-1] == pytest.approx(0.005 * hvd.size(), rel=1e-5)
     steps = optimizer.stats.steps
     assert optimizer._hvd._engine.controller.epoch == 8 and steps == int(optimizer.iterations)
-    report = {row.name.split("/", 1)[1]: row for row in optimizer.compression_report()}
+    report = {row.name: row for row in optimizer.compression_report()}
     assert report["dense/kernel"].regime in ("critical", "relaxed")
     assert report["batch_normalization/gamma"].spec == "Dense()"
     seeds = [v for v in net.variables if v.name == "seed_generator_state"]
@@ -172,7 +172,7 @@ def test_ways_of_running_are_the_same_training(options):
     nets = []
     for compile_options in ({}, options):
         keras.backend.clear_session()
-        net, optimizer = compiled(TopK(0.05), compile_options=compile_options)
+        net, _ = compiled(TopK(0.05), compile_options=compile_options)
         fit(net, epochs=2)
         nets.append(flat(net))
     np.testing.assert_allclose(nets[0], nets[1], rtol=1e-4, atol=1e-6)
@@ -270,7 +270,7 @@ def test_slices_travel_beside_compressed_layers():
     net.fit(rng.integers(0, 500, (40, 5)), rng.integers(0, 60, 40), batch_size=8, epochs=2, verbose=0)
     assert_ranks_equal(flat(net))
     assert not any("embedding" in name and r.any() for name, r in residuals(optimizer).items())
-    sent = {row.name.split("/")[1]: row.sent_bytes for row in optimizer.compression_report()}
+    sent = {row.name.split("/")[0]: row.sent_bytes for row in optimizer.compression_report()}
     assert sent["embedding"] == (hvd.size() - 1) * 40 * (16 * 4 + 8)
     dense, optimizer = compiled(TopK(0.01), net=keras.models.clone_model(net), sparse_as_dense=True)
     dense.fit(rng.integers(0, 500, (40, 5)), rng.integers(0, 60, 40), batch_size=8, epochs=2, verbose=0)
@@ -280,7 +280,10 @@ def test_slices_travel_beside_compressed_layers():
 def test_the_seen_parameters_of_the_optimizer_are_those_of_keras():
     optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.AdamW(0.01, weight_decay=0.1), compression=PowerSGD(2))
     assert isinstance(optimizer, keras.optimizers.AdamW) and type(optimizer).__name__ == "AdamW"
-    assert optimizer.get_config() == {**keras.optimizers.AdamW(0.01, weight_decay=0.1).get_config(), "name": optimizer.name}
+    assert optimizer.get_config() == {
+        **keras.optimizers.AdamW(0.01, weight_decay=0.1).get_config(),
+        "name": optimizer.name,
+    }
     again = type(optimizer).from_config(optimizer.get_config())
     assert again._hvd is not optimizer._hvd and again._hvd.settings == optimizer._hvd.settings
     net, _ = compiled(net=model(), optimizer=keras.optimizers.Adam())

@@ -1,5 +1,7 @@
 """Every spec under Keras and in TensorFlow graphs, on real ranks."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_one_trace_serves_all_levels_and_what_is_sent_follows_them(policy, steps
         sent = np.diff([0.0, *(total for _, total in levels.seen)])
         by_level = {}
         for step, nbytes in enumerate(sent[1:], 1):  # a level holds from the step after the one that set it
-            by_level.setdefault(tuple(levels.seen[step - 1][0]) + (step >= 7,), set()).add(float(nbytes))
+            by_level.setdefault((*levels.seen[step - 1][0], step >= 7), set()).add(float(nbytes))
         assert all(len(found) == 1 for found in by_level.values()), by_level
         assert len(set.union(*by_level.values())) >= 3
 
@@ -98,7 +100,9 @@ def gradients(step, shapes):
 SHAPES = {"a": (40, 36), "b": (64, 3, 3, 5), "c": (40, 36)}
 
 
-@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s is not None and "accordion" not in n and n != "globs"])
+@pytest.mark.parametrize(
+    "name", [n for n, s in SPECS.items() if s is not None and "accordion" not in n and n != "globs"]
+)
 def test_equals_the_simulated_cluster(name):
     """Same gradients, seeds and steps: TensorFlow over Horovod gives what numpy gives in one process."""
     spec, n = SPECS[name], hvd.size()
@@ -137,7 +141,7 @@ def test_a_gradient_is_conserved():
     """What was applied and what the residuals still hold is what was given, on every rank, across level changes."""
     shape = (96, 64)
     specs = [PowerSGD(4), TopK(0.02), Dense(), PowerSGD(1), QSGD(7)]
-    for first, second in zip(specs, specs[1:], strict=False):
+    for first, second in itertools.pairwise(specs):
         weight = tf.Variable(tf.zeros(shape), name="w")
         averaging = hvd.GradientExchange(Accordion(first, second, interval=10**6, unit="steps"))
         given, applied = np.zeros(shape), np.zeros(shape)
