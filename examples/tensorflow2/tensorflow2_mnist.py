@@ -140,7 +140,9 @@ def main(args):
         logger = MLflowLogger(args.mlflow_uri, "tensorflow2_mnist", args.run_name or args.compression, settings)
 
     # hvd_accordion: choose the compression; what it remembers lasts longer than a tape.
-    exchange = hvd.GradientExchange(compression_of(args), steps_per_epoch=len(train_set), logger=logger)
+    exchange = hvd.GradientExchange(
+        compression_of(args), steps_per_epoch=len(train_set), learning_rate=optimizer.learning_rate, logger=logger
+    )
 
     @tf.function(input_signature=train_set.element_spec)
     def training_step(images, labels):

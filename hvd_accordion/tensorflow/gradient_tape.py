@@ -140,9 +140,8 @@ class _Distributed:
         )
 
 
-_exchanges: dict[
-    int, dict[tuple[Any, ...], GradientExchange]
-] = {}  # by the first source, then by all and the arguments
+# by the first source, then by all of them and the arguments
+_exchanges: dict[int, dict[tuple[Any, ...], GradientExchange]] = {}
 
 
 def exchange_of(sources: Sequence[Any], compression: Any, arguments: dict[str, Any]) -> GradientExchange:
@@ -152,16 +151,12 @@ def exchange_of(sources: Sequence[Any], compression: Any, arguments: dict[str, A
     if first not in _exchanges:
         _exchanges[first] = {}
         weakref.finalize(values[0], _exchanges.pop, first, None)
-    described = {
-        **arguments,
-        "learning_rate": "",
-        "process_set": arguments["process_set"].process_set_id,
-        "op": str(arguments["op"]),
-    }
+    told = {**arguments, "op": str(arguments["op"]), "process_set": arguments["process_set"].process_set_id}
+    told["learning_rate"] = None  # a function made anew in every step
     groups = arguments["groups"]
     if isinstance(groups, list):
-        described["groups"] = [[id(value_of(v)) for v in group] for group in groups]
-    key = (tuple(map(id, values)), repr(compression), repr(described))
+        told["groups"] = [[id(value_of(v)) for v in group] for group in groups]
+    key = (tuple(map(id, values)), repr(compression), repr(told))
     if key not in _exchanges[first]:
         _exchanges[first][key] = GradientExchange(compression, **arguments)
     return _exchanges[first][key]
