@@ -21,6 +21,7 @@ def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: 
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_ENABLE_ONEDNN_OPTS": "0",
         "PYTHONUNBUFFERED": "1",
         "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
         "HVD_ACCORDION_TEST_RUN": mark,
@@ -73,8 +74,8 @@ def marked(mark: str, variable: str = "HVD_ACCORDION_TEST_RUN") -> list[psutil.P
     return found
 
 
-def worker(name: str, ranks: int, transport: str = "mpi", timeout: float = 120.0, **env: str) -> str:
-    """Runs the tests of workers/NAME.py on every rank."""
+def worker(name: str, ranks: int, transport: str = "mpi", timeout: float = 120.0, only: str = "", **env: str) -> str:
+    """Runs the tests of workers/NAME.py on every rank; `only`: those whose names match, as pytest's -k."""
     file = WORKERS / f"{name}.py"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
-    return horovodrun(command, ranks, transport, timeout, **env)
+    return horovodrun(command + ["-k", only] * bool(only), ranks, transport, timeout, **env)

@@ -10,40 +10,79 @@ pytestmark = pytest.mark.parallel
 
 
 def test_plain_is_horovod():
-    worker("plain", ranks=2)
+    worker("torch/plain", ranks=2)
 
 
 @pytest.mark.parametrize(("ranks", "transport"), [(2, "mpi"), (2, "gloo"), (4, "mpi"), (4, "gloo")])
 def test_specs(ranks, transport):
-    worker("specs", ranks, transport, timeout=300)
+    worker("torch/specs", ranks, transport, timeout=300)
 
 
 @pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (4, "mpi")])
 def test_optimizer(ranks, transport):
-    worker("optimizer", ranks, transport, timeout=300)
+    worker("torch/optimizer", ranks, transport, timeout=300)
 
 
 def test_hot_path():
-    worker("hot_path", ranks=2)
+    worker("torch/hot_path", ranks=2)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_errors(ranks):
-    worker("errors", ranks)
+    worker("torch/errors", ranks)
 
 
 def test_checkpoint(tmp_path):
-    worker("checkpoint_save", ranks=2, CHECKPOINTS=str(tmp_path))
-    worker("checkpoint_resume", ranks=2, CHECKPOINTS=str(tmp_path))
+    worker("torch/checkpoint_save", ranks=2, CHECKPOINTS=str(tmp_path))
+    worker("torch/checkpoint_resume", ranks=2, CHECKPOINTS=str(tmp_path))
 
 
 def test_logging(tmp_path):
-    worker("logging_run", ranks=2, LOGS=str(tmp_path))
+    worker("torch/logging_run", ranks=2, LOGS=str(tmp_path))
 
 
 def test_traffic():
     # Horovod's ranks talk once a cycle, sent or not: few cycles, or a slow machine counts too much of that
-    worker("traffic", ranks=2, transport="gloo", HOROVOD_CYCLE_TIME="20")
+    worker("torch/traffic", ranks=2, transport="gloo", HOROVOD_CYCLE_TIME="20")
+
+
+def test_keras_plain():
+    worker("tensorflow/plain", ranks=2, timeout=300)
+
+
+def test_keras_specs():
+    worker("tensorflow/keras_specs", ranks=2, transport="gloo", timeout=400)
+
+
+def test_keras_specs_of_four_ranks():
+    worker("tensorflow/keras_specs", ranks=4, timeout=400, only="bit_equal_after or simulated or conserved")
+
+
+@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (3, "mpi")])
+def test_keras_optimizer(ranks, transport):
+    worker("tensorflow/keras_optimizer", ranks, transport, timeout=400)
+
+
+def test_keras_errors():
+    worker("tensorflow/keras_errors", ranks=2, timeout=300)
+
+
+def test_keras_checkpoint(tmp_path):
+    worker("tensorflow/keras_checkpoint_save", ranks=2, timeout=300, CHECKPOINTS=str(tmp_path))
+    worker("tensorflow/keras_checkpoint_resume", ranks=2, timeout=300, CHECKPOINTS=str(tmp_path))
+
+
+def test_keras_logging(tmp_path):
+    worker("tensorflow/keras_logging", ranks=2, LOGS=str(tmp_path))
+
+
+def test_keras_traffic():
+    worker("tensorflow/keras_traffic", ranks=2, transport="gloo", HOROVOD_CYCLE_TIME="20")
+
+
+def test_torch_and_tensorflow_come_to_the_same_weights(tmp_path):
+    worker("torch/parity_torch", ranks=2, PARITY=str(tmp_path))
+    worker("tensorflow/parity_tensorflow", ranks=2, PARITY=str(tmp_path))
 
 
 @pytest.mark.parametrize("transport", ["mpi", "gloo"])
