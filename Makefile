@@ -31,8 +31,9 @@ lint: $(STAMP)    ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)   ## step time against Horovod's own optimizer, two ranks, unshaped link
+bench: $(STAMP)   ## step time against Horovod's own optimizer, and under Keras's fit; two ranks, unshaped link
 	$(BIN)/python examples/benchmarks/overhead.py
+	$(BIN)/python examples/benchmarks/keras_fit.py
 
 clean:            ## everything made here, but not the cached Horovod wheel
 	rm -rf $(VENV) build dist *.egg-info mlflow.db mlruns mlartifacts

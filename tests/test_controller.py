@@ -326,6 +326,84 @@ def test_totals_of_a_training():
     assert stats.critical_fraction == pytest.approx(2.5 / 3)
 
 
+# many steps at once, as a graph tells of them
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        (HIGH, {}),
+        (PowerSGD(4, start_after=5), {}),
+        (accordion(unit="steps", interval=4), {}),
+        ({"a": accordion(unit="steps", interval=4), "b": accordion(interval=1)}, {"steps_per_epoch": 12}),
+        (accordion(interval=2), {"steps_per_epoch": 8}),
+    ],
+    ids=["spec", "start_after", "steps", "both", "epochs"],
+)
+def test_many_steps_at_once_are_as_good_as_one_by_one(policy, settings):
+    """Where, as promised, only the last of them ends an epoch or a window."""
+    at_once, singly = make(policy, logger=Recorder(), **settings), make(policy, logger=Recorder(), **settings)
+    for steps in (1, 3, 4, 3, 1, 2, 2, 4, 4):
+        ended = at_once.advance(3.0 * steps, 0.25 * steps, steps)
+        assert [singly.advance(3.0, 0.25) for _ in range(steps)] == [False] * (steps - 1) + [ended]
+        for control in (at_once, singly):
+            if ended:
+                control.end_epoch()
+            check(control, {"a": float(control.window), "b": 1.0})
+        states = at_once.state_dict(), singly.state_dict()
+        for part in ("stats", "epoch_start"):
+            assert states[0].pop(part) == pytest.approx(states[1].pop(part))
+        assert states[0] == states[1]
+        assert (at_once.specs(), at_once.measured, at_once.due()) == (singly.specs(), singly.measured, singly.due())
+    assert at_once.stats.steps == 24 and at_once.stats.dense_bytes == 24 * at_once.dense_bytes
+    assert at_once.logger.windows == singly.logger.windows
+    for (epoch, metrics), (other, its) in zip(at_once.logger.epochs, singly.logger.epochs, strict=True):
+        assert epoch == other and metrics == pytest.approx(its)
+
+
+def test_steps_of_one_regime_count_as_many():
+    control = make(accordion(unit="steps", interval=1))
+    step(control)
+    step(control, {"b": 9.0})
+    assert control.specs() == {"a": LOW, "b": HIGH}
+    before = control.stats.critical_layers, control.stats.critical_bytes
+    control.advance(0, 0, steps=6)
+    assert control.stats.critical_layers - before[0] == pytest.approx(6 * 1 / 2)
+    assert control.stats.critical_bytes - before[1] == pytest.approx(6 * 2 / 3)
+
+
+@pytest.mark.parametrize(("steps", "begun"), [(4, False), (5, True), (9, True)])
+def test_power_sgd_begins_even_in_the_midst_of_many_steps(steps, begun):
+    control = make(PowerSGD(4, start_after=5))
+    control.changed = False
+    control.advance(0, 0, steps)
+    assert control.changed is begun and control.specs()["a"].lossy is begun
+    control.changed = False
+    control.advance(0, 0, 20)
+    assert control.changed is not begun and control.specs()["a"].lossy
+
+
+def test_windows_inside_of_many_steps_are_not_made_up():
+    control = make(accordion(unit="steps", interval=3), steps_per_epoch=100)
+    assert not control.advance(0, 0, 8)
+    assert control.due() == [] and not control.wants_lr
+    assert not control.advance(0, 0, 1)
+    assert control.due() == ["a", "b"]
+
+
+def test_epochs_inside_of_many_steps_are_one():
+    control = make(accordion(interval=1), steps_per_epoch=3)
+    assert control.advance(0, 0, 10) and control.end_epoch()
+    assert (control.epoch, control.step, control.step_of_epoch) == (1, 10, 0)
+
+
+def test_many_steps_without_an_epoch_raise_too(monkeypatch):
+    monkeypatch.setattr(controller_module, "MAX_STEPS_OF_EPOCH", 5)
+    make(accordion()).advance(0, 0, 5)
+    with pytest.raises(ValueError, match="steps_per_epoch is None"):
+        make(accordion()).advance(0, 0, 6)
+
+
 def test_totals_where_nothing_adapts():
     control = make(HIGH)
     control.advance(10.0, 0.0)

@@ -14,7 +14,32 @@ import hvd_accordion
 needs_torch = pytest.mark.skipif(
     find_spec("torch") is None or find_spec("horovod") is None, reason="needs torch and horovod"
 )
-
+needs_tensorflow = pytest.mark.skipif(
+    find_spec("tensorflow") is None or find_spec("horovod") is None, reason="needs tensorflow and horovod"
+)
+# ours in place of horovod's, by the name after "horovod."
+REPLACED = {
+    "tensorflow": {
+        "DistributedGradientTape",
+        "DistributedOptimizer",
+        "PartialDistributedGradientTape",
+        "broadcast_global_variables",
+        "broadcast_variables",
+    },
+    "tensorflow.keras": {"DistributedOptimizer", "broadcast_global_variables", "callbacks", "load_model"},
+    "keras": {
+        "DistributedOptimizer",
+        "PartialDistributedOptimizer",
+        "broadcast_global_variables",
+        "callbacks",
+        "load_model",
+    },
+}
+ADDED = {
+    "tensorflow": {"GradientExchange"},
+    "tensorflow.keras": {"PartialDistributedOptimizer"},
+    "keras": set(),
+}
 
 HEAVY = {"torch", "tensorflow", "keras", "horovod", "mlflow", "numpy", "matplotlib", "scipy"}
 
@@ -37,7 +62,8 @@ def test_the_package_imports_no_framework():
 
 
 @pytest.mark.parametrize(
-    "module", ["plan", "controller", "report", "collectives", "compression", "tracking", "ops.protocol"]
+    "module",
+    "plan controller report collectives compression tracking ops.protocol agreement settings naming mirror seeds".split(),
 )
 def test_nor_does_the_framework_free_part(module):
     assert not imported_with(f"hvd_accordion.{module}") & HEAVY
@@ -107,3 +133,124 @@ same = hvd.Compression is Compression, hvd.elastic is elastic, DistributedOptimi
 print(json.dumps(same))
 """
     assert in_a_fresh_process(code) == [True, True, True]
+
+
+# TensorFlow: it takes seconds to import, so one process looks at everything
+
+
+@pytest.fixture(scope="module")
+def under_tensorflow():
+    """module -> what is to be said of it; None -> top-level names of all modules that are there in the end."""
+    code = f"""
+import importlib, json, pkgutil, sys
+modules, found = {list(REPLACED)}, {{}}
+for module in modules:
+    theirs = importlib.import_module("horovod." + module)
+    if module != "tensorflow":
+        importlib.import_module("horovod." + module + ".callbacks")
+    names = [name for name in dir(theirs) if not name.startswith("_")]
+    ours = importlib.import_module("hvd_accordion." + module)
+    there = [name for name in names if hasattr(ours, name)]
+    found[module] = {{
+        "names": names,
+        "missing": [name for name in names if name not in there],
+        "unlisted": [name for name in names if name not in ours.__all__],
+        "listed in vain": [name for name in ours.__all__ if not hasattr(ours, name)],
+        "replaced": [name for name in there if getattr(ours, name) is not getattr(theirs, name)],
+        "added": [name for name in ours.__all__ if name not in names],
+    }}
+found[None] = [name.split(".")[0] for name in sys.modules]
+for module in modules:
+    theirs = importlib.import_module("horovod." + module)
+    found[module]["submodules"] = submodules = {{}}
+    for name in (m.name for m in pkgutil.walk_packages(theirs.__path__, "horovod." + module + ".")):
+        if not name.endswith(".mpi_lib"):  # no module, but a library of operations
+            try:
+                ours = importlib.import_module(name.replace("horovod.", "hvd_accordion.", 1))
+                submodules[name] = "the same" if ours is importlib.import_module(name) else "ours"
+            except ImportError as error:
+                submodules[name] = str(error)
+for module in modules[1:]:
+    theirs, ours = (importlib.import_module(p + "." + module + ".callbacks") for p in ("horovod", "hvd_accordion"))
+    names = [name for name, value in vars(theirs).items() if isinstance(value, type) and "Callback" in name]
+    found[module]["callbacks"] = [len(names), [name for name in names if not hasattr(ours, name)]]
+print(json.dumps(list(found.items())))
+"""
+    return dict(in_a_fresh_process(code))
+
+
+@needs_tensorflow
+def test_tensorflow_brings_neither_torch_nor_mlflow(under_tensorflow):
+    names = set(under_tensorflow[None])
+    assert {"tensorflow", "keras", "horovod"} <= names and not names & {"torch", "mlflow"}
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("module", REPLACED)
+def test_every_public_name_of_horovod_under_tensorflow_is_there(module, under_tensorflow):
+    found = under_tensorflow[module]
+    assert len(found["names"]) > 35 and {"init", "rank", "allreduce", "DistributedOptimizer"} <= set(found["names"])
+    assert not found["missing"] and not found["unlisted"] and not found["listed in vain"]
+    assert set(found["replaced"]) == REPLACED[module] and set(found["added"]) == ADDED[module]
+
+
+@needs_tensorflow
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(
+            "tensorflow", marks=pytest.mark.xfail(strict=True, reason="what horovod.tensorflow has not imported")
+        ),
+        "tensorflow.keras",
+        "keras",
+    ],
+)
+def test_every_submodule_of_horovod_under_tensorflow_is_there(module, under_tensorflow):
+    found = under_tensorflow[module]["submodules"]
+    ours = {"keras", "keras.callbacks"} if module == "tensorflow" else {"callbacks"}
+    assert {name for name, what in found.items() if what == "ours"} == {f"horovod.{module}.{name}" for name in ours}
+    assert f"horovod.{module}.elastic" in found
+    assert not {name: what for name, what in found.items() if what not in ("ours", "the same")}
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("module", ["tensorflow.keras", "keras"])
+def test_every_callback_of_horovod_is_there(module, under_tensorflow):
+    assert under_tensorflow[module]["callbacks"] == [4, []]
+
+
+@needs_tensorflow
+@pytest.mark.xfail(strict=True, reason="the mirror puts horovod.tensorflow.keras into hvd_accordion.tensorflow")
+def test_keras_and_its_callbacks_are_ours_even_where_horovods_were_imported_before():
+    code = """
+import json
+import horovod.tensorflow.keras
+from hvd_accordion.tensorflow import keras
+import hvd_accordion.tensorflow.keras as hvd
+print(json.dumps([keras.__name__, hvd.callbacks.__name__]))
+"""
+    assert in_a_fresh_process(code) == [f"hvd_accordion.tensorflow.keras{tail}" for tail in ("", ".callbacks")]
+
+
+@needs_tensorflow
+def test_the_ways_in_which_keras_scripts_import_it():
+    code = """
+import json
+import hvd_accordion.keras
+import hvd_accordion.tensorflow as hvd
+import hvd_accordion.tensorflow.keras as hvd_keras
+from hvd_accordion.tensorflow import *
+from hvd_accordion.tensorflow.keras import callbacks
+from hvd_accordion.tensorflow.compression import Compression
+from hvd_accordion.tensorflow.keras.callbacks import MetricAverageCallback
+same = [
+    DistributedGradientTape is hvd.DistributedGradientTape,
+    hvd_keras.callbacks is callbacks,
+    hvd.Compression is Compression,
+    callbacks.MetricAverageCallback is MetricAverageCallback,
+    hvd_accordion.keras.DistributedOptimizer is hvd_keras.DistributedOptimizer,
+    hvd_accordion.keras.callbacks.MetricAverageCallback is MetricAverageCallback,
+]
+print(json.dumps(same))
+"""
+    assert in_a_fresh_process(code) == [True] * 6

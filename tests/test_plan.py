@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion import BF16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
-from hvd_accordion.plan import Layer, adaptive, allowed, assign, buckets, grouped, level, split
+from hvd_accordion.plan import (
+    Layer,
+    adaptive,
+    allowed,
+    assign,
+    buckets,
+    candidates,
+    grouped,
+    level,
+    parts,
+    split,
+)
 
 NAMES = ["conv1.weight", "conv1.bias", "conv2.weight", "fc.weight"]
 
@@ -181,6 +192,52 @@ def test_adaptive_is_what_a_regime_can_change():
     assert not adaptive(layer(), Accordion(critical=PowerSGD(40), relaxed=PowerSGD(41)), 2)
 
 
+# candidates: all levels that a traced graph must hold
+
+LATE = PowerSGD(4, start_after=10)
+
+
+@pytest.mark.parametrize(
+    ("policy", "specs"),
+    [
+        (Dense(), [Dense()]),
+        (TopK(0.1), [TopK(0.1)]),
+        (TopK(0.6), [Dense()]),  # would not shrink
+        (LATE, [LATE, Dense()]),
+        (PowerSGD(17, start_after=10), [Dense()]),
+        (Accordion(TopK(0.1), TopK(0.01)), [TopK(0.1), TopK(0.01)]),
+        (Accordion(TopK(0.01), TopK(0.1)), [TopK(0.01), TopK(0.1)]),  # critical first, whichever sends more
+        (Accordion(TopK(0.6), TopK(0.01)), [Dense(), TopK(0.01)]),
+        (Accordion(TopK(0.1), TopK(0.6)), [TopK(0.1), Dense()]),
+        (Accordion(TopK(0.6), PowerSGD(40)), [Dense()]),
+        (Accordion(TopK(0.1), TopK(0.1)), [TopK(0.1)]),
+        (Accordion(Dense(), LATE), [Dense(), LATE]),
+        (Accordion(LATE, TopK(0.1)), [LATE, TopK(0.1), Dense()]),
+        (Accordion(LATE, PowerSGD(1, start_after=20)), [LATE, PowerSGD(1, start_after=20), Dense()]),
+    ],
+    ids=str,
+)
+def test_candidates(policy, specs):
+    assert candidates(layer(), policy, 2) == specs
+
+
+def test_candidates_of_what_is_never_compressed():
+    accordion = Accordion(TopK(0.1), TopK(0.01))
+    assert candidates(layer(shape=(4096,)), accordion, 2) == candidates(layer(shape=(8, 8)), accordion, 2) == [Dense()]
+    assert candidates(layer(shape=(8, 8)), accordion, 2, min_numel=64) == [TopK(0.1), TopK(0.01)]
+    assert candidates(layer(), accordion, 16) == [Dense(), TopK(0.01)]  # an allgather grows with the ranks
+
+
+@pytest.mark.parametrize("policy", [TopK(0.1), LATE, Accordion(LATE, TopK(0.01)), Accordion(TopK(0.6), LATE)], ids=str)
+def test_whatever_level_a_layer_gets_is_a_candidate(policy):
+    seen = set()
+    for norm in (1.0, 1.0, 9.0):
+        seen |= {level(layer(), policy, step, 2) for step in (0, 9, 10)}
+        if isinstance(policy, Accordion):
+            policy.observe({"w": norm}, 0.1)
+    assert seen == set(candidates(layer(), policy, 2))
+
+
 # buckets and groups
 
 
@@ -284,3 +341,82 @@ def test_grouping_loses_and_mixes_nothing(kinds, parts):
         assert {specs[x.name] for x in g.layers} == {g.spec} and len({x.dtype for x in g.layers}) == 1
         feedback = g.spec.lossy and g.spec.error_feedback
         assert all(g.feeds_back == (feedback or x.name in carried) for x in g.layers)
+
+
+# parts: groups of a traced graph, whose levels change without a new plan
+
+
+def parts_of(*runs, policies=None, **settings):
+    """(name, names of the layers, specs, feeds_back) of each part; layers without a policy go under TopK(0.1)."""
+    policy = {x.name: TopK(0.1) for run in runs for x in run} | (policies or {})
+    found = parts(runs, policy, 2, **settings)
+    return [(p.name, [x.name for x in p.layers], list(p.specs), p.feeds_back) for p in found]
+
+
+def test_a_part_has_the_same_specs_a_dtype_and_a_device():
+    run = [layer("a"), layer("b", dtype="float64"), layer("c", device="cuda:0"), layer("d"), layer("e"), layer("f")]
+    assert parts_of(run, policies={"e": QSGD(7), "f": LATE}) == [
+        ("0.0.float32", ["a", "d"], [TopK(0.1)], True),
+        ("0.1.float64", ["b"], [TopK(0.1)], True),
+        ("0.2.float32", ["c"], [TopK(0.1)], True),
+        ("0.3.float32", ["e"], [QSGD(7)], True),
+        ("0.4.float32", ["f"], [LATE, Dense()], True),
+    ]
+
+
+def test_an_adaptive_layer_stays_alone():
+    accordion = Accordion(TopK(0.1), TopK(0.01))
+    run = [layer("a"), layer("b"), layer("bias", (4096,)), layer("small", (8, 8)), layer("dense")]
+    policies = dict.fromkeys(["a", "b", "bias", "small"], accordion) | {"dense": Dense()}
+    assert parts_of(run, policies=policies) == [
+        ("0.0.float32", ["a"], [TopK(0.1), TopK(0.01)], True),
+        ("0.1.float32", ["b"], [TopK(0.1), TopK(0.01)], True),
+        ("0.2.float32", ["bias", "small", "dense"], [Dense()], False),
+    ]
+
+
+def test_an_adaptive_layer_stays_alone_even_where_both_regimes_come_to_the_same():
+    same = Accordion(TopK(0.1), TopK(0.1))
+    assert [names for _, names, _, _ in parts_of([layer("a"), layer("b")], policies={"a": same})] == [["a"], ["b"]]
+
+
+def test_a_part_feeds_back_if_any_of_its_levels_does():
+    quiet = TopK(0.1, error_feedback=False)
+    policies = {"a": quiet, "b": Accordion(quiet, TopK(0.01)), "c": Accordion(Dense(), quiet), "d": LATE}
+    run = [layer(name) for name in policies]
+    assert [feeds_back for *_, feeds_back in parts_of(run, policies=policies)] == [False, True, False, True]
+
+
+def test_runs_stay_apart_and_small_is_what_the_user_says():
+    first, second = [layer("a"), layer("small", (8, 8))], [layer("b")]
+    assert parts_of(first, second, min_numel=64) == [
+        ("0.0.float32", ["a", "small"], [TopK(0.1)], True),
+        ("1.0.float32", ["b"], [TopK(0.1)], True),
+    ]
+    assert [names for _, names, *_ in parts_of(first)] == [["a"], ["small"]]
+
+
+def test_parts_do_not_change_with_the_regimes():
+    accordion = Accordion(TopK(0.1), TopK(0.01))
+    runs, policy = split(layers(4), 2), {f"l{i}": accordion if i % 2 else TopK(0.1) for i in range(4)}
+    before = parts(runs, policy, 2)
+    for _ in range(2):
+        accordion.observe({"l1": 1.0, "l3": 1.0}, 0.1)
+    assert accordion.spec("l1") == TopK(0.01) and parts(runs, policy, 2) == before
+
+
+policy_strategy = st.one_of(spec_strategy, st.just(LATE), st.builds(Accordion, spec_strategy, spec_strategy))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(policy_strategy, st.sampled_from(["float32", "float64"])), max_size=12), st.integers(1, 4))
+def test_parts_lose_and_mix_nothing(kinds, count):
+    all_layers = [layer(f"l{i}", dtype=dtype) for i, (_, dtype) in enumerate(kinds)]
+    policy = {f"l{i}": chosen for i, (chosen, _) in enumerate(kinds)}
+    found = parts(split(all_layers, count), policy, 2)
+    assert sorted(x.name for p in found for x in p.layers) == sorted(policy)
+    assert len({p.name for p in found}) == len(found)
+    for p in found:
+        assert all(candidates(x, policy[x.name], 2) == list(p.specs) for x in p.layers)
+        assert len({x.dtype for x in p.layers}) == 1
+        assert len(p.layers) == 1 or not any(adaptive(x, policy[x.name], 2) for x in p.layers)

@@ -1,13 +1,8 @@
-"""Quiet frameworks on one thread: more threads only slow tensors as small as these."""
+"""torch on one thread, as tests/conftest.py has it for TensorFlow."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-# TensorFlow reads them once, when it is imported
-os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,8 @@
+"""Quiet frameworks on one thread: more threads only slow tensors as small as these."""
+
+from __future__ import annotations
+
+import os
+
+# TensorFlow reads them once, when it is imported; ranks that tests/parallel starts inherit them
+os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}

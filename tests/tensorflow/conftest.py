@@ -1,0 +1,51 @@
+"""One rank, without horovodrun; and two in one process, where collectives are simulated."""
+
+from __future__ import annotations
+
+import pytest
+import tensorflow as tf
+
+import hvd_accordion.tensorflow as hvd
+
+
+@pytest.fixture(scope="session", autouse=True)
+def horovod():
+    hvd.init()
+
+
+class Twins(hvd.ProcessSet):
+    """Rank 0 of two that always have the same gradients."""
+
+    process_set_id, ranks = 0, [0, 1]
+
+    def __init__(self):
+        pass
+
+    def size(self):
+        return 2
+
+    def rank(self):
+        return 0
+
+    def included(self):
+        return True
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    """A process set of two ranks that always have the same gradients; their collectives need nobody else."""
+
+    def reduced(x, prescale_factor=1.0, postscale_factor=1.0, **_):
+        return x * (2 * prescale_factor * postscale_factor)
+
+    import horovod.tensorflow as theirs
+
+    for name, collective in {
+        "allgather": lambda x, **_: tf.concat([x, x], axis=0),
+        "alltoall": lambda x, **_: tf.stack([x[0], x[0]]),
+        "allreduce": lambda x, **where: x if where["op"] == hvd.Max else reduced(x, **where),
+        "grouped_allreduce": lambda xs, **where: [reduced(x, **where) for x in xs],
+        "broadcast": lambda x, root_rank, **_: x,
+    }.items():
+        monkeypatch.setattr(theirs, name, collective)
+    return Twins()
