@@ -338,3 +338,47 @@ def test_local_variables_are_not_broadcast():
     rows = everyone(kept.numpy())
     assert not np.array_equal(rows[0], rows[1])
     assert_ranks_equal(net.layers[0].kernel.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("spec", [None, TopK(0.1), PowerSGD(2), Accordion(PowerSGD(2), QSGD(7))], ids=str)
+def test_gradients_of_other_dtypes(spec, dtype):
+    v = tf.Variable(tf.zeros((64, 32), dtype), name="w")
+    averaging = hvd.GradientExchange(spec if spec is not None or dtype != "bfloat16" else {"*": None})
+    exact = np.mean([np.random.default_rng(r).standard_normal((64, 32)) for r in range(hvd.size())], axis=0)
+    mine = tf.constant(np.random.default_rng(hvd.rank()).standard_normal((64, 32)), dtype)
+    total = 0.0
+    for _ in range(30):
+        (mean,) = averaging([mine], [v])
+        assert mean.dtype == dtype
+        total += mean.numpy().astype(np.float64)
+    assert_ranks_equal(total)
+    limit = {"float16": 2e-3, "bfloat16": 2e-2, "float64": 1e-12}[dtype] if spec is None else 0.6
+    assert np.linalg.norm(total / 30 - exact) <= limit * np.linalg.norm(exact)
+
+
+def test_a_process_set_exchanges_for_itself():
+    few = hvd.size() == 2  # where all are members
+    members = hvd.global_process_set if few else hvd.add_process_set([0, hvd.size() - 1])
+    others = [rank for rank in range(hvd.size()) if rank not in (0, hvd.size() - 1)]
+    try:
+        if members.included() and not few:  # what only they do must not confuse the names of what all do
+            early = hvd.GradientExchange(TopK(0.1), process_set=members)
+            early([tf.ones((64, 32))], [tf.Variable(tf.zeros((64, 32)))])
+        v = tf.Variable(tf.zeros((64, 32)), name="w")
+        averaging = hvd.GradientExchange(
+            Accordion(TopK(0.1), PowerSGD(1), interval=2, unit="steps"), process_set=members
+        )
+        for step in range(6):
+            mine = tf.constant(np.random.default_rng((step, hvd.rank())).standard_normal((64, 32)), tf.float32)
+            (mean,) = averaging([mine], [v])
+            rows = everyone(mean.numpy())
+            np.testing.assert_array_equal(rows[0], rows[-1])
+            if hvd.rank() in others:
+                np.testing.assert_array_equal(mean.numpy(), mine.numpy())
+        assert averaging.stats.steps == (0 if hvd.rank() in others else 6)
+        everybody = hvd.GradientExchange(TopK(0.1))
+        assert_ranks_equal(everybody([tf.ones((64, 32))], [v])[0].numpy())
+    finally:
+        if not few:
+            hvd.remove_process_set(members)
