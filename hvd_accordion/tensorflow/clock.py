@@ -39,6 +39,11 @@ class Clock:
     def adaptive(self) -> list[str]:
         return [layer.name for layer in self.controller.adaptive]
 
+    def summed(self, accordion: Any) -> dict[str, tf.Variable]:
+        """Layer name -> sum of its averaged gradients, of the layers that this Accordion decides."""
+        mine = [name for name in self.adaptive if self.controller.policy[name] is accordion]
+        return {name: self.state.summed[self.numbers[name]] for name in mine if self.numbers[name] in self.state.summed}
+
     def position(self, name: str) -> int:
         """Of an adaptive layer in `levels`."""
         return self.adaptive.index(name)
@@ -82,8 +87,8 @@ class Clock:
         return wakes
 
     def _norms(self) -> list[tf.Tensor]:
-        summed = [self.state.summed[self.numbers[name]] for name in self.adaptive]
-        return [tf.norm(tf.cast(x, tf.float64)) for x in summed]
+        summed = [self.state.summed.get(self.numbers[name]) for name in self.adaptive]
+        return [tf.constant(0.0, tf.float64) if x is None else tf.norm(tf.cast(x, tf.float64)) for x in summed]
 
     def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
         if self.process_set.size() == 1:
@@ -99,10 +104,10 @@ class Clock:
         state.measured.assign(measured)
         state.journal.assign(journal)
         for i, accordion in enumerate(self.controller.accordions):
-            sums = [state.summed[self.numbers[x]] for x in self.adaptive if self.controller.policy[x] is accordion]
+            sums = self.summed(accordion)
 
-            def empty(sums: Sequence[tf.Variable] = sums) -> tf.Tensor:
-                for x in sums:
+            def empty(sums: dict[str, tf.Variable] = sums) -> tf.Tensor:
+                for x in sums.values():
                     x.assign(tf.zeros_like(x))
                 return tf.constant(True)
 

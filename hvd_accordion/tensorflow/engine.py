@@ -79,7 +79,7 @@ class Engine:
         """Compares the ranks' settings, and settles which gradients there are and of which kind. Once for each `names`."""
         if names in self._signatures:
             return
-        number = self._signatures[names] = len(self._signatures)
+        number = len(self._signatures)
         require_equal({**described(), "exchanged": ", ".join(names)}, f"{self.prefix}.{number}", self.process_set)
         dense = self.settings.sparse_as_dense
         mine = [
@@ -88,6 +88,9 @@ class Engine:
         everyone = largest(mine, f"{self.prefix}.{number}.kinds", self.process_set)
         for name, kind in zip(names, everyone, strict=True):
             self.kinds[name] = max(kind, self.kinds.get(name, NONE))
+            if self.kinds[name] == SLICES:  # a table's residual would be as large as the table, and never used
+                self.state.forget(self.numbers[name])
+        self._signatures[names] = number
 
     # a step
 
@@ -129,7 +132,7 @@ class Engine:
         else:
             means, sent = self._compressed(given, f"{self.prefix}.{number}")
         self.clock.tick(sent, learning_rate)
-        return [means.get(name) for name in names]
+        return [means.get(name, given.get(name)) for name in names]  # what is empty stays as it is
 
     def _compressed(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], tf.Tensor]:
         state = self.state
@@ -244,11 +247,10 @@ class Engine:
         controller, state = self.controller, self.state
         measured = state.measured.read_value()
         for i, accordion in enumerate(controller.accordions):
-            watched = [name for name in self.clock.adaptive if controller.policy[name] is accordion and name in means]
+            watched = {name: x for name, x in self.clock.summed(accordion).items() if name in means}
 
-            def add(watched: Sequence[str] = watched) -> tf.Tensor:
-                for name in watched:
-                    summed = state.summed[self.numbers[name]]
+            def add(watched: dict[str, tf.Variable] = watched) -> tf.Tensor:
+                for name, summed in watched.items():
                     summed.assign_add(tf.cast(means[name], summed.dtype))
                 return ok
 

@@ -51,6 +51,11 @@ class State(tf.Module):
 
         tf.cond(tf.reduce_all(tf.equal(owner, self.me)), lambda: tf.constant(False), take)
 
+    def forget(self, key: str) -> None:
+        """Lets go of what a layer kept."""
+        for kept in ("residual", "memory", "summed"):  # a checkpoint can't follow what is taken out of a dict
+            setattr(self, kept, {k: v for k, v in getattr(self, kept).items() if k != key})
+
     def shared(self) -> list[tf.Variable]:
         """Those that are equal on all ranks, but for the journal, which no collective can carry."""
         counts = [self.step, self.step_of_epoch, self.sent_bytes, self.levels, self.measured]

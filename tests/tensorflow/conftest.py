@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import tensorflow as tf
+from horovod.common import process_sets
+from horovod.tensorflow import mpi_ops
 
 import hvd_accordion.tensorflow as hvd
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def horovod():
+    """Horovod's process sets ask the framework that was imported last, which in this process may have been torch."""
+    asked = process_sets._basics
+    process_sets._setup(mpi_ops._basics)
     hvd.init()
+    yield
+    process_sets._setup(asked)
 
 
 class Twins(hvd.ProcessSet):

@@ -69,11 +69,12 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
         self._local.add(id(value_of(var)))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.broadcast_done = False
+        if self.broadcast_done or not self.model.built:
+            return
         optimizer = self.model.optimizer
-        if self.model.built and optimizer is not None and not optimizer.built:
+        if optimizer is not None and not optimizer.built:
             optimizer.build(self.model.trainable_variables)
-        if self.model.built and all(optimizer.built for optimizer in optimizers_of(self.model)):
+        if all(optimizer.built for optimizer in optimizers_of(self.model)):
             self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:

@@ -246,7 +246,7 @@ class _LossScaled(_Distributed):
         scale = tf.convert_to_tensor(self.dynamic_scale)  # a power of two: nothing is rounded
         with tf.device(self._hvd_device or None):
             means = self._hvd([scaled(g, 1 / scale) for g in grads], variables)
-        keras.optimizers.LossScaleOptimizer.apply(self, [scaled(mean, scale) for mean in means], variables)
+        super(_Distributed, self).apply([scaled(mean, scale) for mean in means], variables)  # type: ignore[misc]
 
 
 def scaled(gradient: Any, factor: tf.Tensor) -> Any:
