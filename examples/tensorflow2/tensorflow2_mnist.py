@@ -141,7 +141,10 @@ def main(args):
 
     # hvd_accordion: choose the compression; what it remembers lasts longer than a tape.
     exchange = hvd.GradientExchange(
-        compression_of(args), steps_per_epoch=len(train_set), learning_rate=optimizer.learning_rate, logger=logger
+        compression_of(args),
+        steps_per_epoch=len(train_set),
+        learning_rate=lambda: optimizer.learning_rate,
+        logger=logger,
     )
 
     @tf.function(input_signature=train_set.element_spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -45,6 +46,7 @@ class Engine:
         self.traffic: dict[tuple[str, CompressionSpec], float] = {}  # of a layer under a spec, as traced
         self.clock = Clock(controller, state, self.numbers, prefix, self.process_set)
         self._signatures: dict[tuple[str, ...], int] = {}
+        self._numbers = itertools.count()
         self._functions: dict[tuple[str, ...], Any] = {}
 
     def add(self, layers: Sequence[Layer]) -> None:
@@ -76,10 +78,14 @@ class Engine:
     # before the first exchange
 
     def agree(self, names: tuple[str, ...], grads: Sequence[Any], described: Callable[[], dict[str, str]]) -> None:
-        """Compares the ranks' settings, and settles which gradients there are and of which kind. Once for each `names`."""
-        if names in self._signatures:
+        """Compares the ranks' settings, and settles which gradients there are and of which kind.
+
+        Once for each `names`, and again where a gradient appears that no rank had: on all ranks at the same step.
+        """
+        new = any(self.kinds.get(name, NONE) == NONE and g is not None for name, g in zip(names, grads, strict=True))
+        if names in self._signatures and not new:
             return
-        number = len(self._signatures)
+        number = next(self._numbers)
         require_equal({**described(), "exchanged": ", ".join(names)}, f"{self.prefix}.{number}", self.process_set)
         dense = self.settings.sparse_as_dense
         mine = [

@@ -164,11 +164,16 @@ def test_the_distributed_optimizers_of_a_model():
     assert optimizers_of(net) == [ours, net.second]
 
 
-def test_the_rate_of_a_loss_scaled_optimizer_is_that_of_the_inner_one():
+def test_rate_and_velocity_of_a_loss_scaled_optimizer_are_those_of_the_inner_one():
     ours = hvd.DistributedOptimizer(scaled())
     net = model(ours)
     assert isinstance(innermost(ours), keras.optimizers.SGD) and learning_rate_of(ours) == 0.5
+    net.fit(np.ones((8, 40)), np.ones((8, 30)), verbose=0)
+    before = [v.numpy() for v in ours.inner_optimizer.momentums]
     rates(attached(LearningRateScheduleCallback(0.25, lambda epoch: 1.0), net), 1, 1)
+    for velocity, old in zip(ours.inner_optimizer.momentums, before, strict=True):
+        assert old.any()
+        np.testing.assert_allclose(velocity, old / 2, rtol=1e-6)
     assert learning_rate_of(ours) == float(ours.inner_optimizer.learning_rate) == 0.25
 
 

@@ -260,6 +260,25 @@ def test_tf_variables_and_variables_that_appear_later():
     assert averaging.stats.steps == 6
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_gradient_that_appears_later(graph):
+    first, second = tf.Variable(tf.zeros((64, 32)), name="a"), tf.Variable(tf.zeros((64, 32)), name="b")
+    averaging = hvd.GradientExchange(TopK(0.1, error_feedback=False))
+
+    def step(both):
+        mine = tf.fill((64, 32), 1.0 + hvd.rank())
+        return averaging([mine, mine if both else None], [first, second])
+
+    run = tf.function(step) if graph else step
+    mean = (hvd.size() + 1) / 2
+    for both in (False, False, True, True, False):
+        a, b = run(both)
+        assert float(tf.reduce_max(a)) == pytest.approx(mean)
+        if both:
+            assert float(tf.reduce_max(b)) == pytest.approx(mean)
+    assert averaging.stats.steps == 5
+
+
 def test_slices_travel_beside_compressed_layers(tmp_path):
     keras.utils.set_random_seed(3)
     net = keras.Sequential(
