@@ -101,6 +101,11 @@ class GradientExchange(tf.Module):
         """From now on the variable's gradient stays this rank's own."""
         self._known.local.add(id(value_of(variable)))
 
+    def key(self, variable: Any) -> str:
+        """Of a variable that it knows, in the names of its state."""
+        assert self._engine is not None
+        return self._engine.numbers[self._known.name(variable)]
+
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the state for these variables, tf.Variable or keras.Variable, the same on every rank. Sends nothing.
 

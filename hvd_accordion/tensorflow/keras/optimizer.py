@@ -18,7 +18,8 @@ from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.gradient_tape import trainable_of
-from hvd_accordion.tensorflow.state import outside, variable
+from hvd_accordion.tensorflow.keras.aggregation import LocalSums
+from hvd_accordion.tensorflow.keras.saving import SavedState
 
 
 def DistributedOptimizer(
@@ -162,8 +163,9 @@ class _Distributed:
         self._hvd = GradientExchange(
             learning_rate=lambda: itself().learning_rate, optimizer=type(self).__name__, **self._hvd_arguments
         )
-        self.compression_state = _Saved(self._hvd)  # Keras saves what it finds in attributes
-        self._hvd_sums = _Sums(self._hvd_arguments["backward_passes_per_step"], self._hvd_average)
+        self.compression_state = SavedState(self._hvd)  # Keras saves what it finds in attributes
+        settings = self._hvd.settings
+        self._hvd_sums = LocalSums(settings.backward_passes_per_step, self._hvd_average, settings.sparse_as_dense)
         self._hvd_loss_scaled = False
 
     def build(self, variables: Any) -> None:
@@ -191,7 +193,7 @@ class _Distributed:
         if self._hvd_sums.passes == 1:
             self._averaged_and_applied(grads, variables)
             return
-        sums, last = self._hvd_sums.added(grads, variables)
+        sums, last = self._hvd_sums.added(grads, variables, [self._hvd.key(v) for v in variables])
 
         def step() -> tf.Tensor:
             self._averaged_and_applied(sums, variables)
@@ -254,60 +256,6 @@ def scaled(gradient: Any, factor: tf.Tensor) -> Any:
         values = gradient.values * tf.cast(factor, gradient.values.dtype)
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
     return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
-
-
-class _Sums(tf.Module):
-    """Gradients of several backward passes, added up locally."""
-
-    def __init__(self, passes: int, average: bool) -> None:
-        super().__init__(name="sums")
-        self.passes, self.average = passes, average
-        self.sums: dict[str, tf.Variable] = {}
-        self.count = outside(lambda: variable(0, tf.int64))
-
-    def added(self, grads: list[Any], variables: list[Any]) -> tuple[list[Any], tf.Tensor]:
-        """The sums (or means) with these gradients added, and whether this was the last pass.
-
-        ValueError for IndexedSlices: they can't be added up without becoming dense.
-        """
-        count = self.count.assign_add(1)
-        found: list[Any] = []
-        for i, (grad, v) in enumerate(zip(grads, variables, strict=True)):
-            if isinstance(grad, tf.IndexedSlices):
-                raise ValueError(
-                    "IndexedSlices are not supported when `backward_passes_per_step` > 1 and `sparse_as_dense` is False."
-                )
-            if grad is None:
-                found.append(None)
-                continue
-            if str(i) not in self.sums:
-                dtype = tf.as_dtype(v.dtype)
-                self.sums[str(i)] = outside(lambda v=v, dtype=dtype: variable(tf.zeros(v.shape, dtype), dtype))
-            total = self.sums[str(i)].assign_add(tf.cast(grad, v.dtype))
-            found.append(total / self.passes if self.average else total)
-        return found, count >= self.passes
-
-    def clear(self) -> None:
-        self.count.assign(0)
-        for total in self.sums.values():
-            total.assign(tf.zeros_like(total))
-
-
-class _Saved(keras.layers.Layer):
-    """The state of compression in the form in which Keras saves the parts of a model."""
-
-    def __init__(self, exchange: GradientExchange) -> None:
-        super().__init__(name="compression_state", trainable=False)
-        self.exchange, self.built = exchange, True
-
-    def save_own_variables(self, store: Any) -> None:
-        if hasattr(self.exchange, "state"):
-            for name, array in self.exchange.state.arrays().items():
-                store[name] = array
-
-    def load_own_variables(self, store: Any) -> None:
-        if hasattr(self.exchange, "state"):
-            self.exchange.state.load({name: store[name] for name in store.keys()})
 
 
 def load_model(

@@ -111,6 +111,20 @@ def test_backward_passes_add_up_before_they_are_exchanged(average):
     assert np.linalg.norm(flat(net) - flat(expected)) <= 1e-6 * np.linalg.norm(flat(expected))
 
 
+def test_backward_passes_of_slices_as_dense_and_of_some_of_the_variables():
+    net, optimizer = compiled(net=slices_model(), backward_passes_per_step=2, sparse_as_dense=True)
+    x = np.random.default_rng(hvd.rank()).integers(0, 50, (40, 5))
+    net.fit(x, x[:, 0] % 10, batch_size=10, epochs=2, shuffle=False, verbose=0)
+    assert_ranks_equal(flat(net))
+    assert optimizer.stats.steps == 4
+    kernel = net.layers[-1].kernel
+    before = kernel.numpy()
+    for _ in range(2):
+        optimizer.apply([tf.fill(kernel.shape, float(hvd.rank()))], [kernel])
+    assert not np.array_equal(kernel.numpy(), before)
+    assert_ranks_equal(kernel.numpy())
+
+
 def slices_model():
     keras.utils.set_random_seed(3)
     return keras.Sequential(
