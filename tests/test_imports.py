@@ -198,9 +198,7 @@ def test_every_public_name_of_horovod_under_tensorflow_is_there(module, under_te
 @pytest.mark.parametrize(
     "module",
     [
-        pytest.param(
-            "tensorflow", marks=pytest.mark.xfail(strict=True, reason="what horovod.tensorflow has not imported")
-        ),
+        "tensorflow",
         "tensorflow.keras",
         "keras",
     ],
@@ -220,7 +218,6 @@ def test_every_callback_of_horovod_is_there(module, under_tensorflow):
 
 
 @needs_tensorflow
-@pytest.mark.xfail(strict=True, reason="the mirror puts horovod.tensorflow.keras into hvd_accordion.tensorflow")
 def test_keras_and_its_callbacks_are_ours_even_where_horovods_were_imported_before():
     code = """
 import json

@@ -145,7 +145,7 @@ class Clock:
 
     def _catch_up(self, step: int, sent: float, journal: bytes) -> bool:
         """Tells whether an epoch has ended by its number of steps."""
-        if journal and journal != self._journal:  # variables were restored
+        if journal and (journal != self._journal or step < self.controller.step):  # variables were restored
             self.controller.load_state_dict(json.loads(journal))
             self._journal = journal
         steps = step - self.controller.step

@@ -152,9 +152,18 @@ class GradientExchange(tf.Module):
 
         Args:
             gradients: tensors, IndexedSlices or None, one for each variable.
+
+        Raises ValueError where there are more or fewer, TypeError for variables that are no floats.
         """
         averaged, variables = list(gradients), list(variables)
-        if not self.active:
+        if len(averaged) != len(variables):
+            raise ValueError(f"gradients must be as many as variables, got {len(averaged)} for {len(variables)}")
+        for g, v in zip(averaged, variables, strict=True):
+            if g is not None and not tf.as_dtype(v.dtype).is_floating:
+                raise TypeError(
+                    f"variables must be of a floating dtype to be exchanged, got {tf.as_dtype(v.dtype).name}"
+                )
+        if not self.active or not any(tf.as_dtype(v.dtype).is_floating for v in variables):
             return averaged
         refuse_xla()
         self.build(variables)

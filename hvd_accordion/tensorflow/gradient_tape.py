@@ -117,6 +117,8 @@ class _Distributed:
         del use_generic_names
         gradients = tf.nest.flatten(super().gradient(target, sources, output_gradients, **options))  # type: ignore[misc]
         flat = tf.nest.flatten(sources)
+        if not flat:
+            return gradients
         exchange = self._hvd_exchange(flat)
         for variable in self._hvd_local:
             exchange.register_local(variable)

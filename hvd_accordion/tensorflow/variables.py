@@ -17,13 +17,22 @@ def value_of(variable: Any) -> Any:
     return variable if isinstance(variable, tf.Variable) else getattr(variable, "value", variable)
 
 
+def path_of(variable: Any) -> str:
+    if hasattr(variable, "path"):
+        return variable.path
+    try:
+        return variable.name.split(":")[0]
+    except AttributeError:  # an eager tensor has no name
+        return "source"
+
+
 def names_of(variables: Sequence[Any], taken: Collection[str] = ()) -> list[str]:
     """A name for each: "dense/kernel" of a Keras variable's path, "w" of a tf.Variable named "w:0".
 
     What all paths begin with is left out: Keras puts the model's name there when the model is made, but not when it is
     loaded. Where a name stands twice the later ones are numbered.
     """
-    paths = [(getattr(v, "path", None) or v.name.split(":")[0]).split("/") for v in variables]
+    paths = [path_of(v).split("/") for v in variables]
     common = list(
         itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(path[:-1] for path in paths), strict=False))
     )

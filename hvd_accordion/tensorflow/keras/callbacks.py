@@ -207,8 +207,11 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
-    """The distributed optimizers among the attributes of a model, each once."""
-    found = {id(value): value for value in vars(model).values() if isinstance(value, _Distributed)}
+    """The distributed optimizers among the attributes of a model, in lists and dicts too, each once."""
+    found: dict[int, Any] = {}
+    for value in vars(model).values():
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found.update((id(one), one) for one in several if isinstance(one, _Distributed))
     return list(found.values())
 
 
