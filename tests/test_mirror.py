@@ -12,7 +12,7 @@ from hvd_accordion.mirror import mirror
 
 THEIRS = {
     "theirs_of_test": {"answer": 42, "_private": 1, "function": len, "part": None, "replaced": None},
-    "theirs_of_test.part": {"x": 1},
+    "theirs_of_test.part": {"x": 1, "__path__": []},
     "theirs_of_test.part.inner": {"y": 2},
     "theirs_of_test.replaced": {},
     "theirs_of_test.replaced.inner": {},
