@@ -145,7 +145,8 @@ class Engine:
         state.claim()
         step, levels = state.step.read_value(), state.levels.read_value()
         driver = Driver(prefix, self.process_set, self.settings.scales(self.size))
-        means, flags, sent, kept = {}, [], [], []
+        means, kept = {}, []
+        flags, sent = [tf.constant(True)], [tf.constant(0.0, tf.float64)]
         for part in self._parts(given):
             mean, residual, memory, ok, nbytes = self._travel(part, given, step, levels, driver)
             flags.append(ok)

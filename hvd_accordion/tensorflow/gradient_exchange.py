@@ -172,11 +172,11 @@ class GradientExchange(tf.Module):
         mine = [i for i, v in enumerate(variables) if known.name(v) is not None and not known.is_local(v)]
         names = tuple(known.name(variables[i]) for i in mine)
         given = [averaged[i] for i in mine]
-        with tf.init_scope():
-            self._engine.agree(names, given, lambda: self._described(variables))
-        means = self._engine(names, given, self._learning_rate())
-        for i, mean in zip(mine, means, strict=True):
-            averaged[i] = mean
+        if names:
+            with tf.init_scope():
+                self._engine.agree(names, given, lambda: self._described(variables))
+            for i, mean in zip(mine, self._engine(names, given, self._learning_rate()), strict=True):
+                averaged[i] = mean
         if not self._asked.scale_local_gradients:
             return averaged
         # Horovod divides the others by the number of ranks: so do those that stay

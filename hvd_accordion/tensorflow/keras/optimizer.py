@@ -103,6 +103,8 @@ def DistributedOptimizer(
     base = type(optimizer)
     if base.__module__ == "horovod._keras":
         base, arguments = base.__mro__[1], {**arguments, **taken_over(optimizer, compression)}
+        if optimizer._agg_helper is not None:
+            average_aggregated_gradients = optimizer._agg_helper.average_aggregated_gradients
     kind = distributed(base, arguments, average_aggregated_gradients, device_dense or device_sparse)
     result = kind.__new__(kind)
     result.__dict__.update(optimizer.__dict__)

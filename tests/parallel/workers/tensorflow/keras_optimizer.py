@@ -280,6 +280,16 @@ def test_a_gradient_that_appears_later(graph):
     assert averaging.stats.steps == 5
 
 
+@pytest.mark.parametrize("spec", [None, TopK(0.1)], ids=str)
+def test_nothing_but_local_or_missing_gradients(spec):
+    averaging = hvd.GradientExchange(spec)
+    first, second = tf.Variable(tf.zeros((64, 32)), name="a"), tf.Variable(tf.zeros((64, 32)), name="b")
+    assert averaging([None, None], [first, second]) == [None, None]
+    averaging.register_local(first)
+    (own,) = averaging([tf.fill((64, 32), 2.0)], [first])
+    assert float(tf.reduce_max(own)) == pytest.approx(2.0 / hvd.size())
+
+
 def test_slices_travel_beside_compressed_layers(tmp_path):
     keras.utils.set_random_seed(3)
     net = keras.Sequential(
@@ -320,6 +330,11 @@ def test_horovods_own_wrapper_is_taken_over():
     import horovod.keras as theirs
 
     theirs.init()
+    import horovod.tensorflow.keras as of_tensorflow
+
+    options = {"op": of_tensorflow.Sum, "backward_passes_per_step": 2, "average_aggregated_gradients": True}
+    optimizer = hvd_keras.DistributedOptimizer(of_tensorflow.DistributedOptimizer(sgd(), **options))
+    assert optimizer._hvd.settings.backward_passes_per_step == 2 and optimizer._hvd_sums.average
     wrapped = theirs.DistributedOptimizer(sgd(momentum=0.8), op=theirs.Sum, compression=theirs.Compression.fp16)
     optimizer = hvd_keras.DistributedOptimizer(wrapped, compression=TopK(0.1))
     assert type(optimizer).__mro__[2] is keras.optimizers.SGD and optimizer.momentum == 0.8
