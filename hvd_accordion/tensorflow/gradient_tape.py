@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
-import keras
 import tensorflow as tf
 
 from hvd_accordion.plan import Compression
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
-from hvd_accordion.tensorflow.variables import value_of
+from hvd_accordion.tensorflow.variables import trainable_of, value_of
 
 
 def DistributedGradientTape(
@@ -90,15 +89,6 @@ def PartialDistributedGradientTape(
     for variable in trainable_of(local_layers):
         tape.register_local_source(variable)
     return tape
-
-
-def trainable_of(local_layers: Any) -> list[Any]:
-    """The trainable weights of a layer or of several. ValueError for what is no layer."""
-    layers = [] if local_layers is None else local_layers
-    layers = [layers] if isinstance(layers, keras.layers.Layer) else list(layers)
-    if not all(isinstance(layer, keras.layers.Layer) for layer in layers):
-        raise ValueError("All local layers must be of tf.keras.layers.Layer type.")
-    return [v for layer in layers for v in layer.trainable_weights]
 
 
 class _Distributed:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from hvd_accordion import checks
@@ -51,6 +52,15 @@ def names_of(variables: Sequence[Any], taken: Collection[str] = ()) -> list[str]
 def layer_of(name: str, variable: Any) -> Layer:
     dtype = tf.as_dtype(variable.dtype).name
     return Layer(name, tuple(variable.shape), dtype, value_of(variable).device)
+
+
+def trainable_of(local_layers: Any) -> list[Any]:
+    """The trainable weights of a layer or of several. ValueError for what is no layer."""
+    layers = [] if local_layers is None else local_layers
+    layers = [layers] if isinstance(layers, keras.layers.Layer) else list(layers)
+    if not all(isinstance(layer, keras.layers.Layer) for layer in layers):
+        raise ValueError("All local layers must be of tf.keras.layers.Layer type.")
+    return [v for layer in layers for v in layer.trainable_weights]
 
 
 def check_groups(groups: Any) -> None:

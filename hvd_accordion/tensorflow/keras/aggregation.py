@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,6 +25,17 @@ class LocalSums(tf.Module):
         self.sums: dict[str, tf.Variable] = {}
         self.count = outside(lambda: variable(0, tf.int64))
 
+    def build(self, variables: Sequence[Any], keys: Sequence[str]) -> None:
+        """Makes room for the gradients of these variables, under these keys, where there is more than one pass."""
+        if self.passes > 1:
+            dtypes = [tf.as_dtype(v.dtype) for v in variables]
+            for v, key, dtype in zip(variables, keys, dtypes, strict=True):
+                self.sums[key] = outside(lambda v=v, dtype=dtype: variable(tf.zeros(v.shape, dtype), dtype))
+
+    def named(self) -> dict[str, tf.Variable]:
+        """For a file: what is under way."""
+        return {"count": self.count, **{f"sum.{key}": v for key, v in self.sums.items()}} if self.passes > 1 else {}
+
     def added(self, grads: list[Any], variables: list[Any], keys: list[str]) -> tuple[list[Any], tf.Tensor]:
         """The sums (or means) with these gradients added, and whether this was the last pass.
 
@@ -39,9 +51,6 @@ class LocalSums(tf.Module):
             if grad is None:
                 found.append(None)
                 continue
-            if key not in self.sums:
-                dtype = tf.as_dtype(v.dtype)
-                self.sums[key] = outside(lambda v=v, dtype=dtype: variable(tf.zeros(v.shape, dtype), dtype))
             total = tf.convert_to_tensor(self.sums[key].assign_add(tf.cast(tf.convert_to_tensor(grad), v.dtype)))
             found.append(total / self.passes if self.average else total)
         return found, count >= self.passes

@@ -17,9 +17,9 @@ from hvd_accordion.controller import Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
-from hvd_accordion.tensorflow.gradient_tape import trainable_of
 from hvd_accordion.tensorflow.keras.aggregation import LocalSums
 from hvd_accordion.tensorflow.keras.saving import SavedState
+from hvd_accordion.tensorflow.variables import trainable_of
 
 
 def DistributedOptimizer(
@@ -112,7 +112,7 @@ def DistributedOptimizer(
     if name is not None:
         result.name = name
     if optimizer.built:
-        result._hvd.build(optimizer._trainable_variables)
+        result._extend(optimizer._trainable_variables)
     return result
 
 
@@ -165,9 +165,9 @@ class _Distributed:
         self._hvd = GradientExchange(
             learning_rate=lambda: itself().learning_rate, optimizer=type(self).__name__, **self._hvd_arguments
         )
-        self.compression_state = SavedState(self._hvd)  # Keras saves what it finds in attributes
         settings = self._hvd.settings
         self._hvd_sums = LocalSums(settings.backward_passes_per_step, self._hvd_average, settings.sparse_as_dense)
+        self.compression_state = SavedState(self._hvd, self._hvd_sums)  # Keras saves what it finds in attributes
         self._hvd_loss_scaled = False
 
     def build(self, variables: Any) -> None:
@@ -179,7 +179,11 @@ class _Distributed:
                 "LossScaleOptimizer(optimizer)) to compile"
             )
         super().build(variables)  # type: ignore[misc]
+        self._extend(variables)
+
+    def _extend(self, variables: Any) -> None:
         self._hvd.build(variables)
+        self._hvd_sums.build(variables, [self._hvd.key(v) for v in variables])
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:

@@ -7,20 +7,26 @@ from typing import Any
 import keras
 
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
+from hvd_accordion.tensorflow.keras.aggregation import LocalSums
 
 
 class SavedState(keras.layers.Layer):
-    """The state of compression in the form in which Keras saves the parts of a model."""
+    """The state of compression, and sums under way, in the form in which Keras saves the parts of a model."""
 
-    def __init__(self, exchange: GradientExchange) -> None:
+    def __init__(self, exchange: GradientExchange, sums: LocalSums) -> None:
         super().__init__(name="compression_state", trainable=False)
-        self.exchange, self.built = exchange, True
+        self.exchange, self.sums, self.built = exchange, sums, True
 
     def save_own_variables(self, store: Any) -> None:
         if hasattr(self.exchange, "state"):
-            for name, array in self.exchange.state.arrays().items():
+            sums = {name: v.numpy() for name, v in self.sums.named().items()}
+            for name, array in {**self.exchange.state.arrays(), **sums}.items():
                 store[name] = array
 
     def load_own_variables(self, store: Any) -> None:
         if hasattr(self.exchange, "state"):
-            self.exchange.state.load({name: store[name] for name in store.keys()})
+            saved = {name: store[name] for name in store.keys()}
+            self.exchange.state.load(saved)
+            for name, v in self.sums.named().items():
+                if name in saved:
+                    v.assign(saved[name])

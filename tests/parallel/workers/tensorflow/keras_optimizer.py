@@ -159,13 +159,21 @@ def test_nan_without_loss_scaling_reaches_the_weights_of_all_ranks_and_no_residu
 
 
 @pytest.mark.parametrize("passes", [2, 3])
-def test_compression_of_several_backward_passes(passes):
+def test_compression_of_several_backward_passes(passes, tmp_path):
     net, optimizer = compiled(PowerSGD(2), backward_passes_per_step=passes, average_aggregated_gradients=True)
     fit(net, steps=6)
     assert_ranks_equal(flat(net))
     assert optimizer.stats.steps == 6 // passes
     fit(net, steps=4)  # what is left over waits for the next batches
     assert optimizer.stats.steps == 10 // passes
+    fit(net, steps=1)
+    file = tmp_path / f"{hvd.rank()}.keras"
+    net.save(file)
+    options = {"backward_passes_per_step": passes, "average_aggregated_gradients": True}
+    loaded = hvd_keras.load_model(file, compression=PowerSGD(2), **options)
+    for going_on in (net, loaded):
+        fit(going_on, steps=passes, seed=1)
+    np.testing.assert_array_equal(flat(net), flat(loaded))
 
 
 @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 5}, {}], ids=str)
