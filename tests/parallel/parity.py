@@ -6,23 +6,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+import reference
 
-from hvd_accordion import BF16, FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import Accordion, Dense, PowerSGD, TopK
 
 SPECS = {
     "none": None,
-    "dense": Dense(),
-    "fp16": FP16(),
-    "bf16": BF16(),
-    "topk": TopK(0.05),
-    "randomk": RandomK(0.1),
-    "qsgd1": QSGD(1),
-    "qsgd7": QSGD(7),
-    "qsgd127-l2": QSGD(127, norm="l2"),
-    "powersgd1": PowerSGD(1),
-    "powersgd4": PowerSGD(4),
-    "powersgd2-twice": PowerSGD(2, iterations=2, start_after=3),
-    "no-feedback": PowerSGD(2, error_feedback=False, warm_start=False),
+    **reference.SPECS,
     "accordion": Accordion(PowerSGD(4), PowerSGD(1), interval=3, unit="steps", eta=0.15),
     "accordion-topk": Accordion(TopK(0.2), TopK(0.02), interval=3, unit="steps", eta=0.15),
     # (under an Accordion over QSGD the draws differ: torch quantises all layers of a level as one vector, a graph each)

@@ -7,26 +7,16 @@ from typing import Any
 
 import keras
 import numpy as np
+import reference
 import tensorflow as tf
 
 import hvd_accordion.tensorflow.keras as hvd
-from hvd_accordion import BF16, FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.tensorflow import allgather
 
 SPECS = {
     "none": None,
-    "dense": Dense(),
-    "fp16": FP16(),
-    "bf16": BF16(),
-    "topk": TopK(0.05),
-    "randomk": RandomK(0.1),
-    "qsgd1": QSGD(1),
-    "qsgd7": QSGD(7),
-    "qsgd127-l2": QSGD(127, norm="l2"),
-    "powersgd1": PowerSGD(1),
-    "powersgd4": PowerSGD(4),
-    "powersgd2-twice": PowerSGD(2, iterations=2, start_after=3),
-    "no-feedback": PowerSGD(2, error_feedback=False, warm_start=False),
+    **reference.SPECS,
     "accordion": Accordion(interval=1, eta=0.1),
     "accordion-kinds": Accordion(critical=Dense(), relaxed=TopK(0.02), interval=4, unit="steps", eta=0.5),
     "globs": {"conv*": QSGD(7), "*/kernel": Accordion(QSGD(7), PowerSGD(1), interval=2, unit="steps"), "*": None},

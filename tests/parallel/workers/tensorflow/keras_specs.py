@@ -8,12 +8,11 @@ import pytest
 import tensorflow as tf
 from keras_common import SPECS, STEPS, assert_ranks_equal, compiled, data, everyone, fit, flat, loss, residuals, sgd
 from keras_common import model as network
+from reference import SHAPES, simulated
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK, cluster
-from hvd_accordion.compression import Context, exchange
-from hvd_accordion.ops import numpy as ops
+from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -84,53 +83,15 @@ def test_one_trace_serves_all_levels_and_what_is_sent_follows_them(policy, steps
         assert len(set.union(*by_level.values())) >= 3
 
 
-def gradients(step, shapes):
-    """With a falling spectrum, as gradients have: noise alone has no leading directions. [rank][name]."""
-    rng = np.random.default_rng(step)
-    everyones = []
-    for _ in range(hvd.size()):
-        one = {}
-        for name, shape in shapes.items():
-            u, s, v = np.linalg.svd(rng.standard_normal((shape[0], int(np.prod(shape[1:])))), full_matrices=False)
-            one[name] = ((u * np.geomspace(1, 1e-2, len(s))) @ v).reshape(shape).astype(np.float32)
-        everyones.append(one)
-    return everyones
-
-
-SHAPES = {"a": (40, 36), "b": (64, 3, 3, 5), "c": (40, 36)}
-
-
 @pytest.mark.parametrize(
     "name", [n for n, s in SPECS.items() if s is not None and "accordion" not in n and n != "globs"]
 )
 def test_equals_the_simulated_cluster(name):
     """Same gradients, seeds and steps: TensorFlow over Horovod gives what numpy gives in one process."""
-    spec, n = SPECS[name], hvd.size()
+    spec = SPECS[name]
     variables = {key: tf.Variable(tf.zeros(shape), name=key) for key, shape in SHAPES.items()}
     averaging = hvd.GradientExchange(spec)
-    names = tuple(reversed(SHAPES))
-    residual = [[np.zeros(SHAPES[k], np.float32) for k in names] for _ in range(n)]
-    memory = [[{} for _ in names] for _ in range(n)]
-    for step in range(6):
-        grads = gradients(step, SHAPES)
-        if spec.active(step):
-            contexts = [Context(names, "float32", step, 0, rank, n) for rank in range(n)]
-            rounds = [
-                exchange(
-                    spec,
-                    ops,
-                    [grads[r][k] for k in names],
-                    residual[r] if spec.error_feedback else None,
-                    memory[r],
-                    contexts[r],
-                )
-                for r in range(n)
-            ]
-            done, _ = cluster.run(rounds)
-            expected = dict(zip(names, done[0].mean, strict=True))
-            residual, memory = [d.residual for d in done], [d.memory for d in done]
-        else:
-            expected = {k: np.mean([g[k] for g in grads], axis=0) for k in names}
+    for step, (grads, expected) in enumerate(simulated(spec, hvd.size(), 6)):
         mine = [tf.constant(grads[hvd.rank()][k]) for k in SHAPES]
         for k, got in zip(SHAPES, averaging(mine, list(variables.values())), strict=True):
             scale = np.abs(expected[k]).max()

@@ -5,24 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import reference
 import torch
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import BF16, FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
 
 SPECS = {
-    "dense": Dense(),
-    "fp16": FP16(),
-    "bf16": BF16(),
-    "topk": TopK(0.05),
-    "randomk": RandomK(0.1),
-    "qsgd1": QSGD(1),
-    "qsgd7": QSGD(7),
-    "qsgd127-l2": QSGD(127, norm="l2"),
-    "powersgd1": PowerSGD(1),
-    "powersgd4": PowerSGD(4),
-    "powersgd2-twice": PowerSGD(2, iterations=2, start_after=3),
-    "no-feedback": PowerSGD(2, error_feedback=False, warm_start=False),
+    **reference.SPECS,
     "accordion": Accordion(interval=1, eta=0.1),
     "accordion-kinds": Accordion(critical=Dense(), relaxed=TopK(0.02), interval=4, unit="steps", eta=0.5),
     "globs": {"0.*": QSGD(7), "*.weight": Accordion(QSGD(7), PowerSGD(1), interval=2, unit="steps"), "*": None},

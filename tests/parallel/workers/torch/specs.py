@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from common import SPECS, assert_ranks_equal, flat, model, sgd, train
+from reference import SHAPES, simulated
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import PowerSGD, TopK, cluster
-from hvd_accordion.compression import Context, exchange
-from hvd_accordion.ops import numpy as ops
+from hvd_accordion import PowerSGD, TopK
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -54,47 +53,15 @@ def test_a_gradient_is_conserved():
 @pytest.mark.parametrize("name", [n for n in SPECS if "accordion" not in n and n not in ("globs", "dense")])
 def test_equals_the_simulated_cluster(name):
     """Same gradients, seeds and steps: torch over Horovod gives what numpy gives in one process."""
-    spec, n = SPECS[name], hvd.size()
-    shapes = {"a": (40, 36), "b": (64, 3, 3, 5), "c": (40, 36)}
-    params = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in shapes.items()}
+    spec = SPECS[name]
+    params = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
     optimizer = torch.optim.SGD(params.values(), lr=1.0)
     optimizer = hvd.DistributedOptimizer(optimizer, params.items(), compression=spec)
-    names = tuple(reversed(shapes))
-    residual = [[np.zeros(shapes[k], np.float32) for k in names] for _ in range(n)]
-    memory = [[{} for _ in names] for _ in range(n)]
-    for step in range(6):
-        rng = np.random.default_rng(step)
-        spectrum = {k: np.geomspace(1, 1e-2, min(s[0], int(np.prod(s[1:])))) for k, s in shapes.items()}
-        grads = []
-        for _ in range(n):
-            one = {}
-            for k, s in shapes.items():  # a falling spectrum, as gradients have: noise alone has no leading directions
-                m = rng.standard_normal((s[0], int(np.prod(s[1:]))))
-                u, _, v = np.linalg.svd(m, full_matrices=False)
-                one[k] = ((u * spectrum[k]) @ v).reshape(s).astype(np.float32)
-            grads.append(one)
-        if spec.active(step):
-            contexts = [Context(names, "float32", step, 0, r, n) for r in range(n)]
-            rounds = [
-                exchange(
-                    spec,
-                    ops,
-                    [grads[r][k] for k in names],
-                    residual[r] if spec.error_feedback else None,
-                    memory[r],
-                    contexts[r],
-                )
-                for r in range(n)
-            ]
-            done, _ = cluster.run(rounds)
-            expected = dict(zip(names, done[0].mean, strict=True))
-            residual, memory = [d.residual for d in done], [d.memory for d in done]
-        else:
-            expected = {k: np.mean([g[k] for g in grads], axis=0) for k in names}
+    for step, (grads, expected) in enumerate(simulated(spec, hvd.size(), 6)):
         optimizer.zero_grad()
-        sum((params[k] * torch.from_numpy(grads[hvd.rank()][k])).sum() for k in names).backward()
+        sum((params[k] * torch.from_numpy(grads[hvd.rank()][k])).sum() for k in SHAPES).backward()
         optimizer.synchronize()
-        for k in names:
+        for k in SHAPES:
             got = params[k].grad.numpy()
             scale = np.abs(expected[k]).max()
             assert np.abs(got - expected[k]).max() <= 1e-5 * scale, (name, step, k)

@@ -1,21 +1,13 @@
 """The bytes that are counted are those that the kernel sees on the interface (Gloo over loopback)."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from reference import on_the_wire
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import BF16, QSGD, Dense, PowerSGD, RandomK, TopK
 
 SHAPE = (2048, 1024)  # 8 MB: messages of all specs are large against Horovod's own
-
-
-def on_the_wire():
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        if line.strip().startswith("lo:"):
-            return int(line.split()[9])  # bytes sent, of all ranks
-    raise RuntimeError("no loopback interface")
 
 
 @pytest.mark.parametrize("spec", [Dense(), BF16(), RandomK(0.3), TopK(0.1), QSGD(7), PowerSGD(64)], ids=str)
