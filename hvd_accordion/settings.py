@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,6 +77,22 @@ class Settings:
             logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop")}
             logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
         return logged
+
+
+def groups_of(num_groups: int, groups: Any) -> Any:
+    """Horovod's `groups`, where its old name may have been used."""
+    if num_groups == 0:
+        return groups
+    warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
+    return num_groups if groups is None else groups
+
+
+def check_op(op: Any, allowed: tuple[Any, ...], compression: Any) -> None:
+    """ValueError where the ranks' values are to be combined in a way that compression can't: Adasum, Min, Max."""
+    if op not in allowed:
+        raise ValueError(
+            f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
+        )
 
 
 def check_logger(logger: Any) -> None:

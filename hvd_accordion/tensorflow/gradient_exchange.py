@@ -14,7 +14,7 @@ from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
 from hvd_accordion.report import CompressionReport, Stats
-from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
+from hvd_accordion.settings import Settings, check_logger, check_op, is_horovods, plain_spec, translated
 from hvd_accordion.tensorflow.broadcasting import send
 from hvd_accordion.tensorflow.engine import Engine
 from hvd_accordion.tensorflow.state import State, outside
@@ -79,10 +79,8 @@ class GradientExchange(tf.Module):
             min_compress_numel,
         )
         plain = compression is None or is_horovods(compression)
-        if op not in (hvd.Average, hvd.Sum) and not plain:
-            raise ValueError(
-                f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
-            )
+        if not plain:
+            check_op(op, (hvd.Average, hvd.Sum), compression)
         policy = plain_spec(compression) if plain else translated(compression)
         assign(policy, [], strict=False)  # a value of a wrong type shows at once
         # in plain objects: attributes that are dicts or lists would count as parts of a checkpoint

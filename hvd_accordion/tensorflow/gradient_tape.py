@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.plan import Compression
+from hvd_accordion.settings import groups_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.variables import trainable_of, value_of
 
@@ -52,9 +52,7 @@ def DistributedGradientTape(
     """
     if not isinstance(gradtape, tf.GradientTape):
         raise TypeError(f"gradtape must be a tf.GradientTape, got {gradtape!r}")
-    if num_groups != 0:
-        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-        groups = num_groups if groups is None else groups
+    groups = groups_of(num_groups, groups)
     base = type(gradtape)
     kind = type(base.__name__, (_Distributed, base), {})
     tape = kind.__new__(kind)

@@ -17,7 +17,7 @@ from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
 from hvd_accordion.report import CompressionReport, Stats
-from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
+from hvd_accordion.settings import Settings, check_logger, check_op, groups_of, is_horovods, plain_spec, translated
 from hvd_accordion.torch.agreement import require_equal
 from hvd_accordion.torch.configuration import check_groups, described, layer_of, named, take_over
 from hvd_accordion.torch.engine import Engine
@@ -82,9 +82,7 @@ def DistributedOptimizer(
         backward_passes_per_step, op = theirs["backward_passes_per_step"], theirs["op"]
         gradient_predivide_factor, groups = theirs["gradient_predivide_factor"], theirs["groups"]
         sparse_as_dense, process_set = theirs["sparse_as_dense"], theirs["process_set"]
-    if num_groups != 0:
-        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-        groups = num_groups if groups is None else groups
+    groups = groups_of(num_groups, groups)
     check_groups(groups)
     check_logger(logger)
     settings = Settings(
@@ -104,10 +102,8 @@ def DistributedOptimizer(
     plain = compression is None or is_horovods(compression)
     compression = translated(compression)
     policy = assign(None if plain else compression, list(params))  # type: ignore[arg-type]
-    if op not in (hvd.Average, hvd.Sum) and not plain:
-        raise ValueError(
-            f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
-        )
+    if not plain:
+        check_op(op, (hvd.Average, hvd.Sum), compression)
 
     prefix = str(Prefix(process_set))
     if process_set.included():

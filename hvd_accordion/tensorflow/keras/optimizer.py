@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from hvd_accordion import checks
 from hvd_accordion.controller import Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.settings import groups_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.keras.aggregation import LocalSums
 from hvd_accordion.tensorflow.keras.saving import SavedState
@@ -83,9 +83,7 @@ def DistributedOptimizer(
     if op not in (hvd.Average, hvd.Sum):
         raise ValueError("op currently only supports Average and Sum")
     checks.boolean("average_aggregated_gradients", average_aggregated_gradients)
-    if num_groups != 0:
-        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-        groups = num_groups if groups is None else groups
+    groups = groups_of(num_groups, groups)
     arguments = {
         "compression": compression,
         "sparse_as_dense": sparse_as_dense,
