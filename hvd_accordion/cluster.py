@@ -29,7 +29,7 @@ def carry_out(requests: Sequence[Request]) -> list[object]:
         boxes = np.stack([payload(r)[0] for r in requests])
         return [boxes[:, r].copy() for r in range(n)]
     assert isinstance(first, Agree)
-    flags = [bool(r.flag) for r in requests if isinstance(r, Agree)]
+    flags = [bool(r.sound()) for r in requests if isinstance(r, Agree)]
     if len(set(flags)) > 1:
         raise RuntimeError(f"ranks disagree whether the step was sound: {flags}")
     return [np.array(flags[0])] * n

@@ -6,7 +6,7 @@ TensorFlow, a cluster of simulated ranks in numpy) is none of its business.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -36,9 +36,12 @@ class AllToAll:
 
 @dataclass(frozen=True)
 class Agree:
-    """Whether `flag` holds for every exchange of this step, on the device. Costs nothing: flags are equal on all ranks."""
+    """Whether `sound()` holds for every exchange of this step, on the device. Costs nothing: it is equal on all ranks.
 
-    flag: Tensor
+    Asked for only where something depends on it.
+    """
+
+    sound: Callable[[], Tensor]
 
 
 Request: TypeAlias = AllReduce | AllGather | AllToAll | Agree

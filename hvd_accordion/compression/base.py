@@ -9,11 +9,12 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
 
 from hvd_accordion import checks, seeds
-from hvd_accordion.collectives import AllReduce, Rounds, Tensor, sent
+from hvd_accordion.collectives import AllReduce, Request, Rounds, Tensor, sent
 from hvd_accordion.ops.protocol import Ops
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
+Message = tuple[type[Request], float]  # a collective and the bytes of the payload that one rank hands to it
 Memory = dict[str, Tensor]  # what a spec keeps of one layer from step to step, equal on all ranks
 
 
@@ -44,12 +45,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What an exchange gives back: one entry a layer, in the order of the values it got."""
+    """What the rounds of an exchange came to: one entry a layer, in the order of the values it got.
 
-    mean: list[Tensor]  # the averaged gradient, as every rank holds it
-    remainder: Callable[[], list[Tensor]]  # what this rank's values still hold unsent; called only under error feedback
-    memory: list[Memory]
-    ok: Tensor  # a flag on the device: false if any exchange of this step saw NaN or Inf
+    split: gives the averaged gradients, as every rank holds them, and what this rank's values still hold unsent. May use up
+        the values. Its first argument, unless None, is memory of their shapes and dtypes for the averages; the second
+        says whether the remainder is wanted.
+    memory: what to keep for the next step, given whether this one was sound.
+    sound: a flag on the device: no NaN, no Inf in what came from the ranks; equal on all of them.
+    """
+
+    split: Callable[[list[Tensor] | None, bool], tuple[list[Tensor], list[Tensor] | None]]
+    memory: Callable[[Any], list[Memory]]
+    sound: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,15 @@ class CompressionSpec(ABC):
         return type(self).__name__.lower()
 
     @abstractmethod
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        """The collectives that a tensor of this shape and dtype takes among `world_size` ranks, in their order.
+
+        A group's layers share each of them.
+        """
+
     def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
         """Bytes that one rank sends a step for a tensor of this shape and dtype, among `world_size` ranks."""
+        return sum(sent(kind, nbytes, world_size) for kind, nbytes in self.messages(shape, dtype, world_size))
 
     @abstractmethod
     def delta(self, shape: Sequence[int]) -> float:

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvd_accordion.collectives import Agree, AllReduce, Rounds, Tensor
+from hvd_accordion.collectives import AllReduce, Rounds, Tensor
 from hvd_accordion.compression.base import (
     ITEMSIZE,
     CompressionSpec,
     Context,
     Exchanged,
     Memory,
-    dense_bytes,
+    Message,
     dtype_name,
     size,
 )
 from hvd_accordion.compression.half import HalfCode
-from hvd_accordion.compression.two_hop import two_hop, two_hop_bytes
+from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -28,10 +28,11 @@ class Dense(CompressionSpec):
 
     lossy: ClassVar[bool] = False
 
-    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
-        if ITEMSIZE[dtype_name(dtype)] == 2:
-            return two_hop_bytes(HalfCode(dtype_name(dtype)), size(shape), world_size)
-        return dense_bytes(shape, dtype, world_size)
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        dtype = dtype_name(dtype)
+        if ITEMSIZE[dtype] == 2:
+            return two_hop_messages(HalfCode(dtype), size(shape), world_size)
+        return [(AllReduce, size(shape) * ITEMSIZE[dtype])]
 
     def delta(self, shape: Sequence[int]) -> float:
         return 1.0
@@ -40,5 +41,8 @@ class Dense(CompressionSpec):
         if ITEMSIZE[ctx.dtype] == 2:
             return (yield from two_hop(ops, values, memory, HalfCode(ctx.dtype), ctx))
         mean = yield AllReduce(values)
-        ok = yield Agree(ops.all_finite(mean))
-        return Exchanged(mean, lambda: ops.zeros_like(mean), memory, ok)
+
+        def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            return mean, ops.zeros_like(mean) if remainder else None
+
+        return Exchanged(split, lambda _: memory, lambda: ops.all_finite(mean))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hvd_accordion.collectives import Rounds, Tensor
+from hvd_accordion.collectives import Agree, Rounds, Tensor
 from hvd_accordion.compression.base import CompressionSpec, Context, Memory
 from hvd_accordion.ops.protocol import Ops
 
@@ -38,6 +38,9 @@ def exchange(
     if residual is not None:
         values = ops.add(values, residual)
     done = yield from spec.exchange(ops, values, memory, ctx)
-    if residual is not None:
-        residual = ops.commit(done.ok, done.remainder(), residual)
-    return Step(done.mean, residual, done.memory, done.ok)
+    ok = yield Agree(done.sound)
+    if residual is None:
+        mean, _ = done.split(values, False)
+    else:
+        mean, residual = ops.settle(ok, done.split, residual)
+    return Step(mean, residual, done.memory(ok), ok)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hvd_accordion.collectives import Rounds, Tensor
-from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, size
-from hvd_accordion.compression.two_hop import two_hop, two_hop_bytes
+from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, Message, size
+from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -34,8 +34,8 @@ class HalfCode:
 class _Half(CompressionSpec):
     dtype: ClassVar[str]
 
-    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
-        return two_hop_bytes(HalfCode(self.dtype), size(shape), world_size)
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        return two_hop_messages(HalfCode(self.dtype), size(shape), world_size)
 
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
         return (yield from two_hop(ops, values, memory, HalfCode(self.dtype), ctx))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_accordion import checks, seeds
-from hvd_accordion.collectives import Agree, AllReduce, Rounds, Tensor, sent
-from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, dtype_name, size
+from hvd_accordion.collectives import AllReduce, Rounds, Tensor
+from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, Message, dtype_name, size
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -55,9 +55,10 @@ class PowerSGD(CompressionSpec):
     def columns(self, shape: Sequence[int]) -> int:
         return min(self.rank, *matrix_shape(shape))
 
-    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
-        floats = self.columns(shape) * sum(matrix_shape(shape)) * self.iterations
-        return sent(AllReduce, floats * max(4, ITEMSIZE[dtype_name(dtype)]), world_size)
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        n, m = matrix_shape(shape)
+        itemsize = max(4, ITEMSIZE[dtype_name(dtype)])
+        return [(AllReduce, self.columns(shape) * side * itemsize) for side in (n, m)] * self.iterations
 
     def delta(self, shape: Sequence[int]) -> float:
         """r / min(n, m): what the best rank-r matrix keeps at least; a converged warm start comes to it."""
@@ -72,34 +73,47 @@ class PowerSGD(CompressionSpec):
         return step >= self.start_after
 
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+        # factors lie in memory as rows, P^T and Q^T: products with long rows are several times as fast as with thin columns
         matrices = [ops.reshape(v, matrix_shape(v.shape)) for v in values]
         batches = by_shape(matrices)
         stacks = [[matrices[i] for i in batch] for batch in batches]
         olds = [self.start(ops, m, own, name, ctx) for m, own, name in zip(matrices, memory, ctx.names, strict=True)]
-        starts = [ops.stack([olds[i][:, : self.columns(matrices[i].shape)] for i in batch]) for batch in batches]
+        starts = [ops.stack([olds[i][: self.columns(matrices[i].shape)] for i in batch]) for batch in batches]
         ps, qs = [], starts
         for _ in range(self.iterations):
-            ps = yield AllReduce([ops.project(m, scaled(ops, q)) for m, q in zip(stacks, qs, strict=True)])
-            ps = [orthonormalise(ops, p) for p in ps]
-            qs = yield AllReduce([ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
-        ok = yield Agree(ops.all_finite(qs))
+            ps = yield from mean_of(ops, [ops.project(m, scaled(ops, q)) for m, q in zip(stacks, qs, strict=True)])
+            ps = orthonormalise(ops, ps)
+            qs = yield from mean_of(ops, [ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
 
-        mean: list[Tensor] = [None] * len(values)
-        kept: list[Memory] = [{}] * len(values)
-        for batch, p, q, q0 in zip(batches, ps, qs, starts, strict=True):
-            warm = ops.where(ok, q, q0) if self.warm_start else None
-            for row, i in enumerate(batch):
-                mean[i] = ops.reshape(ops.outer(p[row], q[row]), values[i].shape)
-                kept[i] = {} if warm is None else {"q": joined(ops, warm[row], olds[i])}
-        return Exchanged(mean, lambda: ops.subtract(values, mean), kept, ok)
+        def split(into: list[Tensor] | None, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            mean: list[Tensor] = [None] * len(values)
+            left: list[Tensor] = [None] * len(values)
+            for batch, p, q in zip(batches, ps, qs, strict=True):
+                for row, i in enumerate(batch):
+                    place = None if into is None else ops.reshape(into[i], matrices[i].shape)
+                    whole, rest = ops.low_rank(matrices[i], p[row], q[row], place, remainder)
+                    mean[i] = ops.reshape(whole, values[i].shape)
+                    left[i] = ops.reshape(rest, values[i].shape) if remainder else None
+            return mean, left if remainder else None
+
+        def keep(ok: Any) -> list[Memory]:
+            kept: list[Memory] = [{}] * len(values)
+            if self.warm_start:
+                for batch, q, q0 in zip(batches, qs, starts, strict=True):
+                    warm = ops.where(ok, q, q0)
+                    for row, i in enumerate(batch):
+                        kept[i] = {"q": joined(ops, warm[row], olds[i])}
+            return kept
+
+        return Exchanged(split, keep, lambda: ops.all_finite(qs))
 
     def start(self, ops: Ops, matrix: Tensor, memory: Memory, name: str, ctx: Context) -> Tensor:
-        """Q to start from, with at least the columns of this rank: the last step's, random ones where there are none yet."""
+        """Q^T to start from, with at least the rows of this rank: the last step's, random ones where there are none yet."""
         r = self.columns(matrix.shape)
         if not self.warm_start:
-            return random_columns(ops, matrix, [ctx.key(name, "q", j) for j in range(r)])
+            return random_rows(ops, matrix, [ctx.key(name, "q", j) for j in range(r)])
         q = memory.get("q")
-        if q is not None and q.shape[1] >= r:
+        if q is not None and q.shape[0] >= r:
             return q
         fresh = self.initial_memory(ops, matrix, name, ctx.seed)["q"]
         return fresh if q is None else joined(ops, q, fresh)
@@ -109,18 +123,23 @@ class PowerSGD(CompressionSpec):
             return {}
         matrix = ops.reshape(value, matrix_shape(value.shape))
         keys = [seeds.stable_hash(seed, name, "q", j) for j in range(self.columns(matrix.shape))]
-        return {"q": random_columns(ops, matrix, keys)}
+        return {"q": random_rows(ops, matrix, keys)}
 
 
-def random_columns(ops: Ops, matrix: Tensor, keys: Sequence[Any]) -> Tensor:
-    """One column in [-1/2, 1/2) for each seed, as long as a row of the matrix."""
-    m = matrix.shape[1]
-    return ops.concat([ops.reshape(ops.uniform(key, m, matrix), (m, 1)) - 0.5 for key in keys], 1)
+def mean_of(ops: Ops, tensors: list[Tensor]) -> Rounds[list[Tensor]]:
+    """All of them in one message."""
+    (mean,) = yield AllReduce([ops.flatten(tensors)])
+    return ops.unflatten(mean, tensors)
+
+
+def random_rows(ops: Ops, matrix: Tensor, keys: Sequence[Any]) -> Tensor:
+    """One row in [-1/2, 1/2) for each seed, as long as a row of the matrix."""
+    return ops.stack([ops.uniform(key, matrix.shape[1], matrix) for key in keys]) - 0.5
 
 
 def joined(ops: Ops, q: Tensor, other: Tensor) -> Tensor:
-    """q, and behind it the columns that `other` has more."""
-    return ops.concat([q, other[:, q.shape[1] :]], 1) if q.shape[1] < other.shape[1] else q
+    """q, and below it the rows that `other` has more."""
+    return ops.concat([q, other[q.shape[0] :]], 0) if q.shape[0] < other.shape[0] else q
 
 
 def by_shape(matrices: list[Tensor]) -> list[list[int]]:
@@ -131,38 +150,53 @@ def by_shape(matrices: list[Tensor]) -> list[list[int]]:
     return list(batches.values())
 
 
-def orthonormalise(ops: Ops, p: Tensor) -> Tensor:
-    """Orthonormal columns that span those of each matrix of the batch p (b, n, r), r <= n, by Gram-Schmidt done twice.
+def orthonormalise(ops: Ops, factors: list[Tensor]) -> list[Tensor]:
+    """Orthonormal rows that span those of each matrix of each batch (b, r, n), r <= n, by Gram-Schmidt done twice.
 
-    A column that vanishes (a zero gradient, a rank below r) is replaced by an arbitrary one: the factors stay finite,
-    and Q is never stuck at zero. NaN and Inf come out as NaN.
+    A row that vanishes (a zero gradient, a rank below r) is replaced by an arbitrary one: the factors stay finite, and Q
+    is never stuck at zero. NaN and Inf come out as NaN. Batches of different n go as one, with zeros behind the rows.
     """
-    p = scaled(ops, p)
+    done: list[Tensor] = [None] * len(factors)
+    for r in sorted({p.shape[1] for p in factors}):
+        same = [i for i, p in enumerate(factors) if p.shape[1] == r]
+        width = max(factors[i].shape[2] for i in same)
+        wide = ops.concat([ops.widened(factors[i], width) for i in same], 0)
+        waves = [ops.widened(ops.waves(factors[i]), width) for i in same]
+        basis, start = gram_schmidt(ops, scaled(ops, wide), ops.concat(waves, 0)), 0
+        for i in same:
+            b, _, n = factors[i].shape
+            done[i] = basis[start : start + b, :, :n]
+            start += b
+    return done
+
+
+def gram_schmidt(ops: Ops, p: Tensor, fillers: Tensor) -> Tensor:
+    """The rows of each matrix of p (b, r, n) made orthonormal; one that vanishes gives way to that of `fillers`."""
     basis: Tensor | None = None
-    for j in range(p.shape[-1]):
-        given = p[..., j : j + 1]
-        column = reject(ops, given, basis)
-        vanished = norm(ops, column) <= VANISHED * norm(ops, given)
-        column = ops.where(vanished, ops.wave(j + 1, p), column)
-        column = reject(ops, column / norm(ops, column), basis)
-        column = column / norm(ops, column)
-        basis = column if basis is None else ops.concat([basis, column], -1)
+    for j in range(p.shape[1]):
+        given = p[:, j : j + 1]
+        row = reject(ops, given, basis)
+        vanished = norm(ops, row) <= VANISHED * norm(ops, given)
+        row = ops.where(vanished, fillers[:, j : j + 1], row)
+        row = reject(ops, row / norm(ops, row), basis)
+        row = row / norm(ops, row)
+        basis = row if basis is None else ops.concat([basis, row], 1)
     return basis
 
 
 def scaled(ops: Ops, p: Tensor) -> Tensor:
-    """Each matrix of the batch divided by its largest entry: the same columns' span, no square over- or underflows."""
+    """Each matrix of the batch divided by its largest entry: the same rows' span, no square over- or underflows."""
     peak = ops.max(ops.max(abs(p), -1, keepdims=True), -2, keepdims=True)
     return p / ops.where(peak == 0, 1.0, peak)
 
 
-VANISHED = 1e-6  # of a column's length: less than this left after projection is rounding noise in fp32
+VANISHED = 1e-6  # of a row's length: less than this left after projection is rounding noise in fp32
 
 
-def reject(ops: Ops, column: Tensor, basis: Tensor | None) -> Tensor:
-    """What of the column (b, n, 1) is orthogonal to the basis (b, n, j)."""
-    return column if basis is None else column - basis @ (ops.transpose(basis) @ column)
+def reject(ops: Ops, row: Tensor, basis: Tensor | None) -> Tensor:
+    """What of the row (b, 1, n) is orthogonal to the basis (b, j, n)."""
+    return row if basis is None else row - (row @ ops.transpose(basis)) @ basis
 
 
-def norm(ops: Ops, column: Tensor) -> Tensor:
-    return ops.sum(column * column, -2, keepdims=True) ** 0.5
+def norm(ops: Ops, row: Tensor) -> Tensor:
+    return ops.sum(row * row, -1, keepdims=True) ** 0.5

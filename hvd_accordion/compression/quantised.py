@@ -9,8 +9,8 @@ from typing import Any
 
 from hvd_accordion import checks
 from hvd_accordion.collectives import Rounds, Tensor
-from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, size
-from hvd_accordion.compression.two_hop import two_hop, two_hop_bytes
+from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, Message, size
+from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -100,8 +100,8 @@ class QSGD(CompressionSpec):
         gain = 1 / (1 + self.omega) if self.error_feedback else 1.0
         return DitherCode(self.levels, self.bucket_size, self.norm, gain)
 
-    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
-        return two_hop_bytes(self.code, size(shape), world_size)
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        return two_hop_messages(self.code, size(shape), world_size)
 
     def delta(self, shape: Sequence[int]) -> float:
         """1/(1 + omega), of the shrunk compressor."""

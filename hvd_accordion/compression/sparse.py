@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_accordion import checks, seeds
-from hvd_accordion.collectives import Agree, AllGather, AllReduce, Rounds, Tensor, sent
-from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, dtype_name, size
+from hvd_accordion.collectives import AllGather, AllReduce, Rounds, Tensor
+from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, Message, dtype_name, size
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -56,8 +56,8 @@ class TopK(_Sparse):
         ratio: share of the entries that is sent, in (0, 1].
     """
 
-    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
-        return sent(AllGather, kept(self.ratio, size(shape)) * (value_bytes(dtype) + 4), world_size)
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        return [(AllGather, kept(self.ratio, size(shape)) * (value_bytes(dtype) + 4))]
 
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
         flats = [ops.reshape(v, (-1,)) for v in values]
@@ -73,9 +73,11 @@ class TopK(_Sparse):
         parts = [ops.cast_like(ops.from_bytes(gathered[r, :split], ops.dtype(mine)), mine) for r in range(ctx.size)]
         for r, part in enumerate(parts):  # rank by rank: a fixed order of addition keeps the ranks bit-equal
             mean = ops.scatter_add(mean, ops.from_bytes(gathered[r, split:], "int32"), part / ctx.size)
-        ok = yield Agree(ops.all_finite(parts))
 
-        return Exchanged(ops.unflatten(mean, values), lambda: unsent(ops, flats, picks, values), memory, ok)
+        def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            return ops.unflatten(mean, values), unsent(ops, flats, picks, values) if remainder else None
+
+        return Exchanged(split, lambda _: memory, lambda: ops.all_finite(parts))
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class RandomK(_Sparse):
         ratio: share of the entries that is sent, in (0, 1].
     """
 
-    def bytes_per_step(self, shape: Sequence[int], dtype: Any, world_size: int) -> float:
-        return sent(AllReduce, kept(self.ratio, size(shape)) * value_bytes(dtype), world_size)
+    def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
+        return [(AllReduce, kept(self.ratio, size(shape)) * value_bytes(dtype))]
 
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
         flats = [ops.reshape(v, (-1,)) for v in values]
@@ -103,10 +105,12 @@ class RandomK(_Sparse):
         # NaN and Inf must show even where none of them is picked
         chosen = [ops.where(ops.all_finite([f]), ops.take(f, i), math.nan) for f, i in zip(flats, picks, strict=True)]
         (mine,) = yield AllReduce([ops.concat(chosen, 0)])
-        ok = yield Agree(ops.all_finite([mine]))
         mean = ops.scatter_add(ops.zeros(sum(counts), mine), where, mine)
 
-        return Exchanged(ops.unflatten(mean, values), lambda: unsent(ops, flats, picks, values), memory, ok)
+        def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            return ops.unflatten(mean, values), unsent(ops, flats, picks, values) if remainder else None
+
+        return Exchanged(split, lambda _: memory, lambda: ops.all_finite([mine]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,10 +6,10 @@ codes the mean again and sends it to all (allgather): about twice the coded vect
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from hvd_accordion.collectives import Agree, AllGather, AllToAll, Rounds, Tensor, sent
-from hvd_accordion.compression.base import Context, Exchanged, Memory
+from hvd_accordion.collectives import AllGather, AllToAll, Rounds, Tensor
+from hvd_accordion.compression.base import Context, Exchanged, Memory, Message
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -33,10 +33,10 @@ def slice_size(count: int, world_size: int, block: int) -> int:
     return -(-count // (world_size * block)) * block
 
 
-def two_hop_bytes(code: Code, count: int, world_size: int) -> float:
-    """Bytes that one rank sends for `count` values."""
+def two_hop_messages(code: Code, count: int, world_size: int) -> list[Message]:
+    """What one rank hands to the network for `count` values."""
     part = code.nbytes(slice_size(count, world_size, code.block))
-    return sent(AllToAll, part * world_size, world_size) + sent(AllGather, part, world_size)
+    return [(AllToAll, part * world_size), (AllGather, part)]
 
 
 def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ctx: Context) -> Rounds[Exchanged]:
@@ -55,11 +55,13 @@ def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ct
     second = code.encode(ops, own, ctx.key(ctx.names[0], "hop2", ctx.rank))
     gathered = yield AllGather(ops.reshape(second, (-1,)))
     mean = code.decode(ops, gathered, flat)
-    ok = yield Agree(ops.all_finite([mean]))
 
-    def remainder() -> list[Tensor]:
+    def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+        averages = ops.unflatten(ops.reshape(mean, (-1,)), values)
+        if not remainder:
+            return averages, None
         left = x - code.decode(ops, first, flat)
         left = ops.add_row(left, ctx.rank, n * (own[0] - mean[ctx.rank]))
-        return ops.unflatten(ops.reshape(left, (-1,)), values)
+        return averages, ops.unflatten(ops.reshape(left, (-1,)), values)
 
-    return Exchanged(ops.unflatten(ops.reshape(mean, (-1,)), values), remainder, memory, ok)
+    return Exchanged(split, lambda _: memory, lambda: ops.all_finite([mean]))

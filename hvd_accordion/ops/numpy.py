@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy import clip, concatenate, floor, reshape, stack, where
@@ -20,17 +20,13 @@ def add(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def subtract(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
-    with np.errstate(invalid="ignore"):
-        return [x - y for x, y in zip(xs, ys, strict=True)]
-
-
 def zeros_like(xs: Sequence[Array]) -> list[Array]:
     return [np.zeros_like(x) for x in xs]
 
 
-def commit(ok: Array, new: Sequence[Array], old: Sequence[Array]) -> list[Array]:
-    return [np.where(ok, n, o) for n, o in zip(new, old, strict=True)]
+def settle(ok: Array, split: Callable, residual: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    mean, left = split(None, True)
+    return mean, [np.where(ok, new, old) for new, old in zip(left, residual, strict=True)]
 
 
 def all_finite(xs: Sequence[Array]) -> Array:
@@ -56,6 +52,10 @@ def concat(xs: Sequence[Array], axis: int) -> Array:
 
 def pad(flat: Array, size: int, shape: Sequence[int]) -> Array:
     return np.pad(flat, (0, size - flat.size)).reshape(shape)
+
+
+def widened(x: Array, width: int) -> Array:
+    return np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])))
 
 
 def zeros(size: int, like: Array) -> Array:
@@ -138,8 +138,9 @@ def uniform(seed: int, count: int, like: Array) -> Array:
     return (x >> 8).astype(like.dtype) * like.dtype.type(2.0**-24)
 
 
-def wave(frequency: int, like: Array) -> Array:
-    return np.sin(frequency * np.arange(1, like.shape[-2] + 1, dtype=np.float64)).astype(like.dtype)[:, None]
+def waves(like: Array) -> Array:
+    _, r, n = like.shape
+    return np.broadcast_to(np.sin(np.outer(np.arange(1.0, r + 1), np.arange(1.0, n + 1))).astype(like.dtype), like.shape)
 
 
 def pack_bits(x: Array, bits: int) -> Array:
@@ -156,13 +157,18 @@ def unpack_bits(x: Array, bits: int) -> Array:
 
 def project(matrices: Sequence[Array], q: Array) -> Array:
     with np.errstate(invalid="ignore"):
-        return np.stack(matrices) @ q
+        return q @ transpose(np.stack(matrices))
 
 
 def project_t(matrices: Sequence[Array], p: Array) -> Array:
     with np.errstate(invalid="ignore"):
-        return transpose(np.stack(matrices)) @ p
+        return p @ np.stack(matrices)
 
 
-def outer(p: Array, q: Array) -> Array:
-    return p @ q.T
+def low_rank(
+    matrix: Array, p: Array, q: Array, into: Array | None, remainder: bool
+) -> tuple[Array, Array | None]:
+    del into
+    with np.errstate(invalid="ignore"):
+        mean = p.T @ q
+        return mean, matrix - mean if remainder else None

@@ -1,12 +1,12 @@
 """What a framework must supply. Arithmetic (+ - * / ** @ abs, comparisons, slices) comes from the tensors themselves.
 
-Names and meanings are numpy's where numpy has them. `add`, `subtract`, `commit`, `add_row`, `put` and `scatter_add` may
+Names and meanings are numpy's where numpy has them. `add`, `settle`, `low_rank`, `add_row`, `put` and `scatter_add` may
 reuse the memory of the tensor that they update. Nothing here may wait for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 Tensor = Any
@@ -18,10 +18,9 @@ class Ops(Protocol):
         """Each in fp32, or in fp64 if it is so already; contiguous."""
 
     def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]: ...
-    def subtract(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]: ...
     def zeros_like(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
-    def commit(self, ok: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-        """`new` where `ok` holds, else `old`; in `old`'s memory where it can."""
+    def settle(self, ok: Tensor, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages of `Exchanged.split`, and the new residual: its remainder where `ok` holds, else the old one."""
 
     def all_finite(self, xs: Sequence[Tensor]) -> Tensor:
         """A flag: no NaN, no Inf in any."""
@@ -41,6 +40,9 @@ class Ops(Protocol):
     def stack(self, xs: Sequence[Tensor]) -> Tensor: ...
     def pad(self, flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
         """The vector, zeros behind it up to `size`, in `shape`."""
+
+    def widened(self, x: Tensor, width: int) -> Tensor:
+        """(b, r, n) with zeros behind each row, up to `width`."""
 
     def zeros(self, size: int, like: Tensor) -> Tensor: ...
     def dtype(self, x: Tensor) -> str: ...
@@ -76,19 +78,21 @@ class Ops(Protocol):
     def uniform(self, seed: Any, count: int, like: Tensor) -> Tensor:
         """`count` numbers in [0, 1), multiples of 2^-24: number i is `mix(i * 0x9E3779B1 + seed)`, in like's dtype."""
 
-    def wave(self, frequency: int, like: Tensor) -> Tensor:
-        """sin(frequency (i + 1)) as a column (n, 1) for the n rows of `like`."""
+    def waves(self, like: Tensor) -> Tensor:
+        """sin((j + 1) (i + 1)) in column i of row j of each matrix; `like` is (b, r, n)."""
 
     # packed codes, along the last axis: value i of each 8 takes bits [i b, (i + 1) b) of b little-endian bytes
     def pack_bits(self, x: Tensor, bits: int) -> Tensor: ...
     def unpack_bits(self, x: Tensor, bits: int) -> Tensor: ...
 
-    # matrices of one shape (n, m) as a list, thin factors as batches (b, ., r)
+    # matrices of one shape (n, m) as a list, thin factors as batches of rows: P^T (b, r, n), Q^T (b, r, m)
     def project(self, matrices: Sequence[Tensor], q: Tensor) -> Tensor:
-        """M Q, (b, n, r)."""
+        """(M Q)^T, (b, r, n)."""
 
     def project_t(self, matrices: Sequence[Tensor], p: Tensor) -> Tensor:
-        """M^T P, (b, m, r)."""
+        """(M^T P)^T, (b, r, m)."""
 
-    def outer(self, p: Tensor, q: Tensor) -> Tensor:
-        """P Q^T of one matrix's factors."""
+    def low_rank(
+        self, matrix: Tensor, p: Tensor, q: Tensor, into: Tensor | None, remainder: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """P Q^T of one matrix's factors (r, n) and (r, m), in the memory `into` if there is some, and M - P Q^T if wanted."""

@@ -5,7 +5,7 @@ A seed or a step may be an int64 scalar tensor. Shapes are static.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -22,16 +22,13 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def subtract(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    return [x - y for x, y in zip(xs, ys, strict=True)]
-
-
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [tf.zeros_like(x) for x in xs]
 
 
-def commit(ok: Any, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    return [where(ok, n, o) for n, o in zip(new, old, strict=True)]
+def settle(ok: Any, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    mean, left = split(None, True)
+    return mean, [where(ok, new, old) for new, old in zip(left, residual, strict=True)]
 
 
 def all_finite(xs: Sequence[Tensor]) -> Tensor:
@@ -53,6 +50,10 @@ def transpose(x: Tensor) -> Tensor:
 
 def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
     return tf.reshape(tf.pad(flat, [[0, size - flat.shape[0]]]), shape)
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    return tf.pad(x, [[0, 0], [0, 0], [0, width - x.shape[2]]])
 
 
 def zeros(size: int, like: Tensor) -> Tensor:
@@ -150,9 +151,10 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _word(bits)))
 
 
-def wave(frequency: int, like: Tensor) -> Tensor:
-    rows = tf.range(1, like.shape[-2] + 1, dtype=tf.float64)
-    return tf.cast(tf.sin(frequency * rows), like.dtype)[:, None]
+def waves(like: Tensor) -> Tensor:
+    _, r, n = like.shape
+    row, times = tf.range(1, n + 1, dtype=tf.float64), tf.range(1, r + 1, dtype=tf.float64)
+    return tf.broadcast_to(tf.cast(tf.sin(times[:, None] * row), like.dtype), like.shape)
 
 
 def pack_bits(x: Tensor, bits: int) -> Tensor:
@@ -174,12 +176,16 @@ def unpack_bits(x: Tensor, bits: int) -> Tensor:
 
 
 def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
-    return tf.stack([matrix @ q[i] for i, matrix in enumerate(matrices)])
+    return tf.stack([tf.matmul(q[i], matrix, transpose_b=True) for i, matrix in enumerate(matrices)])
 
 
 def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
-    return tf.stack([tf.matmul(matrix, p[i], transpose_a=True) for i, matrix in enumerate(matrices)])
+    return tf.stack([p[i] @ matrix for i, matrix in enumerate(matrices)])
 
 
-def outer(p: Tensor, q: Tensor) -> Tensor:
-    return tf.matmul(p, q, transpose_b=True)
+def low_rank(
+    matrix: Tensor, p: Tensor, q: Tensor, into: Tensor | None, remainder: bool
+) -> tuple[Tensor, Tensor | None]:
+    del into
+    mean = tf.matmul(p, q, transpose_a=True)
+    return mean, matrix - mean if remainder else None

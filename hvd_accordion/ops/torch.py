@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, floor, reshape, stack, where
@@ -20,23 +20,28 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return list(xs)
 
 
-def subtract(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    torch._foreach_sub_(list(xs), list(ys))
-    return list(xs)
-
-
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) for x in xs]
 
 
-def commit(ok: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.where(ok, n, o, out=o) for n, o in zip(new, old, strict=True)]
+def at_hand(x: Tensor) -> bool:
+    """Whether this is on the CPU: Python may look at the values, caches count, launches don't."""
+    return x.device.type == "cpu"
+
+
+def settle(ok: Tensor, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    if at_hand(ok):  # nothing is copied: the remainder stays where the values were, the averages take the old residual's place
+        return split(list(residual), True) if ok else (split(None, False)[0], list(residual))
+    mean, left = split(None, True)
+    return mean, [torch.where(ok, new, old, out=old) for new, old in zip(left, residual, strict=True)]
 
 
 def all_finite(xs: Sequence[Tensor]) -> Tensor:
     filled = [x for x in xs if x.numel()]  # an empty tensor has no largest entry
     if not filled:
         return torch.ones((), dtype=torch.bool, device=xs[0].device)
+    if at_hand(xs[0]):  # there the largest norm takes twenty times as long
+        return torch.isfinite(torch.stack([end for x in filled for end in torch.aminmax(x)])).all()
     return torch.isfinite(torch.stack(torch._foreach_norm(filled, float("inf")))).all()
 
 
@@ -60,6 +65,10 @@ def concat(xs: Sequence[Tensor], axis: int) -> Tensor:
 
 def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
     return torch.nn.functional.pad(flat, (0, size - flat.numel())).view(*shape)
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[2]))
 
 
 def zeros(size: int, like: Tensor) -> Tensor:
@@ -143,9 +152,11 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def wave(frequency: int, like: Tensor) -> Tensor:
-    rows = torch.arange(1, like.shape[-2] + 1, dtype=torch.float64, device=like.device)
-    return rows.mul_(frequency).sin_().to(like.dtype).unsqueeze(1)
+def waves(like: Tensor) -> Tensor:
+    _, r, n = like.shape
+    row = torch.arange(1, n + 1, dtype=torch.float64, device=like.device)
+    times = torch.arange(1, r + 1, dtype=torch.float64, device=like.device)
+    return torch.outer(times, row).sin_().to(like.dtype).expand(like.shape)
 
 
 def pack_bits(x: Tensor, bits: int) -> Tensor:
@@ -170,22 +181,35 @@ def unpack_bits(x: Tensor, bits: int) -> Tensor:
 
 
 def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
-    if q.device.type != "cpu":  # many small products cost launches there
-        return torch.bmm(torch.stack(list(matrices)), q)
-    out = q.new_empty(q.shape[0], matrices[0].shape[0], q.shape[2])
+    if not at_hand(q):  # many small products cost launches
+        return torch.bmm(q, torch.stack(list(matrices)).mT)
+    out = q.new_empty(q.shape[0], q.shape[1], matrices[0].shape[0])
     for i, matrix in enumerate(matrices):
-        torch.mm(matrix, q[i], out=out[i])
+        torch.mm(q[i], matrix.t(), out=out[i])
     return out
 
 
 def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
-    if p.device.type != "cpu":
-        return torch.bmm(torch.stack(list(matrices)).mT, p).contiguous()
-    out = p.new_empty(p.shape[0], matrices[0].shape[1], p.shape[2])
+    if not at_hand(p):
+        return torch.bmm(p, torch.stack(list(matrices)))
+    out = p.new_empty(p.shape[0], p.shape[1], matrices[0].shape[1])
     for i, matrix in enumerate(matrices):
-        torch.mm(matrix.t(), p[i], out=out[i])
+        torch.mm(p[i], matrix, out=out[i])
     return out
 
 
-def outer(p: Tensor, q: Tensor) -> Tensor:
-    return torch.mm(p, q.t())
+CACHED = 2**17  # entries that stay in a core's cache between two passes over them
+
+
+def low_rank(
+    matrix: Tensor, p: Tensor, q: Tensor, into: Tensor | None, remainder: bool
+) -> tuple[Tensor, Tensor | None]:
+    mean = torch.empty_like(matrix) if into is None else into
+    n, m = matrix.shape
+    rows = CACHED // m + 1 if at_hand(matrix) else n
+    p = p.t().contiguous()
+    for i in range(0, n, rows):
+        torch.mm(p[i : i + rows], q, out=mean[i : i + rows])
+        if remainder:
+            matrix[i : i + rows].sub_(mean[i : i + rows])
+    return mean, matrix if remainder else None

@@ -39,7 +39,7 @@ class Driver:
                 assert ok is not None, "an exchange ended without asking whether the step was sound"
                 return stop.value, ok, nbytes
             if isinstance(request, Agree):
-                ok, answer = request.flag, True
+                ok, answer = request.sound(), True
             else:
                 nbytes += sum(sent(type(request), n_bytes(x), size) for x in payload(request))
                 answer = self._carry_out(request, f"{self.prefix}.{name}.{count}")

@@ -66,7 +66,7 @@ class Engine:
             largest_of: dict[str, tf.Tensor] = {}
             for memory in memories if self.size > 1 else []:
                 for part, value in memory.items():
-                    if part not in largest_of or value.shape[-1] > largest_of[part].shape[-1]:
+                    if part not in largest_of or value.shape[0] > largest_of[part].shape[0]:
                         largest_of[part] = value
             self.state.memory[key] = {part: variable(value, wide) for part, value in largest_of.items()}
         self.clock.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 
 from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll, Request, Rounds, payload, sent
 from hvd_accordion.compression.feedback import Step
+
+
+PAUSE = 1e-4  # seconds between two looks at what is on its way; Horovod's own wait looks every millisecond
 
 
 @dataclass
@@ -46,31 +50,31 @@ class Driver:
         self.running[name] = Running(name, rounds)
         self._resume(self.running[name], None)
 
-    def poll(self) -> None:
-        """Takes up every exchange whose collective is done; never waits."""
-        for running in self.running.values():
-            if running.handle is not None and hvd.poll(running.handle):
-                self._receive(running)
+    def poll(self) -> bool:
+        """Takes up every exchange whose collective is done, and tells whether there was one; never waits."""
+        done = [r for r in self.running.values() if r.handle is not None and hvd.poll(r.handle)]
+        for running in done:
+            self._receive(running)
+        return bool(done)
 
-    def finish(self, others: Sequence[torch.Tensor] = ()) -> dict[str, tuple[Step, float]]:
+    def finish(self, asked: bool, others: Sequence[torch.Tensor] = ()) -> dict[str, tuple[Step, float]]:
         """Waits for all rounds of all exchanges. Name -> result and the bytes that this rank sent for it.
 
-        `others`: flags of what else was exchanged in this step, which is sound only if they hold too.
+        Args:
+            asked: whether anybody wants to know if the step was sound.
+            others: flags of what else was exchanged in this step, which is sound only if they hold too.
         """
-        waiting = list(self.running.values())
-        while waiting:
-            for running in waiting:
-                if running.handle is not None:
-                    self._receive(running)
-            waiting = [running for running in waiting if running.handle is not None]
+        while any(running.handle is not None for running in self.running.values()):
+            if not self.poll():
+                time.sleep(PAUSE)
         # all wait for the same answer now: was the step sound in every exchange
-        flags = [running.request.flag for running in self.running.values() if isinstance(running.request, Agree)]
-        assert len(flags) == len(self.running), "an exchange ended without asking whether the step was sound"
-        flags += others
+        questions = [running.request for running in self.running.values() if isinstance(running.request, Agree)]
+        assert len(questions) == len(self.running), "an exchange ended without asking whether the step was sound"
+        flags = [*(question.sound() for question in questions), *others] if asked else []
         results = {}
         for name, running in self.running.items():
             try:
-                running.rounds.send(all_true(flags, running.request.flag.device))
+                running.rounds.send(all_true(flags, flags[0].device) if flags else True)
             except StopIteration as stop:
                 results[name] = (stop.value, running.nbytes)
             else:

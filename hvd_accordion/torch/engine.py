@@ -104,6 +104,7 @@ class Engine:
             if self.active and name not in self._hooks:
                 self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
         self.controller.changed = False
+        self.counted: dict[str, float] = {}
         self._begin()
 
     def _grouped(self, layers: list[Layer]) -> list[Group]:
@@ -209,7 +210,8 @@ class Engine:
             self.sent[name] = None, nbytes
             flags.append(flag)
             total += nbytes
-        results = self.driver.finish(flags)
+        asked = bool(self.measured) or any(group.feeds_back or group.spec.lossy for group in self.groups)
+        results = self.driver.finish(asked, flags)
         for group in self.groups:
             step, nbytes = results[group.name]
             self._accept(group, step)
@@ -254,7 +256,7 @@ class Engine:
                 f"made, now it is {ops.dtype(p.grad)} {tuple(p.grad.shape)} on {p.grad.device}; make a new optimizer for "
                 "changed parameters"
             )
-        return p.grad
+        return p.grad.detach() if owned(p.grad) else p.grad.clone(memory_format=torch.contiguous_format)
 
     def _accept(self, group: Group, step: Any) -> None:
         """Writes the means into the gradients, keeps residuals and memory, adds to the window's sums."""
@@ -277,7 +279,11 @@ class Engine:
                 p.grad = mean.to(p.dtype)
             elif p.grad.is_sparse:  # sparse_as_dense
                 p.grad = mean.to(p.dtype).to_sparse(p.grad.sparse_dim())
-            elif p.grad.data_ptr() != mean.data_ptr():
+            elif p.grad.data_ptr() == mean.data_ptr():
+                continue
+            elif owned(p.grad):  # the values' memory may be the residual's by now
+                p.grad = mean
+            else:
                 into.append(p.grad)
                 new.append(mean)
         if into:
@@ -285,6 +291,9 @@ class Engine:
 
     def _count(self, group: Group, nbytes: float) -> None:
         """Shares a group's bytes among its layers as their own specs would have it."""
+        if self.counted.get(group.name) == nbytes:
+            return
+        self.counted[group.name] = nbytes
         predicted = [group.spec.bytes_per_step(x.shape, x.dtype, self.size) for x in group.layers]
         for layer, part in zip(group.layers, predicted, strict=True):
             self.sent[layer.name] = group.spec, nbytes * part / sum(predicted)
@@ -354,6 +363,12 @@ class Engine:
             self.residual = {name: own(name, x).mul_(scale) for name, x in state["residual"].items()}
         self.reset()
         self._replan()
+
+
+def owned(grad: torch.Tensor) -> bool:
+    """Whether the gradient has its memory for itself, as exchanges take it: contiguous, in fp32 or fp64."""
+    alone = grad.untyped_storage().nbytes() == grad.nbytes
+    return alone and grad.is_contiguous() and grad.dtype in (torch.float32, torch.float64)
 
 
 def _hook(engine: weakref.ref[Engine], name: str) -> Callable[[torch.Tensor], None]:
