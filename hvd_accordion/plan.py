@@ -123,12 +123,12 @@ def adaptive(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN
     )
 
 
-def buckets(layers: Sequence[Layer], limit: int = BUCKET_BYTES) -> list[list[Layer]]:
-    """The layers cut into runs of at most `limit` bytes, the last layer first: the order in which backward ends them."""
+def buckets(layers: Sequence[Layer], limit: int | None = BUCKET_BYTES) -> list[list[Layer]]:
+    """The layers cut into runs of at most `limit` bytes, in the order given; None: one run."""
     runs: list[list[Layer]] = []
     filled = 0
-    for layer in reversed(layers):
-        if not runs or filled + layer.nbytes > limit:
+    for layer in layers:
+        if not runs or (limit is not None and filled + layer.nbytes > limit):
             runs.append([])
             filled = 0
         runs[-1].append(layer)
@@ -150,35 +150,44 @@ def split(layers: Sequence[Layer], parts: int) -> list[list[Layer]]:
 
 
 def grouped(
-    runs: Sequence[Sequence[Layer]], specs: Mapping[str, CompressionSpec], carried: Collection[str] = ()
+    runs: Sequence[Sequence[Layer]],
+    specs: Mapping[str, CompressionSpec],
+    carried: Collection[str] = (),
+    limit: int | None = None,
 ) -> list[Group]:
-    """Each run cut up by what its layers have in common, under names that are the same on every rank.
+    """Each run cut up by what its layers have in common, and into buckets, under names that are the same on every rank.
 
     Layers in `carried` hold a residual; they stay apart from those that need none.
     """
     groups = []
     for i, run in enumerate(runs):
-        parts: dict[tuple[CompressionSpec, str, str, bool], list[Layer]] = {}
+        kinds: dict[tuple[CompressionSpec, str, str, bool], list[Layer]] = {}
         for layer in run:
             spec = specs[layer.name]
             feeds_back = layer.name in carried or (spec.lossy and spec.error_feedback)
-            parts.setdefault((spec, layer.dtype, layer.device, feeds_back), []).append(layer)
-        for j, ((spec, dtype, _, feeds_back), members) in enumerate(parts.items()):
-            groups.append(Group(f"{i}.{j}.{spec.tag}.{dtype}", spec, tuple(members), feeds_back))
+            kinds.setdefault((spec, layer.dtype, layer.device, feeds_back), []).append(layer)
+        for j, ((spec, dtype, _, feeds_back), members) in enumerate(kinds.items()):
+            for k, bucket in enumerate(buckets(members, limit)):
+                groups.append(Group(f"{i}.{j}.{k}.{spec.tag}.{dtype}", spec, tuple(bucket), feeds_back))
     return groups
 
 
 def parts(
-    runs: Sequence[Sequence[Layer]], policy: Mapping[str, Policy], world_size: int, min_numel: int = MIN_NUMEL
+    runs: Sequence[Sequence[Layer]],
+    policy: Mapping[str, Policy],
+    world_size: int,
+    min_numel: int = MIN_NUMEL,
+    limit: int | None = None,
 ) -> list[Part]:
     """Each run cut up like `grouped`, for levels that change without a new plan: an adaptive layer stays alone."""
     found = []
     for i, run in enumerate(runs):
-        members: dict[tuple[tuple[CompressionSpec, ...], str, str, str], list[Layer]] = {}
+        kinds: dict[tuple[tuple[CompressionSpec, ...], str, str, str], list[Layer]] = {}
         for layer in run:
             specs = tuple(candidates(layer, policy[layer.name], world_size, min_numel))
             alone = layer.name if adaptive(layer, policy[layer.name], world_size, min_numel) else ""
-            members.setdefault((specs, layer.dtype, layer.device, alone), []).append(layer)
-        for j, ((specs, dtype, _, _), layers) in enumerate(members.items()):
-            found.append(Part(f"{i}.{j}.{dtype}", specs, tuple(layers)))
+            kinds.setdefault((specs, layer.dtype, layer.device, alone), []).append(layer)
+        for j, ((specs, dtype, _, _), members) in enumerate(kinds.items()):
+            for k, bucket in enumerate(buckets(members, limit)):
+                found.append(Part(f"{i}.{j}.{k}.{dtype}", specs, tuple(bucket)))
     return found

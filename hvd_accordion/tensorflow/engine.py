@@ -173,7 +173,8 @@ class Engine:
 
     def _parts(self, given: dict[str, Any]) -> list[Part]:
         policy, small = self.controller.policy, self.settings.min_compress_numel
-        return plan.parts(self._runs(self._dense(given)), policy, self.size, small)
+        limit = None if self.settings.groups else plan.BUCKET_BYTES
+        return plan.parts(self._runs(self._dense(given)), policy, self.size, small, limit)
 
     def _dense(self, given: dict[str, Any]) -> list[Layer]:
         """Layers whose gradients are neither missing nor slices, in the order of the variables."""
@@ -189,7 +190,7 @@ class Engine:
             for layer in layers:
                 runs.setdefault(self.group_of.get(layer.name, layer.name), []).append(layer)
             return list(runs.values())
-        return plan.buckets(layers)
+        return [layers[::-1]]  # in the order of backward
 
     def _travel(self, part: Part, given: dict[str, Any], step: tf.Tensor, levels: tf.Tensor, driver: Driver) -> Any:
         """Averages, new residuals and memory of the layers, whether all were finite, bytes sent."""

@@ -52,6 +52,7 @@ class Engine:
         self._join()
         self.residual: dict[str, torch.Tensor] = {}
         self.memory: dict[str, Memory] = {}
+        self.kinds: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # of the gradients, as planned
         self.summed: dict[str, torch.Tensor] = {}  # averaged gradients since the window's start
         self.sent: dict[
             str, tuple[CompressionSpec | None, float]
@@ -108,7 +109,9 @@ class Engine:
         self._begin()
 
     def _grouped(self, layers: list[Layer]) -> list[Group]:
-        return plan.grouped(self._runs(layers), self.controller.specs(), self.residual)
+        self.kinds |= {x.name: kind(self.params[x.name]) for x in layers}
+        limit = None if self.settings.groups else plan.BUCKET_BYTES
+        return plan.grouped(self._runs(layers), self.controller.specs(), self.residual, limit)
 
     def _runs(self, layers: list[Layer]) -> list[list[Layer]]:
         groups = self.settings.groups
@@ -118,7 +121,7 @@ class Engine:
             by_id = {id(self.params[x.name]): x for x in layers}
             runs = [[by_id.pop(id(p)) for p in group if id(p) in by_id] for group in groups]
             return [run for run in runs if run] + [[x] for x in by_id.values()]
-        return plan.buckets(layers)
+        return [layers[::-1]]  # in the order of backward
 
     def _begin(self) -> None:
         self.missing = {group.name: {layer.name for layer in group.layers} for group in self.groups}
@@ -131,7 +134,6 @@ class Engine:
     def in_flight(self) -> bool:
         return bool(self.started)
 
-    @torch.no_grad()
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
         if self.size == 1:
@@ -219,6 +221,7 @@ class Engine:
             total += nbytes
         return total
 
+    @torch.no_grad()
     def _start(self, group: Group) -> None:
         self.started[group.name] = group
         names = tuple(layer.name for layer in group.layers)
@@ -250,7 +253,7 @@ class Engine:
                     f"the gradient of {layer.name} is sparse but was dense at the first step: pass sparse_as_dense=True"
                 )
             return p.grad.to_dense()
-        if layer_of(layer.name, p.grad) != layer:
+        if kind(p.grad) != self.kinds[layer.name]:
             raise ValueError(
                 f"the gradient of {layer.name} was {layer.dtype} {layer.shape} on {layer.device} when the optimizer was "
                 f"made, now it is {ops.dtype(p.grad)} {tuple(p.grad.shape)} on {p.grad.device}; make a new optimizer for "
@@ -363,6 +366,10 @@ class Engine:
             self.residual = {name: own(name, x).mul_(scale) for name, x in state["residual"].items()}
         self.reset()
         self._replan()
+
+
+def kind(x: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return x.shape, x.dtype, x.device
 
 
 def owned(grad: torch.Tensor) -> bool:
