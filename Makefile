@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo demo-tf ui test lint bench clean
+.PHONY: help setup demo demo-tf ui test lint bench bench-accuracy bench-scaling bench-keras clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -31,8 +31,16 @@ lint: $(STAMP)    ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)   ## step time against Horovod's own optimizer, and under Keras's fit; two ranks, unshaped link
-	$(BIN)/python examples/benchmarks/overhead.py
+bench: $(STAMP)   ## step time over links of 100 Mbit/s, 1 Gbit/s and more, against Horovod and DDP; needs root
+	$(BIN)/python examples/benchmarks/links.py
+
+bench-accuracy: $(STAMP) ## seconds to dense training's accuracy over a link of 100 Mbit/s; needs root
+	$(BIN)/python examples/benchmarks/time_to_accuracy.py
+
+bench-scaling: $(STAMP) ## exchanges among 2, 4 and 8 hosts, and what they predict for 1,024; needs root
+	$(BIN)/python examples/benchmarks/scaling.py
+
+bench-keras: $(STAMP) ## step time under Keras's fit; two ranks, unshaped link
 	$(BIN)/python examples/benchmarks/keras_fit.py
 
 clean:            ## everything made here, but not the cached Horovod wheel

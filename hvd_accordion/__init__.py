@@ -1,6 +1,7 @@
 """Adaptive gradient compression for Horovod. This package imports no framework; its subpackages import one each."""
 
 from hvd_accordion.accordion import Accordion, Regime
+from hvd_accordion.auto import Auto
 from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.tracking import MLflowLogger
 
@@ -11,6 +12,7 @@ __all__ = [
     "FP16",
     "QSGD",
     "Accordion",
+    "Auto",
     "CompressionSpec",
     "Dense",
     "MLflowLogger",

@@ -56,7 +56,7 @@ def payload(request: Request) -> list[Tensor]:
     return [] if isinstance(request, Agree) else [request.tensor]
 
 
-def sent(request: type[Request], nbytes: int, world_size: int) -> float:
+def sent(request: type[Request], nbytes: float, world_size: int) -> float:
     """Bytes that one rank sends for a payload of `nbytes`, in the bandwidth-optimal form of the collective.
 
     AllReduce 2 (n-1)/n B (reduce-scatter, then gather), AllGather (n-1) B, AllToAll (n-1)/n B.

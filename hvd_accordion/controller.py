@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from hvd_accordion import sampling
 from hvd_accordion.accordion import Accordion, Regime
-from hvd_accordion.compression import CompressionSpec
+from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.compression.base import dense_bytes
-from hvd_accordion.plan import MIN_NUMEL, Layer, Policy, adaptive, level
+from hvd_accordion import plan
+from hvd_accordion.plan import MIN_NUMEL, Layer, Policy
 from hvd_accordion.records import LayerRecord
 from hvd_accordion.report import CompressionReport, LayerReport, Stats
 
@@ -61,6 +63,7 @@ class Controller:
         self.step = self.epoch = self.step_of_epoch = self.window = 0
         self.stats, self._epoch_start = Stats(), Stats()
         self._due: list[Accordion] = []
+        self.chosen: dict[str, CompressionSpec] = {}
         self.set_layers(layers)
         self._silence = {"steps": 0, "counted": not self._needs_epochs}
         weakref.finalize(self, _warn_of_no_epochs, self._silence)
@@ -72,12 +75,11 @@ class Controller:
                 _, given = self._copies.setdefault(id(given), (given, copy.deepcopy(given)))
             self.policy[name] = given
         self.accordions = [mine for _, mine in self._copies.values()]
-        levels = [(p.critical, p.relaxed) if isinstance(p, Accordion) else (p,) for p in self.policy.values()]
-        self._specs = set(itertools.chain.from_iterable(levels))
+        self._specs = set(itertools.chain.from_iterable(map(plan.options, self.policy.values())))
 
     def set_layers(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers}
-        self.adaptive = [x for x in layers if adaptive(x, self.policy[x.name], self.world_size, self.min_numel)]
+        self.adaptive = [x for x in layers if plan.adaptive(x, self.policy[x.name], self.world_size, self.min_numel)]
         self.dense_bytes = sum(dense_bytes(x.shape, x.dtype, self.world_size) for x in layers)
         self._refresh()
 
@@ -97,10 +99,30 @@ class Controller:
 
     def specs(self) -> dict[str, CompressionSpec]:
         """The spec of each layer at the step to come."""
-        return {
-            name: level(layer, self.policy[name], self.step, self.world_size, self.min_numel)
+        return {name: self.spec(layer) for name, layer in self.layers.items()}
+
+    def spec(self, layer: Layer) -> CompressionSpec:
+        return plan.level(
+            layer, self.policy[layer.name], self.step, self.world_size, self.min_numel, self.chosen
+        )
+
+    def choices(self) -> dict[str, tuple[CompressionSpec, ...]]:
+        """The candidates of each layer that an Auto may compress."""
+        found = {
+            name: plan.choices(layer, self.policy[name], self.world_size, self.min_numel)
             for name, layer in self.layers.items()
         }
+        return {name: specs for name, specs in found.items() if specs}
+
+    @property
+    def undecided(self) -> bool:
+        """Whether an Auto has yet to choose."""
+        return any(name not in self.chosen for name in self.choices())
+
+    def choose(self, chosen: plan.Chosen) -> None:
+        """An Auto's choices, the same on all ranks."""
+        self.chosen = {name: chosen[name] for name in self.choices()}
+        self._refresh()
 
     def regime(self, name: str) -> Regime | None:
         policy = self.policy[name]
@@ -110,6 +132,11 @@ class Controller:
         policy = self.policy[name]
         assert isinstance(policy, Accordion)
         return policy
+
+    def watched(self, name: str, count: int) -> int:
+        """How many of a layer's `count` entries an engine adds up."""
+        policy = self.policy[name]
+        return policy.watched(count) if isinstance(policy, Accordion) else 0
 
     # steps and windows
 
@@ -173,16 +200,15 @@ class Controller:
         )
 
     def observe(self, norms: Mapping[str, float], lr: float) -> None:
-        """A check: new regimes from the norms of the layers that are due, in the numbers all ranks share."""
+        """A check: new regimes of the layers that are due, from the norms of their watched entries, as all ranks know them."""
         records: dict[str, LayerRecord] = {}
+        counts = {name: self.layers[name].numel for name in norms}
+        norms = {n: norm * sampling.scale(counts[n], self.watched(n, counts[n])) for n, norm in norms.items()}
         for accordion in self._due:
             mine = {name: norm for name, norm in norms.items() if self.policy[name] is accordion}
             accordion.observe(mine, lr)
             for name, norm in mine.items():
-                layer, spec = (
-                    self.layers[name],
-                    level(self.layers[name], accordion, self.step, self.world_size, self.min_numel),
-                )
+                layer, spec = self.layers[name], self.spec(self.layers[name])
                 nbytes = spec.bytes_per_step(layer.shape, layer.dtype, self.world_size)
                 ratio = accordion.ratios.get(name)
                 records[name] = LayerRecord(norm, ratio, str(accordion.regime(name)), str(spec), round(nbytes))
@@ -216,7 +242,8 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         counters = {key: getattr(self, key) for key in ("step", "epoch", "step_of_epoch", "window")}
         totals = {"stats": dict(vars(self.stats)), "epoch_start": dict(vars(self._epoch_start))}
-        return {**counters, **totals, "accordions": [a.state_dict() for a in self.accordions]}
+        numbers = {name: (Dense(), *specs).index(self.chosen[name]) for name, specs in self.choices().items() if name in self.chosen}
+        return {**counters, **totals, "accordions": [a.state_dict() for a in self.accordions], "chosen": numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = state["accordions"]
@@ -227,6 +254,8 @@ class Controller:
         self.stats, self._epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
         for accordion, its in zip(self.accordions, saved, strict=True):
             accordion.load_state_dict(its)
+        choices, chosen = self.choices(), state["chosen"]
+        self.chosen = {name: (Dense(), *specs)[chosen[name]] for name, specs in choices.items() if name in chosen}
         self._refresh()
         self._silence["counted"] = self._silence["counted"] or self.epoch > 0
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from hvd_accordion.accordion import Accordion
+from hvd_accordion.auto import Auto
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.compression.base import ITEMSIZE, size
 
-Policy: TypeAlias = CompressionSpec | Accordion
+Policy: TypeAlias = CompressionSpec | Accordion | Auto
+Chosen: TypeAlias = Mapping[str, CompressionSpec]  # by an Auto: layer name -> spec
 Compression: TypeAlias = Policy | Mapping[str, Policy | None] | None
 
 MIN_NUMEL = 1024  # smaller tensors travel dense: their compressed form saves less than its handling costs
+NOTHING: Chosen = MappingProxyType({})
 BUCKET_BYTES = 16 * 2**20  # one group's gradients: large enough for few collectives, small enough to start early
 
 
@@ -60,7 +64,7 @@ class Part:
 
 
 def is_policy(value: Any) -> bool:
-    return isinstance(value, CompressionSpec | Accordion)
+    return isinstance(value, CompressionSpec | Accordion | Auto)
 
 
 def assign(compression: Compression, names: Sequence[str], strict: bool = True) -> dict[str, Policy]:
@@ -74,14 +78,14 @@ def assign(compression: Compression, names: Sequence[str], strict: bool = True) 
         return dict.fromkeys(names, compression)  # type: ignore[arg-type]
     if not isinstance(compression, Mapping):
         raise TypeError(
-            "compression must be None, hvd.Compression.none or fp16, a spec such as PowerSGD(4), an Accordion, "
+            "compression must be None, hvd.Compression.none or fp16, a spec such as PowerSGD(4), an Accordion, an Auto, "
             f"or a dict from parameter-name glob to one of those, got {compression!r}"
         )
     for glob, policy in compression.items():
         if not isinstance(glob, str):
             raise TypeError(f"compression: a key must be a glob of parameter names (a string), got {glob!r}")
         if policy is not None and not is_policy(policy):
-            raise TypeError(f"compression[{glob!r}] must be None, a spec or an Accordion, got {policy!r}")
+            raise TypeError(f"compression[{glob!r}] must be None, a spec, an Accordion or an Auto, got {policy!r}")
         if strict and not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"compression: the glob {glob!r} matches no parameter name; they are {', '.join(names)}")
     chosen: dict[str, Policy] = {}
@@ -101,26 +105,57 @@ def allowed(layer: Layer, spec: CompressionSpec, world_size: int, min_numel: int
     )
 
 
-def level(layer: Layer, policy: Policy, step: int, world_size: int, min_numel: int = MIN_NUMEL) -> CompressionSpec:
+def sides(policy: Policy) -> tuple[CompressionSpec | Auto, ...]:
+    """What the layer's regimes lead to, critical before relaxed."""
+    return (policy.critical, policy.relaxed) if isinstance(policy, Accordion) else (policy,)
+
+
+def options(policy: Policy) -> list[CompressionSpec]:
+    """Every spec that a layer may get of this policy, whatever the layer."""
+    return [s for side in sides(policy) for s in (side.candidates if isinstance(side, Auto) else (side,))]
+
+
+def settled(layer: Layer, side: CompressionSpec | Auto, chosen: Chosen) -> CompressionSpec:
+    """The spec itself; of an Auto what it chose, dense as long as it has not."""
+    return chosen.get(layer.name, Dense()) if isinstance(side, Auto) else side
+
+
+def level(
+    layer: Layer,
+    policy: Policy,
+    step: int,
+    world_size: int,
+    min_numel: int = MIN_NUMEL,
+    chosen: Chosen = NOTHING,
+) -> CompressionSpec:
     """The spec that the layer travels under at this step."""
-    spec = policy.spec(layer.name) if isinstance(policy, Accordion) else policy
+    side = policy.side(layer.name) if isinstance(policy, Accordion) else policy
+    spec = settled(layer, side, chosen)
     return spec if spec.active(step) and allowed(layer, spec, world_size, min_numel) else Dense()
 
 
-def candidates(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL) -> list[CompressionSpec]:
+def candidates(
+    layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL, chosen: Chosen = NOTHING
+) -> list[CompressionSpec]:
     """Every spec that the layer may ever travel under: first those that its regimes lead to, critical before relaxed."""
-    specs = (policy.critical, policy.relaxed) if isinstance(policy, Accordion) else (policy,)
+    specs = [settled(layer, side, chosen) for side in sides(policy)]
     found = [spec if allowed(layer, spec, world_size, min_numel) else Dense() for spec in specs]
     if any(not spec.active(0) for spec in found):
         found.append(Dense())
     return list(dict.fromkeys(found))
 
 
+def choices(
+    layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL
+) -> tuple[CompressionSpec, ...]:
+    """The candidates of the layer's Auto that may compress it; none where there is no Auto."""
+    autos = [side for side in sides(policy) if isinstance(side, Auto)]
+    return tuple(s for auto in autos for s in auto.candidates if allowed(layer, s, world_size, min_numel))
+
+
 def adaptive(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL) -> bool:
     """Whether the layer's regime makes any difference to it."""
-    return isinstance(policy, Accordion) and any(
-        allowed(layer, spec, world_size, min_numel) for spec in (policy.critical, policy.relaxed)
-    )
+    return isinstance(policy, Accordion) and any(allowed(layer, s, world_size, min_numel) for s in options(policy))
 
 
 def buckets(layers: Sequence[Layer], limit: int | None = BUCKET_BYTES) -> list[list[Layer]]:
@@ -178,13 +213,14 @@ def parts(
     world_size: int,
     min_numel: int = MIN_NUMEL,
     limit: int | None = None,
+    chosen: Chosen = NOTHING,
 ) -> list[Part]:
     """Each run cut up like `grouped`, for levels that change without a new plan: an adaptive layer stays alone."""
     found = []
     for i, run in enumerate(runs):
         kinds: dict[tuple[tuple[CompressionSpec, ...], str, str, str], list[Layer]] = {}
         for layer in run:
-            specs = tuple(candidates(layer, policy[layer.name], world_size, min_numel))
+            specs = tuple(candidates(layer, policy[layer.name], world_size, min_numel, chosen))
             alone = layer.name if adaptive(layer, policy[layer.name], world_size, min_numel) else ""
             kinds.setdefault((specs, layer.dtype, layer.device, alone), []).append(layer)
         for j, ((specs, dtype, _, _), members) in enumerate(kinds.items()):

@@ -74,7 +74,7 @@ class Settings:
         }
         accordion = next((p for p in policy.values() if isinstance(p, Accordion)), None)
         if accordion is not None:
-            logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop")}
+            logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop", "norm")}
             logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
         return logged
 

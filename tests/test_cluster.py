@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from hvd_accordion.cluster import carry_out, run
 from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll
 
-YES, NO = np.array(True), np.array(False)
+def yes():
+    return np.array(True)
+
+
+def no():
+    return np.array(False)
 
 
 def ask(*requests):
@@ -63,13 +68,13 @@ def test_ranks_do_not_share_the_memory_of_means():
 
 
 def test_agree_hands_on_the_common_flag():
-    assert [bool(x) for x in carry_out([Agree(YES)] * 2)] == [True, True]
-    assert [bool(x) for x in carry_out([Agree(NO)] * 2)] == [False, False]
+    assert [bool(x) for x in carry_out([Agree(yes)] * 2)] == [True, True]
+    assert [bool(x) for x in carry_out([Agree(no)] * 2)] == [False, False]
 
 
 def test_ranks_that_disagree_are_an_error():
     with pytest.raises(RuntimeError, match=r"disagree.*\[True, False\]"):
-        carry_out([Agree(YES), Agree(NO)])
+        carry_out([Agree(yes), Agree(no)])
 
 
 def test_ranks_that_ask_for_different_collectives_are_an_error():
@@ -77,7 +82,7 @@ def test_ranks_that_ask_for_different_collectives_are_an_error():
     with pytest.raises(RuntimeError, match=r"different collectives.*AllReduce.*AllGather"):
         run([ask(AllReduce([x])), ask(AllGather(x))])
     with pytest.raises(RuntimeError, match="different collectives"):
-        run([ask(Agree(YES), AllToAll(x)), ask(Agree(YES), AllGather(x))])
+        run([ask(Agree(yes), AllToAll(x)), ask(Agree(yes), AllGather(x))])
 
 
 def test_ranks_with_different_numbers_or_shapes_of_tensors_are_an_error():
@@ -91,7 +96,7 @@ def test_ranks_with_different_numbers_or_shapes_of_tensors_are_an_error():
 
 def test_a_rank_that_ends_early_is_an_error():
     with pytest.raises(RuntimeError, match="some ranks ended"):
-        run([ask(Agree(YES)), ask(Agree(YES), Agree(YES))])
+        run([ask(Agree(yes)), ask(Agree(yes), Agree(yes))])
 
 
 def test_run_counts_what_one_rank_sends():
@@ -100,7 +105,7 @@ def test_run_counts_what_one_rank_sends():
             AllReduce([np.zeros(100, np.float32), np.zeros(50)]),  # 2 * 3/4 of 400 + 400
             AllGather(np.zeros(10, np.uint8)),  # 3 * 10
             AllToAll(np.zeros((4, 10), np.uint8)),  # 3/4 of 40
-            Agree(YES),
+            Agree(yes),
         )
 
     answers, nbytes = run([exchange() for _ in range(4)])

@@ -38,10 +38,15 @@ def take_turns(modes: Sequence[str], turn: Callable[[str], float], rounds: int) 
         turn(name)  # warm-up
     times: dict[str, list[float]] = {name: [] for name in modes}
     for i in range(rounds):
-        first = i % len(modes)
-        for name in [*modes[first:], *modes[:first]]:
+        for name in order(modes, i):
             times[name].append(turn(name))
     return times
+
+
+def order(modes: Sequence[str], i: int) -> list[str]:
+    """Of the turns in round i: every round begins with another mode."""
+    first = i % len(modes)
+    return [*modes[first:], *modes[:first]]
 
 
 def report(title: str, times: dict[str, list[float]], file: Path | None) -> None:

@@ -54,7 +54,7 @@ parser.add_argument("--seed", type=int, default=42)
 parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
 parser.add_argument("--run-name", help="in MLflow; by default the compression")
-parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy and regimes by epoch to this JSON file")
+parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy, time and regimes by epoch to this JSON")
 parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
@@ -139,7 +139,7 @@ def main(args):
     )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=-(-2 * args.epochs // 3))
 
-    seconds, points, regimes = 0.0, [], []
+    seconds, points, regimes, clock = 0.0, [], [], []
     bar = tqdm(
         total=args.epochs * len(loader),
         desc=args.run_name or args.compression,
@@ -164,6 +164,7 @@ def main(args):
 
         accuracy = test_accuracy(model, *test_shard)
         points.append([optimizer.stats.sent_bytes, accuracy])
+        clock.append(seconds)
         bar.set_postfix_str(f"accuracy {accuracy:.1%}", refresh=False)
         if logger:
             logger.log_metrics({"test_accuracy": accuracy}, epoch)
@@ -175,7 +176,7 @@ def main(args):
         logger.finish()
     if args.history:
         with open(args.history, "w", encoding="utf-8") as file:
-            json.dump({"points": points, "regimes": regimes}, file)
+            json.dump({"points": points, "seconds_by_epoch": clock, "regimes": regimes}, file)
     result = {
         "accuracy": accuracy,
         "sent_bytes": round(optimizer.stats.sent_bytes),

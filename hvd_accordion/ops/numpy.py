@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy import clip, concatenate, floor, reshape, stack, where
 
+from hvd_accordion.ops.selection import exact as top_k
+
 Array = np.ndarray
 
-__all__ = ["clip", "floor", "reshape", "stack", "where"]
+__all__ = ["clip", "floor", "reshape", "stack", "top_k", "where"]
 
 
 def widen(xs: Sequence[Array]) -> list[Array]:
@@ -62,6 +64,18 @@ def zeros(size: int, like: Array) -> Array:
     return np.zeros(size, like.dtype)
 
 
+def full(size: int, value: Array) -> Array:
+    return np.full(size, value)
+
+
+def constant(values: Sequence[int], like: Array) -> Array:
+    return np.array(values, np.int32)
+
+
+def arange(count: int, like: Array) -> Array:
+    return np.arange(count, dtype=np.int32)
+
+
 def dtype(x: Array) -> str:
     return x.dtype.name
 
@@ -98,8 +112,12 @@ def sum(x: Array, axis: int, keepdims: bool) -> Array:
     return np.sum(x, axis=axis, keepdims=keepdims)
 
 
-def top_k(x: Array, k: int) -> Array:
-    return np.argpartition(np.abs(x), x.size - k)[x.size - k :].astype(np.int32)
+def argsort(x: Array) -> Array:
+    return np.argsort(x).astype(np.int32)
+
+
+def searchsorted(ascending: Array, values: Array) -> Array:
+    return np.searchsorted(ascending, values, side="right").astype(np.int32)
 
 
 def affine(factors: Sequence[int], pick: int, shift: int, k: int, count: int, like: Array) -> Array:
@@ -118,7 +136,7 @@ def put(x: Array, index: Array, value: float) -> Array:
 
 def scatter_add(x: Array, index: Array, values: Array) -> Array:
     x = x.copy()
-    x[index] += values
+    np.add.at(x, index, values)
     return x
 
 

@@ -45,6 +45,15 @@ class Ops(Protocol):
         """(b, r, n) with zeros behind each row, up to `width`."""
 
     def zeros(self, size: int, like: Tensor) -> Tensor: ...
+    def full(self, size: int, value: Tensor) -> Tensor:
+        """A vector of one value, which is a scalar tensor."""
+
+    def constant(self, values: Sequence[int], like: Tensor) -> Tensor:
+        """int32, where `like` is."""
+
+    def arange(self, count: int, like: Tensor) -> Tensor:
+        """int32 0, 1, ... count - 1, where `like` is."""
+
     def dtype(self, x: Tensor) -> str: ...
     def cast(self, x: Tensor, dtype: str) -> Tensor: ...
     def cast_like(self, x: Tensor, like: Tensor) -> Tensor: ...
@@ -62,7 +71,14 @@ class Ops(Protocol):
 
     # entries of vectors
     def top_k(self, x: Tensor, k: int) -> Tensor:
-        """int32 indices of the k entries largest in magnitude; NaN counts as largest."""
+        """int32 indices, ascending, of the k entries largest in magnitude; NaN counts as largest. On the CPU the first of
+        equal ones."""
+
+    def argsort(self, x: Tensor) -> Tensor:
+        """int32 indices that sort an integer vector, in which no number stands twice."""
+
+    def searchsorted(self, ascending: Tensor, values: Tensor) -> Tensor:
+        """int32: for each value of a vector, how many of the ascending numbers are no larger."""
 
     def affine(self, factors: Sequence[int], pick: Any, shift: Any, k: int, count: int, like: Tensor) -> Tensor:
         """int32 (a j + shift) mod count for j < k, where a is number `pick` modulo their count of the factors."""
@@ -70,7 +86,7 @@ class Ops(Protocol):
     def take(self, x: Tensor, index: Tensor) -> Tensor: ...
     def put(self, x: Tensor, index: Tensor, value: float) -> Tensor: ...
     def scatter_add(self, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-        """x with the values added; no index stands twice."""
+        """x with the values added; of an index that stands twice only one value may be other than zero."""
 
     def add_row(self, x: Tensor, row: int, values: Tensor) -> Tensor: ...
 

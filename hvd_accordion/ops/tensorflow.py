@@ -60,6 +60,18 @@ def zeros(size: int, like: Tensor) -> Tensor:
     return tf.zeros(size, like.dtype)
 
 
+def full(size: int, value: Tensor) -> Tensor:
+    return tf.fill([size], value)
+
+
+def constant(values: Sequence[int], like: Tensor) -> Tensor:
+    return tf.constant(values, tf.int32)
+
+
+def arange(count: int, like: Tensor) -> Tensor:
+    return tf.range(count, dtype=tf.int32)
+
+
 def dtype(x: Tensor) -> str:
     return x.dtype.name
 
@@ -109,9 +121,16 @@ def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
 def top_k(x: Tensor, k: int) -> Tensor:
     # of floats without their sign the bits are in the order of the values, with NaN behind Inf
     whole, mask = (tf.int64, 2**63 - 1) if x.dtype == tf.float64 else (tf.int32, 2**31 - 1)
-    return tf.math.top_k(
-        tf.bitwise.bitwise_and(tf.bitcast(x, whole), tf.constant(mask, whole)), k, sorted=False
-    ).indices
+    bits = tf.bitwise.bitwise_and(tf.bitcast(x, whole), tf.constant(mask, whole))
+    return tf.sort(tf.math.top_k(bits, k, sorted=False).indices)
+
+
+def argsort(x: Tensor) -> Tensor:
+    return tf.argsort(x)
+
+
+def searchsorted(ascending: Tensor, values: Tensor) -> Tensor:
+    return tf.searchsorted(ascending, values, side="right")
 
 
 def affine(factors: Sequence[int], pick: Any, shift: Any, k: int, count: int, like: Tensor) -> Tensor:

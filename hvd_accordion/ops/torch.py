@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, floor, reshape, stack, where
 
+from hvd_accordion.ops import selection
+
 __all__ = ["floor", "reshape", "stack", "where"]
 
 
@@ -75,6 +77,18 @@ def zeros(size: int, like: Tensor) -> Tensor:
     return torch.zeros(size, dtype=like.dtype, device=like.device)
 
 
+def full(size: int, value: Tensor) -> Tensor:
+    return value.expand(size).clone()  # torch.full would wait for the value
+
+
+def constant(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(like.device, non_blocking=True)
+
+
+def arange(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=like.device)
+
+
 def dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
@@ -113,7 +127,17 @@ def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
-    return x.abs().topk(k, sorted=False).indices.to(torch.int32)
+    if at_hand(x):
+        return torch.from_numpy(selection.fast(x.detach().numpy(), k))
+    return x.abs().topk(k, sorted=False).indices.to(torch.int32).sort().values
+
+
+def argsort(x: Tensor) -> Tensor:
+    return torch.argsort(x).to(torch.int32)
+
+
+def searchsorted(ascending: Tensor, values: Tensor) -> Tensor:
+    return torch.searchsorted(ascending, values, right=True, out_int32=True)
 
 
 def affine(factors: Sequence[int], pick: int, shift: int, k: int, count: int, like: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def largest(numbers: Sequence[int], name: str, process_set: hvd.ProcessSet) -> l
     return hvd.allreduce(mine, op=hvd.Max, name=name, process_set=process_set).numpy().tolist()
 
 
+def from_rank_0(numbers: Sequence[float], name: str, process_set: hvd.ProcessSet) -> list[float]:
+    """The numbers as the first rank of the process set has them; floats survive exactly."""
+    mine = tf.constant(numbers, tf.float64)
+    return hvd.broadcast(mine, root(process_set), name=name, process_set=process_set).numpy().tolist()
+
+
 def root(process_set: hvd.ProcessSet) -> int:
     """Global rank of the process set's first member."""
     return process_set.ranks[0] if process_set.ranks else 0

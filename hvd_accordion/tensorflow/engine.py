@@ -10,8 +10,8 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_accordion import plan
-from hvd_accordion.accordion import Accordion
+from hvd_accordion import plan, sampling
+from hvd_accordion.auto import Advice, advise
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.controller import Controller
 from hvd_accordion.naming import Prefix
@@ -22,6 +22,7 @@ from hvd_accordion.tensorflow import slices
 from hvd_accordion.tensorflow.agreement import largest, require_equal
 from hvd_accordion.tensorflow.clock import Clock
 from hvd_accordion.tensorflow.driver import Driver
+from hvd_accordion.tensorflow.probe import measured
 from hvd_accordion.tensorflow.state import State, variable
 
 NONE, SLICES, DENSE = range(3)  # kinds of gradients; where ranks have different ones the last of these counts
@@ -42,9 +43,11 @@ class Engine:
         self.rank, self.size = state.me
         self.numbers: dict[str, str] = {}  # of a layer in the state
         self.group_of: dict[str, int] = {}  # where the user gave groups of variables
+        self.entries: dict[str, tf.Tensor] = {}  # of a layer, which are watched; missing: all
         self.kinds: dict[str, int] = {}
         self.traffic: dict[tuple[str, CompressionSpec], float] = {}  # of a layer under a spec, as traced
         self.clock = Clock(controller, state, self.numbers, prefix, self.process_set)
+        self.advice: Advice | None = None
         self._signatures: dict[tuple[str, ...], int] = {}
         self._numbers = itertools.count()
         self._functions: dict[tuple[str, ...], Any] = {}
@@ -59,7 +62,11 @@ class Engine:
             if Part("", specs, (layer,)).feeds_back and self.size > 1:
                 self.state.residual[key] = variable(tf.zeros(layer.shape, wide), wide)
             if layer.name in adaptive:
-                self.state.summed[key] = variable(tf.zeros(layer.shape, wide), wide)
+                size = self.controller.watched(layer.name, layer.numel)
+                self.state.summed[key] = variable(tf.zeros(size, wide), wide)
+                if size < layer.numel:
+                    seed, summed = self.settings.seed, self.state.summed[key]
+                    self.entries[layer.name] = sampling.entries(ops, layer.name, layer.numel, size, seed, summed)
             self.state.slice_bytes[key] = variable(0.0, tf.float64)
             like = tf.zeros(layer.shape, wide)
             memories = [spec.initial_memory(ops, like, layer.name, self.settings.seed) for spec in specs]
@@ -72,8 +79,10 @@ class Engine:
         self.clock.begin()
 
     def _specs(self, layer: Layer) -> tuple[CompressionSpec, ...]:
-        policy = self.controller.policy[layer.name]
-        return tuple(plan.candidates(layer, policy, self.size, self.settings.min_compress_numel))
+        """All that the layer may travel under, whatever an Auto will choose."""
+        policy, small = self.controller.policy[layer.name], self.settings.min_compress_numel
+        found = plan.candidates(layer, policy, self.size, small)
+        return tuple(dict.fromkeys([*found, *plan.choices(layer, policy, self.size, small)]))
 
     # before the first exchange
 
@@ -91,12 +100,30 @@ class Engine:
         mine = [
             NONE if g is None else SLICES if isinstance(g, tf.IndexedSlices) and not dense else DENSE for g in grads
         ]
-        everyone = largest(mine, f"{self.prefix}.{number}.kinds", self.process_set)
+        self.clock.look()  # what was restored may hold an Auto's choice
+        undecided = int(self.controller.undecided and self.size > 1)
+        *everyone, undecided = largest([*mine, undecided], f"{self.prefix}.{number}.kinds", self.process_set)
         for name, kind in zip(names, everyone, strict=True):
             self.kinds[name] = max(kind, self.kinds.get(name, NONE))
             if self.kinds[name] == SLICES:  # a table's residual would be as large as the table, and never used
                 self.state.forget(self.numbers[name])
+        if undecided:
+            self._choose()
         self._signatures[names] = number
+
+    def _choose(self) -> None:
+        """An Auto decides, on all ranks alike."""
+        layers, choices = list(self.controller.layers.values()), self.controller.choices()
+        self.advice = advise(layers, choices, measured(layers, choices, str(self.prefix), self.process_set))
+        self.controller.choose({layer.name: layer.chosen for layer in self.advice})
+        for layer in layers:
+            if not Part("", self._travels(layer), (layer,)).feeds_back:
+                self.state.forget(self.numbers[layer.name], "residual", "memory")
+        self.clock.begin()
+
+    def _travels(self, layer: Layer) -> tuple[CompressionSpec, ...]:
+        policy, small = self.controller.policy[layer.name], self.settings.min_compress_numel
+        return tuple(plan.candidates(layer, policy, self.size, small, self.controller.chosen))
 
     # a step
 
@@ -174,7 +201,7 @@ class Engine:
     def _parts(self, given: dict[str, Any]) -> list[Part]:
         policy, small = self.controller.policy, self.settings.min_compress_numel
         limit = None if self.settings.groups else plan.BUCKET_BYTES
-        return plan.parts(self._runs(self._dense(given)), policy, self.size, small, limit)
+        return plan.parts(self._runs(self._dense(given)), policy, self.size, small, limit, self.controller.chosen)
 
     def _dense(self, given: dict[str, Any]) -> list[Layer]:
         """Layers whose gradients are neither missing nor slices, in the order of the variables."""
@@ -207,7 +234,7 @@ class Engine:
         spec, state = part.specs[index], self.state
         keys = [self.numbers[name] for name in context.names]
         residual = [state.residual[key].read_value() for key in keys] if part.feeds_back else None
-        memory = [{name: v.read_value() for name, v in state.memory[key].items()} for key in keys]
+        memory = [{name: v.read_value() for name, v in state.memory.get(key, {}).items()} for key in keys]
         rounds = exchange(spec, ops, grads, residual, memory, context)
         done, ok, nbytes = driver.run(rounds, f"{part.name}.{index}.{spec.tag}")
         self._count(part, spec, nbytes)
@@ -227,10 +254,10 @@ class Engine:
             index = part.specs.index(spec)
             return index if spec.active(0) else tf.where(spec.active(step), index, dense)
 
-        if not isinstance(policy, Accordion):
-            return number(policy)
-        critical = tf.equal(levels[self.clock.position(layer.name)], 0)
-        return tf.where(critical, number(policy.critical), number(policy.relaxed))
+        numbers = [number(plan.settled(layer, side, self.controller.chosen)) for side in plan.sides(policy)]
+        if len(numbers) == 1:
+            return numbers[0]
+        return tf.where(tf.equal(levels[self.clock.position(layer.name)], 0), *numbers)
 
     def _gradient(self, layer: Layer, grad: Any) -> tf.Tensor:
         """Dense; zeros where there is none."""
@@ -251,7 +278,7 @@ class Engine:
         return joined, flags, sent
 
     def _measure(self, means: dict[str, tf.Tensor], ok: tf.Tensor) -> None:
-        """Adds to the window's sums."""
+        """Adds the watched entries to the window's sums, if the step was sound."""
         controller, state = self.controller, self.state
         measured = state.measured.read_value()
         for i, accordion in enumerate(controller.accordions):
@@ -259,10 +286,15 @@ class Engine:
 
             def add(watched: dict[str, tf.Variable] = watched) -> tf.Tensor:
                 for name, summed in watched.items():
-                    summed.assign_add(tf.cast(means[name], summed.dtype))
+                    summed.assign_add(tf.cast(self._watched(name, means[name]), summed.dtype))
                 return ok
 
             tf.cond(ok & measured[i], add, lambda: ok)
+
+    def _watched(self, name: str, mean: tf.Tensor) -> tf.Tensor:
+        """The entries of a layer of which its norm is made, as a vector."""
+        flat = tf.reshape(mean, (-1,))
+        return ops.take(flat, self.entries[name]) if name in self.entries else flat
 
     def _count(self, part: Part, spec: CompressionSpec, nbytes: float) -> None:
         """Shares the bytes among the layers as their own specs would have it."""

@@ -10,6 +10,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from hvd_accordion.auto import Advice, advice_of
 from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
@@ -214,6 +215,13 @@ class GradientExchange(tf.Module):
             return CompressionReport()
         self._engine.clock.look()
         return self._engine.controller.report(self._engine.bytes_per_step())
+
+    def advice(self) -> Advice:
+        """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table.
+
+        Raises ValueError where there is no Auto, or before the first exchange.
+        """
+        return advice_of(self._engine)
 
     @property
     def stats(self) -> Stats:

@@ -33,7 +33,7 @@ class State(tf.Module):
         self.journal = variable("", tf.string)  # what the controller knows, as JSON
         self.residual: dict[str, tf.Variable] = {}
         self.memory: dict[str, dict[str, tf.Variable]] = {}
-        self.summed: dict[str, tf.Variable] = {}  # averaged gradients since the window's start
+        self.summed: dict[str, tf.Variable] = {}  # watched entries of the averaged gradients since the window's start
         self.slice_bytes: dict[str, tf.Variable] = {}  # of each layer with IndexedSlices, at its last exchange
 
     def claim(self) -> None:
@@ -51,9 +51,9 @@ class State(tf.Module):
 
         tf.cond(tf.reduce_all(tf.equal(owner, self.me)), lambda: tf.constant(False), take)
 
-    def forget(self, key: str) -> None:
-        """Lets go of what a layer kept."""
-        for kept in ("residual", "memory", "summed"):  # a checkpoint can't follow what is taken out of a dict
+    def forget(self, key: str, *kinds: str) -> None:
+        """Lets go of what a layer kept, of `kinds` or of all."""
+        for kept in kinds or ("residual", "memory", "summed"):  # a checkpoint can't follow what is taken out of a dict
             setattr(self, kept, {k: v for k, v in getattr(self, kept).items() if k != key})
 
     def shared(self) -> list[tf.Variable]:
@@ -70,12 +70,15 @@ class State(tf.Module):
     def load(self, arrays: Mapping[str, Any]) -> None:
         """Takes up saved arrays; a variable that was not saved keeps its value.
 
-        Raises ValueError where one has another shape now.
+        Sums of other entries than an Accordion's `norm` asks for now start anew; ValueError where something else was saved
+        in another shape.
         """
         for name, v in self._named().items():
             if name not in arrays:
                 continue
             saved = np.asarray(arrays[name])
+            if name.startswith("summed.") and saved.shape != v.shape:
+                saved = np.zeros(v.shape)
             if not v.shape.is_compatible_with(saved.shape):
                 raise ValueError(
                     f"compression state {name} was saved in shape {saved.shape}, now it has {tuple(v.shape)}"

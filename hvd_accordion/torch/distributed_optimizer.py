@@ -13,6 +13,7 @@ import torch
 from horovod.torch.compression import Compressor, NoneCompressor
 
 from hvd_accordion import checks
+from hvd_accordion.auto import Advice, advice_of
 from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
@@ -53,7 +54,7 @@ def DistributedOptimizer(
         optimizer: any torch optimizer, or one that `horovod.torch.DistributedOptimizer` wrapped: it is taken over with
             its settings.
         compression: None, `hvd.Compression.none` or `.fp16`: plain Horovod; a spec (`PowerSGD(4)`, `TopK(0.01)`, ...);
-            an `Accordion`; or a dict from parameter-name glob to any of these, first match counts, no match is dense.
+            an `Accordion`; an `Auto`; or a dict from parameter-name glob to any of these, first match counts, no match is dense.
             1-D and small tensors, and those that would not get smaller, travel dense.
         groups: as Horovod's; by default runs of layers of up to 16 MiB, in the order of backward.
         steps_per_epoch: calls of `step()` in an epoch; otherwise call `optimizer.end_epoch()` after each. An Accordion
@@ -63,7 +64,7 @@ def DistributedOptimizer(
         min_compress_numel: tensors of fewer elements travel dense.
 
     The result is a `torch.optim.Optimizer` that also has `synchronize`, `skip_synchronize`,
-    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `compression_report` and `stats`.
+    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `compression_report`, `advice` and `stats`.
 
     Raises ValueError or TypeError, on every rank the same, for arguments out of range, unknown globs, parameters without
     or with doubled names, `op=Adasum` with lossy compression, and ranks that are configured differently.
@@ -165,6 +166,13 @@ class _Reports:
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
         return self._hvd.controller.report(self._hvd.bytes_per_step())
+
+    def advice(self) -> Advice:
+        """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table.
+
+        Raises ValueError where there is no Auto, or where it has not chosen yet.
+        """
+        return advice_of(self._hvd)
 
     @property
     def stats(self) -> Stats:

@@ -10,7 +10,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_accordion import plan
+from hvd_accordion import plan, sampling
+from hvd_accordion.auto import Advice, advise
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.controller import Controller
@@ -21,6 +22,7 @@ from hvd_accordion.torch import sparse
 from hvd_accordion.torch.agreement import from_rank_0, require_equal
 from hvd_accordion.torch.configuration import layer_of
 from hvd_accordion.torch.driver import Driver
+from hvd_accordion.torch.probe import Probe
 
 TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
@@ -53,7 +55,8 @@ class Engine:
         self.residual: dict[str, torch.Tensor] = {}
         self.memory: dict[str, Memory] = {}
         self.kinds: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # of the gradients, as planned
-        self.summed: dict[str, torch.Tensor] = {}  # averaged gradients since the window's start
+        self.summed: dict[str, torch.Tensor] = {}  # watched entries of the averaged gradients since the window's start
+        self.entries: dict[str, torch.Tensor | None] = {}  # which are watched; None: all
         self.sent: dict[
             str, tuple[CompressionSpec | None, float]
         ] = {}  # of each layer at its last exchange: spec, bytes
@@ -63,6 +66,8 @@ class Engine:
         self.seconds = 0.0
         self.synchronized = False  # by the user, with no backward pass since
         self._hooks: dict[str, Any] = {}
+        self.probe: Probe | None = None  # as long as an Auto has yet to choose
+        self.advice: Advice | None = None
         self._replan()
 
     def _join(self) -> None:
@@ -104,6 +109,8 @@ class Engine:
             self.passes.setdefault(name, self.backward_passes_per_step)
             if self.active and name not in self._hooks:
                 self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
+        if self.controller.undecided and self.size > 1:
+            self.probe = self.probe or Probe(self.process_set, self.prefix)
         self.controller.changed = False
         self.counted: dict[str, float] = {}
         self._begin()
@@ -143,6 +150,8 @@ class Engine:
         if self.passes[name] <= 0:
             raise AssertionError(TOO_MANY_PASSES)
         self.passes[name] -= 1
+        if self.probe is not None and self.passes[name] == 0:
+            self.probe.gradient()
         if self.passes[name] == 0 and self.sparse is not None:
             group = self.group_of.get(name)
             if name in self.sparse.dims:
@@ -160,6 +169,8 @@ class Engine:
         if not self.active:
             return
         begin = time.perf_counter()
+        if self.probe is not None:
+            self.probe.end_backward()
         try:
             if self.size > 1:
                 sent = self._exchange()
@@ -267,10 +278,7 @@ class Engine:
         if step.residual is not None:
             self.residual.update(zip(names, step.residual, strict=True))
         self.memory.update(zip(names, step.memory, strict=True))
-        measured = [i for i, name in enumerate(names) if name in self.measured]
-        if measured:
-            sums = [self.summed.setdefault(names[i], torch.zeros_like(step.mean[i])) for i in measured]
-            torch._foreach_add_(sums, [torch.where(step.ok, step.mean[i], 0.0) for i in measured])
+        self._watch({name: mean for name, mean in zip(names, step.mean, strict=True) if name in self.measured}, step.ok)
         if self.settings.op == hvd.Sum:
             torch._foreach_mul_(step.mean, float(self.size))
         into, new = [], []
@@ -292,6 +300,26 @@ class Engine:
         if into:
             torch._foreach_copy_(into, new)
 
+    def _watch(self, means: Mapping[str, torch.Tensor], ok: torch.Tensor) -> None:
+        """Adds the watched entries to the window's sums, if the step was sound."""
+        if not means or (ops.at_hand(ok) and not ok):
+            return
+        seen = ops.widen([self._watched(name, mean) for name, mean in means.items()])
+        if not ops.at_hand(ok):
+            seen = ops.unflatten(torch.where(ok, ops.flatten(seen), 0.0), seen)
+        sums = [self.summed.setdefault(name, torch.zeros_like(x)) for name, x in zip(means, seen, strict=True)]
+        torch._foreach_add_(sums, seen)
+
+    def _watched(self, name: str, mean: torch.Tensor) -> torch.Tensor:
+        """The entries of a layer of which its norm is made, as a vector."""
+        flat = mean.reshape(-1)
+        if name not in self.entries:
+            count, seed = flat.numel(), self.settings.seed
+            size = self.controller.watched(name, count)
+            self.entries[name] = sampling.entries(ops, name, count, size, seed, flat) if size < count else None
+        entries = self.entries[name]
+        return flat if entries is None else ops.take(flat, entries)
+
     def _count(self, group: Group, nbytes: float) -> None:
         """Shares a group's bytes among its layers as their own specs would have it."""
         if self.counted.get(group.name) == nbytes:
@@ -306,9 +334,7 @@ class Engine:
         for name in self.measured:
             grad = self.params[name].grad
             if grad is not None and not grad.is_sparse:
-                wide = ops.widen([grad])[0]
-                into = self.summed.setdefault(name, torch.zeros_like(wide))
-                into.add_(torch.where(torch.isfinite(wide).all(), wide, 0.0))
+                self._watch({name: grad.detach()}, ops.all_finite([grad]))
         return 0.0
 
     def _check(self) -> None:
@@ -319,8 +345,17 @@ class Engine:
             norms = [torch.linalg.vector_norm(x).double().cpu() if x is not None else torch.zeros(()) for x in sums]
             *shared, lr = from_rank_0([*map(float, norms), self.lr()], f"{self.prefix}.norms", self.process_set)
             self.controller.observe(dict(zip(names, shared, strict=True)), lr)
+        if self.probe is not None and self.probe.complete:
+            self._choose(self.probe)
         if self.controller.changed or self.planned != self.trainable():
             self._replan()
+
+    def _choose(self, probe: Probe) -> None:
+        """An Auto decides, on all ranks alike."""
+        layers, choices = list(self.controller.layers.values()), self.controller.choices()
+        self.advice = advise(layers, choices, probe.measure(layers, choices))
+        self.controller.choose({layer.name: layer.chosen for layer in self.advice})
+        self.probe = None
 
     # reports and state
 
@@ -346,7 +381,8 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up saved state. A residual is its rank's own: saved by another rank, it is not taken.
 
-        After a change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean.
+        After a change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of
+        other entries than an Accordion's `norm` asks for now are not taken.
         """
         tensors = ("residual", "memory", "summed")
         unknown = sorted({name for part in tensors for name in state[part]} - self.params.keys())
@@ -359,7 +395,8 @@ class Engine:
             return x.detach().to(self.params[name].device, copy=True)
 
         self.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in state["memory"].items()}
-        self.summed = {name: own(name, x) for name, x in state["summed"].items()}
+        watched = {name: self.controller.watched(name, self.params[name].numel()) for name in state["summed"]}
+        self.summed = {name: own(name, x) for name, x in state["summed"].items() if x.shape == (watched[name],)}
         self.residual = {}
         if state["rank"] == self.rank:
             scale = self.size / state["size"]

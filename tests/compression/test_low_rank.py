@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tensorflow as tf
-import torch
+from backends import BACKENDS
 
 from hvd_accordion import PowerSGD
-from hvd_accordion.collectives import Agree
 from hvd_accordion.compression import Context
 from hvd_accordion.compression.low_rank import matrix_shape, orthonormalise
-from hvd_accordion.ops import numpy as numpy_ops
-from hvd_accordion.ops import tensorflow as tensorflow_ops
-from hvd_accordion.ops import torch as torch_ops
 
-BACKENDS = {
-    "numpy": (numpy_ops, np.array),
-    "torch": (torch_ops, lambda x: torch.from_numpy(np.array(x))),
-    "tensorflow": (tensorflow_ops, tf.constant),
-}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_rank = pytest.mark.parametrize("rank", [1, 2, 4])
 
@@ -47,14 +37,13 @@ def exchange(backend, spec, grads, memory=None, step=0):
             except StopIteration as stop:
                 done.append(stop.value)
         if done:
-            means = [[np.asarray(x) for x in d.mean] for d in done]
-            memory = [[{key: np.asarray(x) for key, x in kept.items()} for kept in d.memory] for d in done]
-            return means, [[np.asarray(x) for x in d.remainder()] for d in done], memory
-        if isinstance(requests[0], Agree):
-            answers = [request.flag for request in requests]
-        else:  # AllReduce, whose mean any framework can take
-            columns = zip(*(request.tensors for request in requests), strict=True)
-            answers = [[sum(column) / size for column in columns]] * size
+            assert all(d.sound() for d in done)
+            memory = [[{key: np.asarray(x) for key, x in kept.items()} for kept in d.memory(d.sound())] for d in done]
+            split = [d.split(None, True) for d in done]
+            return *([[np.asarray(x) for x in part] for part in parts] for parts in zip(*split, strict=True)), memory
+        # AllReduce, whose mean any framework can take
+        columns = zip(*(request.tensors for request in requests), strict=True)
+        answers = [[sum(column) / size for column in columns]] * size
 
 
 def of_rank(rank, n, m, seed=0, ranks=1, dtype=np.float32):
@@ -136,7 +125,17 @@ def test_exact_in_fp64(backend, rank):
 def test_rank_is_capped_at_the_smaller_side(backend):
     gradient = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
     ((mean,),), _, ((kept,),) = exchange(backend, PowerSGD(10), [[gradient]])
-    assert kept["q"].shape == (40, 3) and distance(mean, gradient) < EXACT
+    assert kept["q"].shape == (3, 40) and distance(mean, gradient) < EXACT
+
+
+@every_backend
+@every_rank
+def test_exact_on_a_large_matrix(backend, rank):
+    """Larger than what torch takes at once on the CPU."""
+    (gradient,), (small,) = of_rank(rank, 700, 500), of_rank(rank, 30, 20)
+    ((mean, other),), ((left, _),), _ = exchange(backend, PowerSGD(rank), [[gradient, small]])
+    assert distance(mean, gradient) < EXACT and distance(other, small) < EXACT
+    np.testing.assert_array_equal(left, gradient - mean)
 
 
 # agreement with a plain version
@@ -163,7 +162,7 @@ def test_agrees_with_plain_numpy(backend, rank, dtype, iterations, tolerance, ra
     rng, shapes = np.random.default_rng(rank), [(30, 20), (24, 36), (30, 20)]
     starts = [rng.standard_normal((m, rank)) for _, m in shapes]
     plain = [(q, [np.zeros(shape) for _ in range(ranks)]) for q, shape in zip(starts, shapes, strict=True)]
-    memory = [[{"q": q.astype(dtype)} for q in starts] for _ in range(ranks)]
+    memory = [[{"q": q.T.astype(dtype)} for q in starts] for _ in range(ranks)]
     residual = [[np.zeros(shape, dtype) for shape in shapes] for _ in range(ranks)]
     for step in range(6):
         grads = [[rng.standard_normal(shape).astype(dtype) for shape in shapes] for _ in range(ranks)]
@@ -179,21 +178,22 @@ def test_agrees_with_plain_numpy(backend, rank, dtype, iterations, tolerance, ra
 # orthonormalise
 
 
-def orthonormal(backend, batch):
+def orthonormal(backend, *batches):
     ops, to = BACKENDS[backend]
-    return np.asarray(orthonormalise(ops, to(batch)))
+    done = [np.asarray(p) for p in orthonormalise(ops, [to(batch) for batch in batches])]
+    return done if len(batches) > 1 else done[0]
 
 
 def assert_orthonormal(p, tolerance):
-    for matrix in p:
-        np.testing.assert_allclose(matrix.T @ matrix, np.eye(p.shape[-1]), atol=tolerance)
+    for rows in p:
+        np.testing.assert_allclose(rows @ rows.T, np.eye(p.shape[1]), atol=tolerance)
 
 
 def assert_spans(p, given, tolerance=1e-5):
-    """The basis p reproduces each column of what was given."""
-    for basis, matrix in zip(p, given, strict=True):
-        matrix = matrix / np.abs(matrix).max()
-        np.testing.assert_allclose(basis @ (basis.T @ matrix), matrix, atol=tolerance)
+    """The basis p reproduces each row of what was given."""
+    for basis, rows in zip(p, given, strict=True):
+        rows = rows / np.abs(rows).max()
+        np.testing.assert_allclose((rows @ basis.T) @ basis, rows, atol=tolerance)
 
 
 def normal(*shape, dtype=np.float32, seed=0):
@@ -207,7 +207,7 @@ every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-@pytest.mark.parametrize("shape", [(1, 30, 1), (5, 30, 1), (3, 50, 4), (1, 8, 8), (2, 300, 16)])
+@pytest.mark.parametrize("shape", [(1, 1, 30), (5, 1, 30), (3, 4, 50), (1, 8, 8), (2, 16, 300)])
 def test_orthonormal_at_any_scale(backend, dtype, scale, shape):
     given = normal(*shape, dtype=dtype) * dtype(scale)
     p = orthonormal(backend, given)
@@ -219,7 +219,7 @@ def test_orthonormal_at_any_scale(backend, dtype, scale, shape):
 @every_backend
 @every_dtype
 def test_matrices_of_one_batch_do_not_touch_each_other(backend, dtype):
-    batch = normal(5, 30, 4, dtype=dtype) * np.array([1, 1e-20, 0, 1e20, 3], dtype)[:, None, None]
+    batch = normal(5, 4, 30, dtype=dtype) * np.array([1, 1e-20, 0, 1e20, 3], dtype)[:, None, None]
     together = orthonormal(backend, batch)
     assert_orthonormal(together, TOLERANCE[dtype])
     for i in range(5):
@@ -228,7 +228,7 @@ def test_matrices_of_one_batch_do_not_touch_each_other(backend, dtype):
 
 @every_backend
 @every_dtype
-@pytest.mark.parametrize("shape", [(1, 30, 1), (1, 30, 2), (2, 30, 4), (1, 8, 4), (1, 64, 32), (1, 4, 4), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 30), (1, 2, 30), (2, 4, 30), (1, 4, 8), (1, 32, 64), (1, 4, 4), (1, 1, 1)])
 def test_zero_matrices_get_some_orthonormal_basis(backend, dtype, shape):
     assert_orthonormal(orthonormal(backend, np.zeros(shape, dtype)), TOLERANCE[dtype])
 
@@ -237,7 +237,7 @@ def test_zero_matrices_get_some_orthonormal_basis(backend, dtype, shape):
 @every_dtype
 @pytest.mark.parametrize("true_rank", [1, 2, 3])
 def test_rank_deficient_matrices_keep_their_span(backend, dtype, true_rank):
-    given = normal(3, 40, true_rank, dtype=dtype) @ normal(3, true_rank, 4, dtype=dtype, seed=1)
+    given = normal(3, 4, true_rank, dtype=dtype, seed=1) @ normal(3, true_rank, 40, dtype=dtype)
     p = orthonormal(backend, given)
     assert_orthonormal(p, TOLERANCE[dtype])
     assert_spans(p, given)
@@ -246,9 +246,9 @@ def test_rank_deficient_matrices_keep_their_span(backend, dtype, true_rank):
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("dead", [0, 1, 3])
-def test_a_zero_column_among_others(backend, dtype, dead):
-    given = normal(2, 40, 4, dtype=dtype)
-    given[:, :, dead] = 0
+def test_a_zero_row_among_others(backend, dtype, dead):
+    given = normal(2, 4, 40, dtype=dtype)
+    given[:, dead] = 0
     p = orthonormal(backend, given)
     assert_orthonormal(p, TOLERANCE[dtype])
     assert_spans(p, given)
@@ -256,69 +256,85 @@ def test_a_zero_column_among_others(backend, dtype, dead):
 
 @every_backend
 @every_dtype
-def test_equal_and_nearly_equal_columns(backend, dtype):
-    given = np.repeat(normal(1, 40, 1, dtype=dtype), 4, axis=-1)
+def test_equal_and_nearly_equal_rows(backend, dtype):
+    given = np.repeat(normal(1, 1, 40, dtype=dtype), 4, axis=1)
     assert_orthonormal(orthonormal(backend, given), TOLERANCE[dtype])
     for nearly in (1e-3, 1e-5, 1e-7, 1e-9):
-        p = orthonormal(backend, given + dtype(nearly) * normal(1, 40, 4, dtype=dtype, seed=1))
+        p = orthonormal(backend, given + dtype(nearly) * normal(1, 4, 40, dtype=dtype, seed=1))
         assert_orthonormal(p, TOLERANCE[dtype])
 
 
 @every_backend
 @every_dtype
-def test_columns_of_very_different_lengths(backend, dtype):
-    given = normal(1, 40, 4, dtype=dtype) * np.array([1e-18, 1e18, 1.0, 1e-9], dtype)
+def test_rows_of_very_different_lengths(backend, dtype):
+    given = normal(1, 4, 40, dtype=dtype) * np.array([1e-18, 1e18, 1.0, 1e-9], dtype)[:, None]
     assert_orthonormal(orthonormal(backend, given), TOLERANCE[dtype])
 
 
 @every_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_not_finite_comes_out_as_nan_in_its_own_matrix_only(backend, bad):
-    given = normal(2, 30, 4)
-    given[0, 3, 1] = bad
+    given = normal(2, 4, 30)
+    given[0, 1, 3] = bad
     with np.errstate(invalid="ignore"):
-        p = orthonormal(backend, given)
-    assert np.isnan(p[0]).any()
-    assert_orthonormal(p[1:], 1e-6)
+        alone = orthonormal(backend, given)
+        p, other, same_width = orthonormal(backend, given, normal(2, 4, 50), normal(1, 4, 30))
+    assert np.isnan(alone[0]).any() and np.isnan(p[0]).any()
+    assert_orthonormal(alone[1:], 1e-6)
+    for finite in (p[1:], other, same_width):
+        assert_orthonormal(finite, 1e-6)
+
+
+@every_backend
+@every_dtype
+def test_batches_of_all_shapes_at_once_come_out_as_each_alone(backend, dtype):
+    shapes = [(2, 4, 30), (1, 1, 50), (3, 2, 7), (1, 4, 4), (2, 4, 300), (1, 2, 300), (1, 1, 1)]
+    given = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    given[0][1] = 0  # whose rows are filled
+    given[4][0, 2] = given[4][0, 1]
+    for i, (p, shape) in enumerate(zip(orthonormal(backend, *given), shapes, strict=True)):
+        assert p.shape == shape and p.dtype == dtype
+        assert_orthonormal(p, TOLERANCE[dtype])
+        np.testing.assert_allclose(p, orthonormal(backend, given[i]), atol=10 * TOLERANCE[dtype])
 
 
 # warm start
 
 
 @every_backend
-def test_a_cut_of_the_rank_uses_the_leading_columns_and_keeps_the_others(backend):
-    q = normal(20, 4)
+def test_a_cut_of_the_rank_uses_the_leading_rows_and_keeps_the_others(backend):
+    q = normal(4, 20)
     gradient = normal(30, 20, seed=1)
     cut, _, [[kept]] = exchange(backend, PowerSGD(1), [[gradient]], [[{"q": q}]])
-    expected, _, _ = plain_power_sgd([gradient], q[:, :1], [0])
+    expected, _, _ = plain_power_sgd([gradient], q[:1].T, [0])
     assert distance(cut[0][0], expected) < 1e-5
-    assert kept["q"].shape == (20, 4) and not np.array_equal(kept["q"][:, 0], q[:, 0])
-    np.testing.assert_array_equal(kept["q"][:, 1:], q[:, 1:])
+    assert kept["q"].shape == (4, 20) and not np.array_equal(kept["q"][0], q[0])
+    np.testing.assert_array_equal(kept["q"][1:], q[1:])
 
 
 @every_backend
-def test_a_rise_of_the_rank_keeps_the_columns_and_adds_fresh_ones(backend):
-    q, gradient = normal(20, 1), normal(30, 20, seed=1)
+def test_a_rise_of_the_rank_keeps_the_rows_and_adds_fresh_ones(backend):
+    q, gradient = normal(1, 20), normal(30, 20, seed=1)
     spec, context = PowerSGD(4), Context(("l",), "float32", 3, 0, 0, 1)
     ops, to = BACKENDS[backend]
     start = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, "l", context))
-    assert start.shape == (20, 4)
-    np.testing.assert_array_equal(start[:, :1], q)
+    assert start.shape == (4, 20)
+    np.testing.assert_array_equal(start[:1], q)
     assert np.linalg.matrix_rank(start) == 4
     other = np.asarray(spec.start(ops, to(gradient), {"q": to(q)}, "m", context))
-    assert not np.array_equal(start[:, 1:], other[:, 1:])
+    assert not np.array_equal(start[1:], other[1:])
     initial = np.asarray(spec.initial_memory(ops, to(gradient), "l", 0)["q"])
-    np.testing.assert_array_equal(start[:, 1:], initial[:, 1:])
+    np.testing.assert_array_equal(start[1:], initial[1:])
     np.testing.assert_array_equal(initial, np.asarray(spec.start(ops, to(gradient), {}, "l", context)))
     risen, _, _ = exchange(backend, spec, [[of_rank(4, 30, 20)[0]]], [[{"q": q}]])
     assert distance(risen[0][0], of_rank(4, 30, 20)[0]) < EXACT
 
 
 @every_backend
-def test_memory_has_the_columns_of_the_rank_or_none_without_warm_start(backend):
+def test_memory_has_the_rows_of_the_rank_or_none_without_warm_start(backend):
     gradient = [[normal(30, 20), normal(8, 3, 3)]]
     _, _, ((first, second),) = exchange(backend, PowerSGD(4), gradient)
-    assert first["q"].shape == (20, 4) and second["q"].shape == (9, 4)
+    assert first["q"].shape == (4, 20) and second["q"].shape == (4, 9)
     _, _, ((first, second),) = exchange(backend, PowerSGD(4, warm_start=False), gradient, [[first, second]])
     assert first == second == {}
 
@@ -345,7 +361,7 @@ def test_a_warm_start_converges_to_the_best_matrix_of_its_rank(backend, rank):
 
 
 def test_iterations_in_one_step_are_as_good_as_steps():
-    matrix, q = normal(30, 20), normal(20, 2, seed=1)
+    matrix, q = normal(30, 20), normal(2, 20, seed=1)
     (once,), _, _ = exchange("numpy", PowerSGD(2, iterations=3), [[matrix]], [[{"q": q}]])
     memory = [[{"q": q}]]
     for _ in range(3):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.collectives import AllGather, AllReduce, AllToAll
 from hvd_accordion.compression.base import dense_bytes, dtype_name
 from hvd_accordion.compression.quantised import DitherCode
 from hvd_accordion.compression.sparse import kept, multipliers
@@ -200,6 +201,29 @@ def test_other_dtypes_are_refused(dtype):
 )
 def test_bytes_per_step(spec, shape, dtype, ranks, nbytes):
     assert spec.bytes_per_step(shape, dtype, ranks) == pytest.approx(nbytes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "messages"),
+    [
+        (Dense(), "float32", [(AllReduce, 20_000)]),
+        (Dense(), "float64", [(AllReduce, 40_000)]),
+        (Dense(), "float16", [(AllToAll, 10_000), (AllGather, 5_000)]),  # all slices out, one back
+        (Dense(), "bfloat16", [(AllToAll, 10_000), (AllGather, 5_000)]),
+        (FP16(), "float32", [(AllToAll, 10_000), (AllGather, 5_000)]),
+        (BF16(), "float64", [(AllToAll, 10_000), (AllGather, 5_000)]),
+        (QSGD(7), "float32", [(AllToAll, 2 * 1300), (AllGather, 1300)]),
+        (TopK(0.01), "float32", [(AllGather, 400)]),
+        (TopK(0.01), "float64", [(AllGather, 600)]),
+        (RandomK(0.01), "float16", [(AllReduce, 200)]),
+        (PowerSGD(4), "float32", [(AllReduce, 1600), (AllReduce, 800)]),  # P of 100 rows, then Q of 50
+        (PowerSGD(4), "float64", [(AllReduce, 3200), (AllReduce, 1600)]),
+        (PowerSGD(1, iterations=3), "float16", [(AllReduce, 400), (AllReduce, 200)] * 3),
+        (PowerSGD(4, warm_start=False), "float32", [(AllReduce, 1600), (AllReduce, 800)]),
+    ],
+)
+def test_messages_of_two_ranks_in_their_order(spec, dtype, messages):
+    assert spec.messages((100, 50), dtype, 2) == messages
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from backends import BACKENDS, FRAMEWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +18,8 @@ from hvd_accordion.ops import protocol
 from hvd_accordion.ops import tensorflow as tensorflow_ops
 from hvd_accordion.ops import torch as torch_ops
 
-# the primitives, and how a framework takes an array of numpy's. Copies: torch's primitives may update in place
-FRAMEWORKS = [(torch_ops, lambda x: torch.from_numpy(x.copy())), (tensorflow_ops, tf.constant)]
-BACKENDS = [(numpy_ops, np.array), *FRAMEWORKS]
-every_framework = pytest.mark.parametrize(("ops", "to"), FRAMEWORKS, ids=["torch", "tensorflow"])
+every_framework = pytest.mark.parametrize(("ops", "to"), FRAMEWORKS.values(), ids=FRAMEWORKS)
+both_ways = pytest.mark.parametrize("backend", ["torch", "torch-gpu"])
 
 PRIMITIVES = [name for name in vars(protocol.Ops) if not name.startswith("_")]
 FLOATS = [np.float32, np.float64]
@@ -48,13 +47,13 @@ def n(x):
 def same(name: str, *args, exact: bool = True):
     """The primitive's result in numpy, which those of the frameworks must equal, dtypes and shapes included."""
     ours = getattr(numpy_ops, name)(*args)
-    for ops, to in FRAMEWORKS:
+    for ops, to in FRAMEWORKS.values():
         assert_same(ours, n(getattr(ops, name)(*each(to, args))), f"{name} of {ops.__name__}", exact)
     return ours
 
 
 def assert_same(ours, theirs, what: str, exact: bool = True):
-    for a, b in zip(*(x if isinstance(x, list) else [x] for x in (ours, theirs)), strict=True):
+    for a, b in zip(*(tf.nest.flatten(x) for x in (ours, theirs)), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
         if exact:
@@ -67,7 +66,7 @@ def test_each_framework_has_every_primitive_with_the_protocols_arguments():
     assert len(PRIMITIVES) > 30
     for name in PRIMITIVES:
         wanted = list(inspect.signature(getattr(protocol.Ops, name)).parameters)[1:]
-        for ops, _ in BACKENDS:
+        for ops, _ in BACKENDS.values():
             primitive = getattr(ops, name)
             if getattr(primitive, "__module__", "") == ops.__name__:
                 assert list(inspect.signature(primitive).parameters) == wanted, (ops.__name__, name)
@@ -99,18 +98,107 @@ def test_widen_keeps_a_scalar_a_scalar():
 
 
 @floats
-def test_add_subtract_zeros(dtype):
+def test_add_and_zeros(dtype):
     xs, ys = ([numbers(3, 4, dtype=dtype, seed=s), numbers(7, dtype=dtype, seed=s)] for s in (0, 1))
     np.testing.assert_array_equal(same("add", xs, ys)[1], xs[1] + ys[1])
-    np.testing.assert_array_equal(same("subtract", xs, ys)[1], xs[1] - ys[1])
     assert not any(z.any() for z in same("zeros_like", xs))
 
 
-def test_commit_takes_new_only_if_ok():
-    new, old = [numbers(3), numbers(2, 2)], [numbers(3, seed=1), np.zeros((2, 2), np.float32)]
-    np.testing.assert_array_equal(same("commit", np.array(True), new, old)[0], new[0])
-    np.testing.assert_array_equal(same("commit", np.array(False), new, old)[0], old[0])
-    np.testing.assert_array_equal(same("commit", np.array(False), [np.full(3, np.nan, np.float32)], old[:1])[0], old[0])
+# settle: averages and the new residual
+
+
+def halves(ops, values):
+    """A split whose averages are half of the values; the other half remains. In given memory, as `low_rank` does it."""
+
+    def split(into, remainder):
+        mean = [x * 0.5 for x in values]
+        if into is not None:
+            mean = [old.copy_(new) for old, new in zip(into, mean, strict=True)]
+        return mean, [x - half for x, half in zip(values, mean, strict=True)] if remainder else None
+
+    return split
+
+
+@floats
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_settle_takes_the_remainder_only_if_sound(dtype, backend):
+    ops, to = BACKENDS[backend]
+    values = [numbers(3, dtype=dtype), numbers(2, 2, dtype=dtype)]
+    old = [numbers(3, dtype=dtype, seed=1), np.zeros((2, 2), dtype)]
+    for sound, wanted in ((True, [x / 2 for x in values]), (False, old)):
+        mean, left = n(ops.settle(to(np.array(sound)), halves(ops, each(to, values)), each(to, old)))
+        assert_same([x / 2 for x in values], mean, backend)
+        assert_same(wanted, left, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_settle_keeps_nan_out_of_the_residual(backend):
+    ops, to = BACKENDS[backend]
+    old = [numbers(3)]
+    values = [np.full(3, np.nan, np.float32)]
+    mean, left = n(ops.settle(to(np.array(False)), halves(ops, each(to, values)), each(to, old)))
+    assert np.isnan(mean[0]).all(), "the optimizer must see it"
+    np.testing.assert_array_equal(left[0], old[0])
+
+
+def factors(*shapes, r=2, dtype=np.float32):
+    """Matrices with factors (r, n), (r, m) that are near to them."""
+    made = [(numbers(r, n, dtype=dtype, seed=i), numbers(r, m, dtype=dtype, seed=50 + i)) for i, (n, m) in enumerate(shapes)]
+    return [p.T @ q + numbers(*s, dtype=dtype, seed=99) for (p, q), s in zip(made, shapes, strict=True)], made
+
+
+def low_rank_settled(backend, sound):
+    """What becomes of two matrices and their old residual, in torch: averages, residual, and the tensors given."""
+    ops, to = BACKENDS[backend]
+    matrices, made = factors((6, 5), (4, 7))
+    values, old = each(to, matrices), each(to, [numbers(6, 5, seed=3), numbers(4, 7, seed=4)])
+    was = [x.clone() for x in old]
+
+    def split(into, remainder):
+        places = [None] * 2 if into is None else into
+        done = [ops.low_rank(v, to(p), to(q), place, remainder) for v, (p, q), place in zip(values, made, places, strict=True)]
+        return [mean for mean, _ in done], [left for _, left in done] if remainder else None
+
+    mean, left = ops.settle(torch.tensor(sound), split, old)
+    for x, e, before, matrix, (p, q) in zip(mean, left, was, matrices, made, strict=True):
+        np.testing.assert_allclose(x, p.T @ q, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(e, matrix - x.numpy() if sound else before)
+    return mean, left, values, old
+
+
+def pointers(xs):
+    return [x.data_ptr() for x in xs]
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_both_ways_to_settle_come_to_the_same(sound):
+    (mean, left, *_), (means, lefts, *_) = (low_rank_settled(backend, sound) for backend in ("torch", "torch-gpu"))
+    assert_same(n(mean + left), n(means + lefts), "at hand or not", exact=False)
+
+
+def test_settle_on_the_cpu_swaps_memory_instead_of_copying():
+    mean, left, values, old = low_rank_settled("torch", True)
+    assert pointers(mean) == pointers(old) and pointers(left) == pointers(values)
+    mean, left, values, old = low_rank_settled("torch", False)
+    assert pointers(left) == pointers(old)
+
+
+@both_ways
+@pytest.mark.parametrize("sound", [True, False])
+def test_averages_and_residual_of_settle_share_no_memory(backend, sound):
+    mean, left, *_ = low_rank_settled(backend, sound)
+    assert not {x.untyped_storage().data_ptr() for x in mean} & {x.untyped_storage().data_ptr() for x in left}
+
+
+def test_settle_on_the_cpu_wants_no_remainder_of_an_unsound_step():
+    asked = []
+
+    def split(into, remainder):
+        asked.append((into, remainder))
+        return [torch.zeros(2)], [torch.zeros(2)] if remainder else None
+
+    torch_ops.settle(torch.tensor(False), split, [torch.ones(2)])
+    assert asked == [(None, False)]
 
 
 @floats
@@ -135,6 +223,15 @@ def test_flatten_and_unflatten():
     assert not padded.reshape(-1)[25:].any()
     for x, y in zip(xs, same("unflatten", padded.reshape(-1), xs), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@floats
+@pytest.mark.parametrize("width", [4, 5, 9])
+def test_widened(dtype, width):
+    x = numbers(2, 3, 4, dtype=dtype)
+    wide = same("widened", x, width)
+    assert wide.shape == (2, 3, width) and not wide[:, :, 4:].any()
+    np.testing.assert_array_equal(wide[:, :, :4], x)
 
 
 # shapes and types
@@ -219,7 +316,7 @@ def test_rounding_to_16_bits_is_the_frameworks_own(dtype, ops, to):
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_bytes_of_16_bit_floats_are_the_same_in_all(dtype, half):
     hard = np.array([h for h in HARD if not np.isnan(h)], dtype)
-    for ops, to in BACKENDS:
+    for ops, to in BACKENDS.values():
         x = hard
         if ops is tensorflow_ops and dtype == np.float64:  # whose kernels take fp32's subnormal numbers for zero
             x = np.where(np.abs(hard) < np.finfo(np.float32).tiny, np.copysign(0, hard), hard)
@@ -236,7 +333,7 @@ def test_nan_survives_16_bits(half):
     # quiet, signalling and full of bits: rounding must not carry one into Inf or zero
     nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     x = np.stack([nans, np.ones(5, np.float32)], axis=-1)
-    for ops, to in BACKENDS:
+    for ops, to in BACKENDS.values():
         code = ops.to_bytes(ops.cast(to(x), half))
         back = n(ops.cast_like(ops.from_bytes(code, half), to(x)))
         np.testing.assert_array_equal(back, [[np.nan, 1]] * 5, ops.__name__)
@@ -256,7 +353,7 @@ def test_from_bytes_of_a_misaligned_slice(kind, shift):
     x = (1000 * numbers(6)).astype(kind)
     message = np.concatenate([np.zeros(shift, np.uint8), x.view(np.uint8), np.ones(3, np.uint8)])
     end = shift + x.nbytes
-    for ops, to in BACKENDS:
+    for ops, to in BACKENDS.values():
         np.testing.assert_array_equal(n(ops.from_bytes(to(message)[shift:end], kind)), x, ops.__name__)
 
 
@@ -265,7 +362,7 @@ def test_from_bytes_of_a_misaligned_slice(kind, shift):
 def test_from_bytes_of_the_first_columns(rows, width):
     x = numbers(rows, 4)
     code = np.concatenate([x.view(np.uint8), np.zeros((rows, width - 16), np.uint8)], -1)
-    for ops, to in BACKENDS:
+    for ops, to in BACKENDS.values():
         np.testing.assert_array_equal(n(ops.from_bytes(to(code)[:, :16], "float32")), x, ops.__name__)
 
 
@@ -310,7 +407,7 @@ def test_max_finds_a_nan_wherever_it_is(dtype, size, axis):
 def test_top_k(dtype, seed, count, share):
     x, k = numbers(count, dtype=dtype, seed=seed), max(1, int(share * count))
     expected = set(np.argsort(-np.abs(x))[:k].tolist())
-    for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS):
+    for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS.values()):
         assert picked.dtype == np.int32 and picked.shape == (k,)
         assert set(picked.tolist()) == expected
 
@@ -319,13 +416,13 @@ def test_top_k(dtype, seed, count, share):
 def test_top_k_takes_nan_first_then_infinity(k):
     x = numbers(50)
     x[[7, 31, 40]] = [-np.inf, np.nan, 1e30]
-    for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS):
+    for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS.values()):
         assert set(picked.tolist()) == set([31, 7, 40][:k])
 
 
 def test_top_k_among_equals_picks_k_different():
     x = np.ones(20, np.float32)
-    for picked in (n(ops.top_k(to(x), 7)) for ops, to in BACKENDS):
+    for picked in (n(ops.top_k(to(x), 7)) for ops, to in BACKENDS.values()):
         assert len(set(picked.tolist())) == 7
 
 
@@ -387,9 +484,11 @@ def test_uniform_looks_uniform():
 
 
 @floats
-def test_wave(dtype):
-    got = same("wave", 3, np.zeros((2, 50, 4), dtype), exact=False)
-    np.testing.assert_allclose(got[:, 0], np.sin(3.0 * np.arange(1, 51)), atol=1e-6)
+def test_waves(dtype):
+    got = same("waves", np.zeros((2, 4, 50), dtype), exact=False)
+    assert got.shape == (2, 4, 50)
+    for row in range(4):
+        np.testing.assert_allclose(got[1, row], np.sin((row + 1.0) * np.arange(1, 51)), atol=1e-6)
 
 
 # packed codes
@@ -417,7 +516,7 @@ def test_packed_bits_lie_where_the_protocol_says(bits):
 def test_unpack_a_slice(bits):
     x = np.random.default_rng(bits).integers(0, 2**bits, (2, 16)).astype(np.uint8)
     code = np.concatenate([np.zeros((2, 3), np.uint8), numpy_ops.pack_bits(x, bits)], -1)
-    for ops, to in BACKENDS:
+    for ops, to in BACKENDS.values():
         np.testing.assert_array_equal(n(ops.unpack_bits(to(code)[:, 3:], bits)), x, ops.__name__)
 
 
@@ -425,20 +524,52 @@ def test_unpack_a_slice(bits):
 
 
 @floats
-def test_products_of_matrices(dtype):
-    matrices = [numbers(6, 5, dtype=dtype, seed=s) for s in range(3)]
-    q, p = numbers(3, 5, 2, dtype=dtype), numbers(3, 6, 2, dtype=dtype)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("r", [1, 2])
+def test_products_of_matrices(dtype, batch, r):
+    matrices = [numbers(6, 5, dtype=dtype, seed=s) for s in range(batch)]
+    p, q = numbers(batch, r, 6, dtype=dtype), numbers(batch, r, 5, dtype=dtype)
     for i, m in enumerate(matrices):
-        np.testing.assert_allclose(same("project", matrices, q, exact=False)[i], m @ q[i], rtol=1e-5)
-        np.testing.assert_allclose(same("project_t", matrices, p, exact=False)[i], m.T @ p[i], rtol=1e-5)
-    np.testing.assert_allclose(same("outer", p[0], q[0], exact=False), p[0] @ q[0].T, rtol=1e-5)
+        np.testing.assert_allclose(same("project", matrices, q, exact=False)[i], (m @ q[i].T).T, rtol=1e-5)
+        np.testing.assert_allclose(same("project_t", matrices, p, exact=False)[i], (m.T @ p[i].T).T, rtol=1e-5)
+
+
+@floats
+@pytest.mark.parametrize("remainder", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5), (1, 9), (700, 500), (3, 2**17 + 9), (2**17 + 9, 1)])  # also of several chunks
+def test_low_rank(dtype, shape, remainder):
+    (matrix,), ((p, q),) = factors(shape, dtype=dtype)
+    assert shape[0] < 700 or matrix.size > torch_ops.CACHED
+    for backend, (ops, to) in BACKENDS.items():
+        for into in (None, to(np.full_like(matrix, np.nan))):  # whatever lies there
+            mean, left = n(ops.low_rank(to(matrix), to(p), to(q), into, remainder))
+            assert mean.dtype == dtype and mean.shape == shape, backend
+            np.testing.assert_allclose(mean, p.T @ q, rtol=1e-5, atol=1e-5, err_msg=backend)
+            if remainder:
+                np.testing.assert_array_equal(left, matrix - mean, backend)
+            else:
+                assert left is None
+
+
+@both_ways
+@pytest.mark.parametrize("shape", [(6, 5), (700, 500)])
+def test_low_rank_uses_the_memory_that_it_is_given(backend, shape):
+    ops, to = BACKENDS[backend]
+    (matrix,), ((p, q),) = factors(shape)
+    given, into = to(matrix), torch.empty(shape)
+    mean, left = ops.low_rank(given, to(p), to(q), into, True)
+    assert pointers([mean, left]) == pointers([into, given])
+    given = to(matrix)
+    mean, _ = ops.low_rank(given, to(p), to(q), None, False)
+    np.testing.assert_array_equal(given, matrix)
+    assert mean.data_ptr() != given.data_ptr()
 
 
 def test_primitives_leave_the_global_generators_alone():
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     tensorflows = tf.random.get_global_generator().state.numpy()
     same("uniform", 1, 10, np.zeros(1, np.float32))
-    same("wave", 1, np.zeros((3, 1), np.float32), exact=False)
+    same("waves", np.zeros((1, 2, 3), np.float32), exact=False)
     same("affine", (3,), 0, 1, 5, 10, np.zeros(1, np.float32))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
@@ -456,9 +587,8 @@ def in_a_graph(function):
 CALLS = {
     "widen": ([numbers(3, 4).astype(np.float16), numbers(5)],),
     "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
-    "subtract": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
     "zeros_like": ([numbers(3, 4), numbers(5)],),
-    "commit": (np.array(True), [numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
+    "settle": (np.array(True), halves(tensorflow_ops, [tf.constant(numbers(3, 4))]), [numbers(3, 4, seed=1)]),
     "all_finite": ([numbers(3, 4), numbers(5)],),
     "flatten": ([numbers(3, 4), numbers(5), numbers()],),
     "unflatten": (numbers(30), [numbers(3, 4), numbers(5), numbers()]),
@@ -467,6 +597,7 @@ CALLS = {
     "concat": ([numbers(3, 4), numbers(3, 2)], -1),
     "stack": ([numbers(3, 4), numbers(3, 4)],),
     "pad": (numbers(5), 8, (2, 4)),
+    "widened": (numbers(2, 3, 4), 6),
     "zeros": (5, numbers(2)),
     "cast": (numbers(3, 4), "float16"),
     "cast_like": (np.arange(3, dtype=np.uint8), numbers(2)),
@@ -484,12 +615,12 @@ CALLS = {
     "scatter_add": (numbers(20), np.array([3, 1], np.int32), numbers(2)),
     "add_row": (numbers(3, 4), 1, numbers(4)),
     "uniform": (5, 20, numbers(2)),
-    "wave": (3, numbers(2, 5, 1)),
+    "waves": (numbers(2, 3, 5),),
     "pack_bits": (np.arange(16, dtype=np.uint8).reshape(1, 16), 5),
     "unpack_bits": (np.arange(10, dtype=np.uint8).reshape(1, 10), 5),
-    "project": ([numbers(6, 5), numbers(6, 5)], numbers(2, 5, 3)),
-    "project_t": ([numbers(6, 5), numbers(6, 5)], numbers(2, 6, 3)),
-    "outer": (numbers(6, 3), numbers(5, 3)),
+    "project": ([numbers(6, 5), numbers(6, 5)], numbers(2, 3, 5)),
+    "project_t": ([numbers(6, 5), numbers(6, 5)], numbers(2, 3, 6)),
+    "low_rank": (numbers(6, 5), numbers(3, 6), numbers(3, 5), None, True),
 }
 
 
@@ -509,7 +640,8 @@ def test_a_traced_primitive_does_the_same_and_has_static_shapes(name):
 def test_what_is_decided_when_tracing_costs_no_operation():
     x, y = tf.constant([1.0]), tf.constant([2.0])
     assert tensorflow_ops.where(True, x, y) is x
-    assert tensorflow_ops.commit(True, [x, y], [y, x]) == [x, y]
+    mean, left = tensorflow_ops.settle(True, lambda into, remainder: ([x], [y]), [x])
+    assert mean[0] is x and left[0] is y
 
 
 LARGE = [2**k + i for k in (15, 16, 30) for i in (-1, 0, 1)] + [2**31 - 3, 2**31 - 2]

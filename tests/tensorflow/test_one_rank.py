@@ -369,7 +369,7 @@ def alone(rounds):
         except StopIteration as stop:
             return stop.value
         if isinstance(request, Agree):
-            answer = request.flag
+            answer = request.sound()
         elif isinstance(request, AllReduce):
             answer = request.tensors
         else:

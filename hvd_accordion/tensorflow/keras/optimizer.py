@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from hvd_accordion import checks
+from hvd_accordion.auto import Advice
 from hvd_accordion.controller import Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
@@ -69,7 +70,7 @@ def DistributedOptimizer(
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
 
-    The result also has `end_epoch`, `compression_report`, `stats` and `register_local_var`.
+    The result also has `end_epoch`, `compression_report`, `advice`, `stats` and `register_local_var`.
 
     Raises ValueError or TypeError for arguments out of range; at the first step, on every rank the same, where ranks are
     configured differently.
@@ -222,6 +223,10 @@ class _Distributed:
     def end_epoch(self) -> None:
         """An epoch is over: needed where no callback of this package, no `steps_per_epoch` tells. On every rank."""
         self._hvd.end_epoch()
+
+    def advice(self) -> Advice:
+        """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table."""
+        return self._hvd.advice()
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""

@@ -1,0 +1,164 @@
+"""A process on each host for each mode, all stopped but those of the mode on turn: the others use no CPU and no link."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from hosts import Network
+from modes import Mode
+
+WORKER = Path(__file__).with_name("worker.py")
+PATIENCE = 300  # seconds for a turn, or for a mode to start
+PORT = 29500
+
+
+class Turn(NamedTuple):
+    steps: int
+    seconds: float  # a step, of the slowest rank
+    sent: float  # bytes that left a host in a step, mean over the hosts
+
+
+class Failure(Exception):
+    """A mode's processes could not start or ended; the message is of one line."""
+
+
+@dataclass
+class Crew:
+    """The processes of one mode."""
+
+    launched: list[subprocess.Popen[bytes]]
+    pids: list[int]
+    connections: list[Connection]
+
+    def signal(self, signum: int) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+
+class Fleet:
+    def __init__(self, network: Network, model: str, cycle_time: float, folder: Path, logs: Path) -> None:
+        self.network, self.model, self.logs = network, model, logs
+        self.env = environment(cycle_time)
+        self.agent = write_agent(network, folder)
+        self.crews: dict[str, Crew] = {}
+        self.path = str(folder / "controller")
+        self.port = PORT
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen(64)
+        self.listener.settimeout(0.5)  # between two looks at whether the process is still there
+
+    def start(self, mode: Mode) -> None:
+        """Brings a mode's processes up to their first step, and stops them."""
+        hosts = len(self.network.addresses)
+        command = [sys.executable, str(WORKER), self.path, self.model, mode.name]
+        self.port += 1  # another for each mode: their stores live side by side
+        with open(self.log(mode), "wb") as log:
+            if mode.horovod:
+                command = [*mpirun(self.network, self.agent), *command]
+                launched = [self.network.start(0, command, self.env, log)]
+            else:
+                common = {"MASTER_ADDR": self.network.addresses[0], "MASTER_PORT": str(self.port)}
+                common |= {"WORLD_SIZE": str(hosts), **self.env}
+                launched = [self.network.start(i, command, {**common, "RANK": str(i)}, log) for i in range(hosts)]
+        crew = self.crews[mode.name] = Crew(launched, [], [])
+        waited = 0.0
+        while len(crew.connections) < hosts:
+            try:
+                crew.connections.append(Connection(self.listener.accept()[0].detach()))
+            except TimeoutError:
+                waited += 0.5
+                if waited > PATIENCE or any(process.poll() is not None for process in launched):
+                    self.fail(mode)
+        for connection in crew.connections:
+            crew.pids.append(self.answer(mode, connection))
+        crew.signal(signal.SIGSTOP)
+
+    def turn(self, mode: Mode, steps: int) -> Turn:
+        crew = self.crews[mode.name]
+        crew.signal(signal.SIGCONT)
+        for connection in crew.connections:
+            with contextlib.suppress(OSError):  # that it ended shows when it is asked for its answer
+                connection.send(steps)
+        answers = [self.answer(mode, connection) for connection in crew.connections]
+        crew.signal(signal.SIGSTOP)
+        return Turn(steps, max(seconds for seconds, _ in answers), sum(sent for _, sent in answers) / len(answers))
+
+    def end(self, mode: Mode) -> None:
+        """Lets a mode's processes go; what would not end, ends with the hosts."""
+        crew = self.crews.pop(mode.name)
+        crew.signal(signal.SIGCONT)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            for connection in crew.connections:
+                connection.send(0)
+            for process in crew.launched:
+                process.wait(10)
+
+    def log(self, mode: Mode) -> Path:
+        stem = re.sub(r"\W+", "-", f"{self.model} {len(self.network.addresses)} {mode.name}").strip("-")
+        return self.logs / f"{stem}.log"
+
+    def answer(self, mode: Mode, connection: Connection) -> Any:
+        with contextlib.suppress(EOFError, OSError):
+            if connection.poll(PATIENCE):
+                answer = connection.recv()
+                if not isinstance(answer, str):
+                    return answer
+                self.fail(mode, answer)
+        self.fail(mode)
+
+    def fail(self, mode: Mode, why: str = "ended or does not answer") -> NoReturn:
+        crew = self.crews.pop(mode.name)
+        for process in crew.launched:
+            process.kill()
+        crew.signal(signal.SIGKILL)
+        raise Failure(f"{why} (see {self.log(mode).name})")
+
+
+@contextlib.contextmanager
+def fleet(network: Network, model: str, cycle_time: float, logs: Path) -> Iterator[Fleet]:
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+        yield Fleet(network, model, cycle_time, Path(folder), logs)
+
+
+def environment(cycle_time: float) -> dict[str, str]:
+    """One thread a rank, and Horovod over MPI: its Gloo would take a stopped peer for a dead one."""
+    return {
+        "OMP_NUM_THREADS": "1",
+        "HOROVOD_CYCLE_TIME": f"{cycle_time:g}",
+        "HOROVOD_CONTROLLER": "mpi",
+        "HOROVOD_CPU_OPERATIONS": "mpi",
+        "HOROVOD_STALL_CHECK_DISABLE": "1",
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # MPI must not spin where the other rank computes
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+
+
+def write_agent(network: Network, folder: Path) -> Path:
+    """What mpirun takes for ssh: it runs a command on the host of an address."""
+    agent = folder / "agent.sh"
+    prefix = network.namespaces[0].removesuffix("1")
+    agent.write_text(f'#!/bin/sh\nhost={prefix}${{1##*.}}\nshift\nexec ip netns exec "$host" sh -c "$*"\n')
+    agent.chmod(0o700)
+    return agent
+
+
+def mpirun(network: Network, agent: Path) -> list[str]:
+    """Runs what follows on every host, when it is started on the first."""
+    where = ",".join(f"{address}:1" for address in network.addresses)
+    command = ["mpirun", "--allow-run-as-root", "-np", str(len(network.addresses)), "-H", where, "-bind-to", "none"]
+    command += ["-mca", "plm_rsh_agent", str(agent), "-mca", "orte_leave_session_attached", "1"]
+    return command + "-mca btl tcp,self -mca btl_tcp_if_include eth0 -mca oob_tcp_if_include eth0".split()

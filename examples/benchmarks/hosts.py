@@ -1,0 +1,124 @@
+"""Several hosts on one machine: network namespaces, joined by a bridge over links whose rate can be set.
+
+Needs Linux, root, and `ip` and `tc` of iproute2. Nothing of it is left behind, however the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+SHAPE = ("burst", "512kb", "latency", "100ms")  # tbf, for netem is not in every kernel
+
+# Ends what runs in the namespaces $@ and removes them, and with them the bridge and the links, as soon as its stdin is
+# closed: by the program that holds the other end, or by that program's death, whatever it died of.
+CARETAKER = """
+cat >/dev/null
+for attempt in $(seq 100); do
+  pids=$(for name in "$@"; do ip netns pids "$name"; done 2>/dev/null)
+  [ -n "$pids" ] || break
+  kill -KILL $pids 2>/dev/null
+  sleep 0.05
+done
+for name in "$@"; do ip netns del "$name" 2>/dev/null; done
+"""
+
+
+@dataclass
+class Network:
+    """Hosts that are up, numbered from 0."""
+
+    namespaces: list[str]
+    addresses: list[str]
+    switch: str  # the namespace of the bridge; its port i leads to host i
+    rate: str | None = None
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def set_rate(self, rate: str | None) -> None:
+        """Shapes every link, in both directions, to a rate as `tc` writes it ("100mbit"); None takes the shape away."""
+        for i, namespace in enumerate(self.namespaces):
+            for where, device in ((namespace, "eth0"), (self.switch, f"port{i}")):
+                if rate:
+                    run("tc", "-n", where, *f"qdisc replace dev {device} root tbf rate {rate}".split(), *SHAPE)
+                elif self.rate:
+                    run("tc", "-n", where, *f"qdisc del dev {device} root".split())
+        self.rate = rate
+
+    def start(
+        self,
+        host: int,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        output: IO[Any] | int | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """A process on a host, in a session of its own: what a terminal sends to this program doesn't reach it."""
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self.namespaces[host], *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        return process
+
+    def wait(self) -> None:
+        """For the end of all that was started."""
+        for process in self._processes:
+            process.wait()
+
+
+@contextlib.contextmanager
+def hosts(count: int, rate: str | None = None) -> Iterator[Network]:
+    """`count` hosts with addresses 10.77.0.1, 10.77.0.2...; at the end all that runs on them is killed."""
+    require()
+    prefix = f"accordion-{os.getpid()}"
+    switch, namespaces = f"{prefix}-0", [f"{prefix}-{i + 1}" for i in range(count)]
+    network = Network(namespaces, [f"10.77.0.{i + 1}" for i in range(count)], switch)
+    caretaker = subprocess.Popen(
+        ["sh", "-c", CARETAKER, "caretaker", *namespaces, switch], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        for namespace in (switch, *namespaces):
+            run("ip", "netns", "add", namespace)
+            run("ip", "-n", namespace, *"link set lo up".split())
+        run("ip", "-n", switch, *"link add bridge type bridge".split())
+        run("ip", "-n", switch, *"link set bridge up".split())
+        for i, (namespace, address) in enumerate(zip(namespaces, network.addresses, strict=True)):
+            run("ip", "-n", switch, *f"link add port{i} type veth peer name eth0 netns {namespace}".split())
+            run("ip", "-n", switch, *f"link set port{i} master bridge up".split())
+            run("ip", "-n", namespace, *f"addr add {address}/24 dev eth0".split())
+            run("ip", "-n", namespace, *"link set eth0 up".split())
+        network.set_rate(rate)
+        yield network
+    finally:
+        assert caretaker.stdin
+        caretaker.stdin.close()
+        caretaker.wait()
+        network.wait()
+
+
+def require() -> None:
+    """Ends the program with a line that says what is missing."""
+    if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
+        sys.exit(f"hosts: {' and '.join(missing)} not found; on Debian: apt-get install iproute2")
+    if os.geteuid() != 0:
+        sys.exit("hosts: network namespaces need root")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    error = done.stderr.strip().replace("\n", "; ")
+    hint = ""
+    if "ermi" in error:  # "Operation not permitted", "Permission denied"
+        hint = " (network namespaces are not permitted here; in a container they need CAP_SYS_ADMIN and CAP_NET_ADMIN)"
+    sys.exit(f"hosts: `{' '.join(command)}` failed: {error}{hint}")
