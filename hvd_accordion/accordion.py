@@ -102,7 +102,7 @@ class Accordion:
     def regime(self, layer: str) -> Regime:
         return self.regimes.get(layer, Regime.CRITICAL)
 
-    def side(self, layer: str) -> CompressionSpec | Auto:
+    def spec(self, layer: str) -> CompressionSpec | Auto:
         return self.critical if self.regime(layer) is Regime.CRITICAL else self.relaxed
 
     def watched(self, count: int) -> int:

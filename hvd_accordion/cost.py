@@ -124,7 +124,7 @@ def step_seconds(
     """Of a training step: forward + max(backward + compression, bytes of the early groups) + rounds of the last groups.
 
     Args:
-        compute: seconds of forward and backward; `backward` is the share of the latter. 0: a whole exchange by itself.
+        compute: seconds of forward and backward; `backward` is the share of the latter.
         groups: in the order of backward. Those before the last hide behind it as far as they fit (see `wire_seconds`).
     """
     if n == 1:

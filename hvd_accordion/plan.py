@@ -129,7 +129,7 @@ def level(
     chosen: Chosen = NOTHING,
 ) -> CompressionSpec:
     """The spec that the layer travels under at this step."""
-    side = policy.side(layer.name) if isinstance(policy, Accordion) else policy
+    side = policy.spec(layer.name) if isinstance(policy, Accordion) else policy
     spec = settled(layer, side, chosen)
     return spec if spec.active(step) and allowed(layer, spec, world_size, min_numel) else Dense()
 

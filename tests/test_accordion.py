@@ -27,7 +27,8 @@ def after(first: float, second: float, **settings) -> Regime:
 
 def test_defaults_are_power_sgd_4_over_1_with_the_papers_numbers():
     accordion = Accordion()
-    assert accordion == Accordion(PowerSGD(4), PowerSGD(1), eta=0.5, interval=10, unit="epochs", lr_drop=0.5)
+    same = Accordion(PowerSGD(4), PowerSGD(1), eta=0.5, interval=10, unit="epochs", lr_drop=0.5, norm="sampled")
+    assert accordion == same
     assert accordion.spec("any") == PowerSGD(4)
 
 
@@ -252,6 +253,8 @@ def test_what_observe_returns_is_a_copy():
         ("lr_drop", 1.0, ValueError, "(0, 1)"),
         ("lr_drop", 1.5, ValueError, "(0, 1)"),
         ("lr_drop", None, TypeError, "(0, 1)"),
+        ("norm", "l2", ValueError, "'sampled', 'exact'"),
+        ("norm", None, ValueError, "'sampled', 'exact'"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(argument, value, error, allowed):
@@ -259,6 +262,13 @@ def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(argument, va
         Accordion(**{argument: value})
     message = str(raised.value)
     assert message.startswith(argument) and repr(value) in message and allowed in message
+
+
+def test_another_norm_makes_another_accordion_and_another_text():
+    assert Accordion(norm="exact") != Accordion()
+    assert "norm='exact'" in repr(Accordion(norm="exact")) and "norm='sampled'" in repr(Accordion())
+    assert str(Accordion(norm="exact")).endswith("every 10 epochs, exact norm)")
+    assert str(Accordion()).endswith("every 10 epochs)")
 
 
 def test_numbers_of_other_libraries_are_numbers():

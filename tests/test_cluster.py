@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hvd_accordion.cluster import carry_out, run
 from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll
 
+
 def yes():
     return np.array(True)
 

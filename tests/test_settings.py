@@ -130,6 +130,7 @@ def test_logged_with_an_accordion_has_its_settings():
         "interval": 7,
         "unit": "steps",
         "lr_drop": 0.25,
+        "norm": "sampled",
         "critical": "PowerSGD(rank=8)",
         "relaxed": "TopK(ratio=0.01)",
     }

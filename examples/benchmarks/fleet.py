@@ -131,7 +131,9 @@ class Fleet:
 @contextlib.contextmanager
 def fleet(network: Network, model: str, cycle_time: float, logs: Path) -> Iterator[Fleet]:
     with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
-        yield Fleet(network, model, cycle_time, Path(folder), logs)
+        made = Fleet(network, model, cycle_time, Path(folder), logs)
+        with made.listener:
+            yield made
 
 
 def environment(cycle_time: float) -> dict[str, str]:

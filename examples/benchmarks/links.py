@@ -123,7 +123,12 @@ def arguments() -> argparse.Namespace:
 
     parser.add_argument("--models", type=several(BATCHES), default=list(BATCHES), help=", ".join(BATCHES))
     parser.add_argument("--modes", type=several(MODES), default=list(MODES), help=", ".join(MODES))
-    parser.add_argument("--hosts", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4])
+    parser.add_argument(
+        "--hosts",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[2],
+        help="numbers of hosts, such as 2,4",
+    )
     links = "rates as tc writes them, or unshaped"
     parser.add_argument(
         "--links", type=lambda text: text.split(","), default=["100mbit", "1gbit", UNSHAPED], help=links

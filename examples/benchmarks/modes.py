@@ -63,7 +63,8 @@ def ddp(hook: str = "") -> Callable[[nn.Module], Any]:
         # Horovod doesn't broadcast the statistics of batch normalisation before each step either
         wrapped = DistributedDataParallel(net, broadcast_buffers=False)
         if hook == "bf16":
-            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+            # in a lambda, for under its own name DDP refuses it without a GPU; but gloo does add bf16
+            wrapped.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
         elif hook == "powerSGD":
             # 2: the earliest start that it allows under error feedback
             state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from hvd_accordion import checks
@@ -74,6 +74,7 @@ class TopK(_Sparse):
         algorithm: "auto" takes two_step among 4 ranks or more, where it sends less for all but a handful of entries.
     """
 
+    _: KW_ONLY
     values: str = "float32"
     algorithm: str = "auto"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvd_accordion import collectives
-from hvd_accordion.cost import Link, seconds, step_seconds
+from hvd_accordion.cost import Link, seconds, wire_seconds
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -41,9 +41,9 @@ def part(report, link, n, cores=2):
             taken = seconds(getattr(collectives, kind), payload, n, LINKS[link])
             sent = collectives.sent(getattr(collectives, kind), payload, n)
             rows.append({"kind": kind, "payload": payload, "seconds": [taken] * 3, "wire": 1.01 * sent, "sent": sent})
-    gamma = {spec: 1e-9 * each * max(1, n / cores) for spec, each in zip(report.SPECS, NANOSECONDS, strict=True)}
-    for spec in report.SPECS:
-        taken = step_seconds(0.0, report.groups(layers, spec, n), n, LINKS[link], gamma)
+    for spec, each in zip(report.SPECS, NANOSECONDS, strict=True):
+        compression = 1e-9 * each * max(1, n / cores) * sum(layer.numel for layer in layers)
+        taken = compression + sum(wire_seconds(report.groups(layers, spec, n), n, LINKS[link]))
         exchanges.append({"spec": str(spec), "seconds": [taken] * 3, "wire": 2e6, "sent": 2e6, "predicted": 2e6})
     return {"ranks": n, "link": link, "load": 1.0, "compute": 0.1, "collectives": rows, "exchanges": exchanges}
 

@@ -26,7 +26,6 @@ SPECS = [
     TopK(0.05),
     TopK(0.05, values="bfloat16", algorithm="allgather"),
     TopK(0.05, values="float16", algorithm="two_step"),
-    TopK(0.05, algorithm="two_step"),
     RandomK(0.1),
     QSGD(1),
     QSGD(3, bucket_size=64),
@@ -510,7 +509,8 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace(spec, backend, bad):
         results, _ = step(backend, spec, grads, *fresh(2))
     for result in results:
         assert not result.ok
-        assert np.isfinite(result.mean[0]).any() == isinstance(spec, TopK | RandomK)  # which leave the rest zero
+        rest_is_zero = isinstance(spec, RandomK) or (isinstance(spec, TopK) and not spec.in_two_steps(2))
+        assert np.isfinite(result.mean[0]).any() == rest_is_zero
         assert not any(x.any() for x in result.residual)
         assert all(np.isfinite(x).all() for memory in result.memory for x in memory.values())
     after, _ = step(backend, spec, gradients(2, seed=1), *kept(results), 1)

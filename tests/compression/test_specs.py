@@ -175,12 +175,14 @@ def test_other_dtypes_are_refused(dtype):
         (FP16(), (100, 50), "float32", 2, 10_000),
         (FP16(), (100, 50), "float64", 4, 15_000),
         (BF16(), (5,), "float32", 2, 3 * 2 + 3 * 2),  # slices of 3 values: one out, one back
-        (TopK(0.01), (100, 50), "float32", 2, 50 * 8),  # value and index, to each other rank
-        (TopK(0.01), (100, 50), "float32", 8, 7 * 50 * 8),
-        (TopK(0.01), (100, 50), "float64", 2, 50 * 12),
-        (TopK(0.01), (100, 50), "float16", 2, 50 * 8),  # in fp32
-        (TopK(0.0101), (100, 50), "float32", 2, 51 * 8),  # rounded up
-        (TopK(1e-6), (100, 50), "float32", 2, 8),  # at least one
+        (TopK(0.01), (100, 50), "float32", 2, 50 * 6 + 4),  # value and place, one block, to each other rank
+        (TopK(0.01, algorithm="allgather"), (100, 50), "float32", 8, 7 * (50 * 6 + 4)),
+        (TopK(0.01), (100, 50), "float32", 8, 2 * 7 * (8 * 6 + 4)),  # rows of 1.25 * 50 / 8, there and back
+        (TopK(0.01), (100, 50), "float64", 2, 50 * 10 + 4),
+        (TopK(0.01), (100, 50), "float16", 2, 50 * 6 + 4),  # in fp32
+        (TopK(0.01, values="bfloat16"), (100, 50), "float64", 2, 50 * 4 + 4),
+        (TopK(0.0101), (100, 50), "float32", 2, 51 * 6 + 4),  # rounded up
+        (TopK(1e-6), (100, 50), "float32", 2, 10),  # at least one
         (RandomK(0.01), (100, 50), "float32", 2, 50 * 4),  # values alone
         (RandomK(0.01), (100, 50), "float64", 4, 1.5 * 50 * 8),
         (RandomK(0.01), (100, 50), "bfloat16", 2, 50 * 4),
@@ -213,8 +215,8 @@ def test_bytes_per_step(spec, shape, dtype, ranks, nbytes):
         (FP16(), "float32", [(AllToAll, 10_000), (AllGather, 5_000)]),
         (BF16(), "float64", [(AllToAll, 10_000), (AllGather, 5_000)]),
         (QSGD(7), "float32", [(AllToAll, 2 * 1300), (AllGather, 1300)]),
-        (TopK(0.01), "float32", [(AllGather, 400)]),
-        (TopK(0.01), "float64", [(AllGather, 600)]),
+        (TopK(0.01), "float32", [(AllGather, 304)]),
+        (TopK(0.01), "float64", [(AllGather, 504)]),
         (RandomK(0.01), "float16", [(AllReduce, 200)]),
         (PowerSGD(4), "float32", [(AllReduce, 1600), (AllReduce, 800)]),  # P of 100 rows, then Q of 50
         (PowerSGD(4), "float64", [(AllReduce, 3200), (AllReduce, 1600)]),
@@ -244,7 +246,7 @@ def test_levels_are_packed_in_as_few_bits_as_they_need(levels, bits):
 
 
 def test_suits_is_getting_smaller():
-    assert TopK(0.4).suits((100, 50), "float32", 2) and not TopK(0.5).suits((100, 50), "float32", 2)
+    assert TopK(0.66).suits((100, 50), "float32", 2) and not TopK(0.67).suits((100, 50), "float32", 2)
     assert not Dense().suits((100, 50), "float32", 2)
     assert dense_bytes((100, 50), "float32", 2) == 20_000
 

@@ -143,7 +143,9 @@ def test_settle_keeps_nan_out_of_the_residual(backend):
 
 def factors(*shapes, r=2, dtype=np.float32):
     """Matrices with factors (r, n), (r, m) that are near to them."""
-    made = [(numbers(r, n, dtype=dtype, seed=i), numbers(r, m, dtype=dtype, seed=50 + i)) for i, (n, m) in enumerate(shapes)]
+    made = [
+        (numbers(r, n, dtype=dtype, seed=i), numbers(r, m, dtype=dtype, seed=50 + i)) for i, (n, m) in enumerate(shapes)
+    ]
     return [p.T @ q + numbers(*s, dtype=dtype, seed=99) for (p, q), s in zip(made, shapes, strict=True)], made
 
 
@@ -156,7 +158,10 @@ def low_rank_settled(backend, sound):
 
     def split(into, remainder):
         places = [None] * 2 if into is None else into
-        done = [ops.low_rank(v, to(p), to(q), place, remainder) for v, (p, q), place in zip(values, made, places, strict=True)]
+        done = [
+            ops.low_rank(v, to(p), to(q), place, remainder)
+            for v, (p, q), place in zip(values, made, places, strict=True)
+        ]
         return [mean for mean, _ in done], [left for _, left in done] if remainder else None
 
     mean, left = ops.settle(torch.tensor(sound), split, old)
@@ -536,7 +541,9 @@ def test_products_of_matrices(dtype, batch, r):
 
 @floats
 @pytest.mark.parametrize("remainder", [True, False])
-@pytest.mark.parametrize("shape", [(6, 5), (1, 9), (700, 500), (3, 2**17 + 9), (2**17 + 9, 1)])  # also of several chunks
+@pytest.mark.parametrize(
+    "shape", [(6, 5), (1, 9), (700, 500), (3, 2**17 + 9), (2**17 + 9, 1)]
+)  # also of several chunks
 def test_low_rank(dtype, shape, remainder):
     (matrix,), ((p, q),) = factors(shape, dtype=dtype)
     assert shape[0] < 700 or matrix.size > torch_ops.CACHED
@@ -599,6 +606,9 @@ CALLS = {
     "pad": (numbers(5), 8, (2, 4)),
     "widened": (numbers(2, 3, 4), 6),
     "zeros": (5, numbers(2)),
+    "full": (5, numbers()),
+    "constant": ((3, 70000), numbers(2)),
+    "arange": (5, numbers(2)),
     "cast": (numbers(3, 4), "float16"),
     "cast_like": (np.arange(3, dtype=np.uint8), numbers(2)),
     "to_bytes": (numbers(3, 4),),
@@ -609,6 +619,8 @@ CALLS = {
     "max": (numbers(3, 4), -1, True),
     "sum": (numbers(3, 4), 0, False),
     "top_k": (numbers(20), 4),
+    "argsort": (np.array([3, 1, 7], np.int32),),
+    "searchsorted": (np.array([1, 3, 3, 7], np.int32), np.array([3, 0, 9], np.int32)),
     "affine": ((3, 7), 1, 5, 4, 20, numbers(2)),
     "take": (numbers(20), np.array([3, 1], np.int32)),
     "put": (numbers(20), np.array([3, 1], np.int32), 0.0),

@@ -23,6 +23,11 @@ def test_optimizer(ranks, transport):
     worker("torch/optimizer", ranks, transport, timeout=300)
 
 
+def test_norms():
+    worker("torch/norms", ranks=2)
+    worker("tensorflow/keras_norms", ranks=2, timeout=300)
+
+
 def test_hot_path():
     worker("torch/hot_path", ranks=2)
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion import FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK, sampling
 from hvd_accordion.compression import Context, exchange
 from hvd_accordion.ops import numpy as ops
 
@@ -210,19 +210,42 @@ def variable() -> tf.Variable:
     return tf.Variable(tf.zeros(SHAPE), name="w")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [SHAPE, (150, 90)], ids=["small", "large"])
+@pytest.mark.parametrize("norm", ["sampled", "exact"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_the_norm_is_that_of_the_summed_gradient(graph):
-    recorder, w = Recorder(), variable()
-    averaging = hvd.GradientExchange(Accordion(interval=1), steps_per_epoch=4, logger=recorder)
+def test_the_norm_is_that_of_the_summed_gradient(graph, norm, shape, dtype):
+    recorder, w, accordion = Recorder(), tf.Variable(tf.zeros(shape, dtype), name="w"), Accordion(interval=1, norm=norm)
+    averaging = hvd.GradientExchange(accordion, steps_per_epoch=4, logger=recorder, seed=3)
     step = tf.function(lambda g: averaging([g], [w])[0]) if graph else lambda g: averaging([g], [w])[0]
-    total = np.zeros(SHAPE)
+    total = np.zeros(shape)
+    size = accordion.watched(total.size)
+    picked = sampling.entries(ops, "w", total.size, size, 3, total)
     for i in range(8):
-        np.testing.assert_array_equal(step(tf.constant(gradient(i))), gradient(i))
-        total += gradient(i)
+        g = np.random.default_rng(i).standard_normal(shape).astype(dtype)
+        np.testing.assert_array_equal(step(tf.constant(g)), g)
+        total += g
         if i % 4 == 3:
-            assert recorder.windows[-1][1]["w"].norm == pytest.approx(np.linalg.norm(total), rel=1e-6)
+            expected = sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])
+            assert recorder.windows[-1][1]["w"].norm == pytest.approx(expected, rel=1e-6)
             total[:] = 0
+    assert averaging.state.summed["0"].shape == (size,)
     assert len(recorder.windows) == 2 and averaging.stats.steps == 8 and averaging.stats.sent_bytes == 0
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("sampled", "exact"), ("exact", "sampled"), ("sampled", "sampled")])
+def test_sums_of_other_entries_are_not_taken_up(saved, loaded):
+    def make(norm):
+        w = tf.Variable(tf.zeros((150, 90)), name="w")
+        averaging = hvd.GradientExchange(Accordion(interval=3, unit="steps", norm=norm))
+        averaging([tf.ones((150, 90))], [w])
+        return averaging, w
+
+    (first, _), (second, w) = make(saved), make(loaded)
+    second([tf.ones((150, 90))], [w])
+    second.state.load(first.state.arrays())
+    assert set(second.state.summed["0"].numpy()) == {1.0 if saved == loaded else 0.0}
+    assert second.stats.steps == 1
 
 
 def test_missing_gradients_and_slices_pass_through():

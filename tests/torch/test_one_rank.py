@@ -1,10 +1,12 @@
 """Without horovodrun: one rank, nothing is sent, everything else works."""
 
+import numpy as np
 import pytest
 import torch
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import Accordion, PowerSGD, TopK
+from hvd_accordion import Accordion, PowerSGD, TopK, sampling
+from hvd_accordion.ops import numpy as numpy_ops
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,20 +81,63 @@ def test_watches_and_logs_regimes():
     assert accordion.norms == {}, "the user's object is left alone"
 
 
-def test_norm_is_that_of_the_summed_gradient():
-    weight = torch.nn.Parameter(torch.zeros(40, 50))
-    recorder = Recorder()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 50), (150, 90)], ids=["small", "large"])
+@pytest.mark.parametrize("norm", ["sampled", "exact"])
+def test_norm_is_that_of_the_summed_gradient(norm, shape, dtype):
+    weight, recorder, accordion = torch.nn.Parameter(torch.zeros(shape, dtype=dtype)), Recorder(), Accordion(norm=norm)
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD([weight], lr=0.1), [("w", weight)], Accordion(interval=1), steps_per_epoch=4, logger=recorder
+        torch.optim.SGD([weight], lr=0.1), [("w", weight)], accordion, steps_per_epoch=4, logger=recorder, seed=3
     )
-    total = torch.zeros_like(weight)
+    total = np.zeros(shape)
     for step in range(4):
-        g = torch.randn(40, 50, generator=torch.Generator().manual_seed(step))
-        total += g
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+        if step == 2:  # leaves no trace, be it in an entry that is not even watched
+            g[0, 0] = torch.nan
+        else:
+            total += g.double().numpy()
         optimizer.zero_grad()
         (weight * g).sum().backward()
         optimizer.step()
-    assert recorder.windows[0][1]["w"].norm == pytest.approx(float(total.norm()), rel=1e-6)
+        assert step == 3 or [len(x) for x in optimizer._hvd.summed.values()] == [accordion.watched(weight.numel())]
+    assert recorder.windows[0][1]["w"].norm == pytest.approx(watched_norm(total, accordion, 3), rel=1e-5)
+    assert optimizer._hvd.summed == {}
+
+
+def watched_norm(total: np.ndarray, accordion: Accordion, seed: int) -> float:
+    """Accordion's norm of layer "w", in numpy."""
+    size = accordion.watched(total.size)
+    picked = sampling.entries(numpy_ops, "w", total.size, size, seed, total)
+    assert len(set(picked)) == size
+    return sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("sampled", "exact"), ("exact", "sampled"), ("sampled", "sampled")])
+def test_sums_of_other_entries_are_not_taken_up(saved, loaded):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(90, 150)
+
+    def build(norm):
+        inner = torch.optim.SGD(net.parameters(), lr=0.1)
+        accordion = Accordion(interval=3, unit="steps", norm=norm)
+        return hvd.DistributedOptimizer(inner, net.named_parameters(), accordion)
+
+    def step(optimizer):
+        optimizer.zero_grad()
+        net(torch.ones(2, 90)).square().sum().backward()
+        optimizer.step()
+
+    optimizer = build(saved)
+    step(optimizer)
+    state = optimizer.state_dict()
+    assert state["hvd_accordion"]["summed"]["weight"].shape == (8192 if saved == "sampled" else 90 * 150,)
+    del optimizer
+    other = build(loaded)
+    other.load_state_dict(state)
+    assert list(other._hvd.summed) == (["weight"] if saved == loaded else [])
+    step(other)
+    step(other)
+    assert other._hvd.controller.window == 1
 
 
 def test_state_dict_round_trip_is_weights_only(tmp_path):

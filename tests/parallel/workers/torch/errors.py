@@ -47,6 +47,11 @@ def test_different_accordions():
     assert "eta=0.4" in message and "eta=0.5" in message
 
 
+def test_different_norms():
+    message = error_of(lambda: build(compression=mine(Accordion(norm="exact"), Accordion())))
+    assert "norm='exact'" in message and "norm='sampled'" in message
+
+
 def test_different_shapes():
     net = model()
     if hvd.rank() == 0:

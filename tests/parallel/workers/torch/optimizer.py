@@ -363,6 +363,59 @@ def test_channels_last():
     assert torch.allclose(flat(net), flat(other), atol=1e-4)
 
 
+def prepared(how):
+    """A network whose gradients lie in memory in an unusual way, and what empties them between steps."""
+    net = model(torch.float16 if how == "fp16" else torch.float32)
+    if how == "channels_last":
+        net = net.to(memory_format=torch.channels_last)
+    if how != "flat":
+        return net, lambda optimizer: optimizer.zero_grad(set_to_none=how != "kept")
+    params = list(net.parameters())
+    buffer = torch.zeros(sum(p.numel() for p in params) + 5)
+    for p, part in zip(params, buffer.split([*(p.numel() for p in params), 5]), strict=False):
+        p.grad = part.view_as(p)
+    return net, lambda optimizer: buffer.zero_()
+
+
+def span(x):
+    """The bytes of a dense tensor in memory."""
+    return x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("compression", [LOSSY, TopK(0.05), BF16(), Accordion(interval=2, unit="steps")], ids=str)
+@pytest.mark.parametrize("how", ["flat", "channels_last", "fp16", "kept", "dropped"])
+def test_gradients_are_exchanged_rightly_however_they_lie_in_memory(how, compression):
+    """What was applied and what residuals hold is what was given, whatever the user does to gradients after a step."""
+    net, emptied = prepared(how)
+    optimizer = wrap(net, sgd(net, lr=0.0, momentum=0.0), compression=compression)
+    engine, dtype = optimizer._hvd, next(net.parameters()).dtype
+    places = {name: p.grad.data_ptr() for name, p in net.named_parameters() if how == "flat"}
+    given, applied, new = {}, {}, {}
+    for name, p in net.named_parameters():
+        given[name], applied[name] = (torch.zeros(p.shape, dtype=torch.float64) for _ in range(2))
+        p.register_hook(lambda g, name=name: new.update({name: g.double().contiguous()}))
+    for step in range(5):
+        emptied(optimizer)
+        loss_of(net, step, dtype=dtype).backward()
+        optimizer.step()
+        for name, p in net.named_parameters():
+            given[name] += hvd.allreduce(new[name], name=f"given.{name}")
+            applied[name] += p.grad.double()
+        assert_ranks_equal(torch.cat([p.grad.double().reshape(-1) for p in net.parameters()]))
+        spans = sorted(map(span, [*engine.residual.values(), *(p.grad for p in net.parameters())]))
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)), "memory is shared"
+        for name, p in net.named_parameters():
+            assert name not in engine.residual or engine.residual[name].data_ptr() != p.grad.data_ptr()
+            assert how != "flat" or p.grad.data_ptr() == places[name], "the user's buffer must hold the gradient"
+            assert p.grad.dtype == dtype and p.grad.shape == p.shape
+            p.grad.fill_(float("nan") if how in ("fp16", "dropped") else 7.0)
+    assert engine.residual or (how, compression) == ("fp16", BF16())  # which makes nothing smaller
+    for name, total in given.items():
+        held = hvd.allreduce(engine.residual[name].double(), name=f"held.{name}") if name in engine.residual else 0.0
+        tolerance = 2e-3 if how == "fp16" else 1e-6  # a mean is rounded to the gradient's dtype
+        assert (applied[name] + held - total).norm() <= tolerance * total.norm(), name
+
+
 def test_several_optimizers():
     nets = [model(), model()]
     optimizers = [wrap(nets[0], compression=TopK(0.05)), wrap(nets[1])]

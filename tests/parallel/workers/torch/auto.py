@@ -1,0 +1,125 @@
+"""An Auto on real ranks: all choose alike, by rank 0's numbers, and go on from there."""
+
+import pytest
+import torch
+from common import assert_ranks_equal, flat, loss_of, model, sgd, train
+
+import hvd_accordion.torch as hvd
+from hvd_accordion import Accordion, Auto, Dense, PowerSGD, TopK
+from hvd_accordion.auto import PROBE_STEPS
+from hvd_accordion.torch.probe import Probe
+
+AUTO = Auto((PowerSGD(2), TopK(0.02)))
+
+
+@pytest.fixture
+def link(monkeypatch):
+    """Makes the link that rank 0 measures one of so many bytes a second; the other ranks see another one."""
+
+    def of(bandwidth):
+        mine = bandwidth if hvd.rank() == 0 else 1e15 / bandwidth
+        measured = Probe._allreduce
+
+        def allreduce(self, size, device):
+            measured(self, size, device)
+            return 1e-6 + size / mine
+
+        monkeypatch.setattr(Probe, "_allreduce", allreduce)
+
+    return of
+
+
+def made(net, compression=AUTO, **options):
+    return hvd.DistributedOptimizer(sgd(net), net.named_parameters(), compression=compression, **options)
+
+
+def chosen(optimizer):
+    return {row.name: row.spec for row in optimizer.compression_report()}
+
+
+@pytest.mark.parametrize(("bandwidth", "pays"), [(1e4, True), (1e13, False)])
+def test_all_ranks_choose_by_rank_0s_numbers(link, bandwidth, pays):
+    link(bandwidth)
+    net = model()
+    optimizer = made(net)
+    train(net, optimizer, range(PROBE_STEPS - 1))
+    assert set(chosen(optimizer).values()) == {"Dense()"}
+    with pytest.raises(ValueError, match="advice needs"):
+        optimizer.advice()
+    train(net, optimizer, range(PROBE_STEPS - 1, 10))
+    advice = optimizer.advice()
+    assert advice.compresses is pays
+    assert advice.measured.link.bandwidth == pytest.approx(bandwidth, rel=0.01)
+    texts = hvd.allgather_object(str(advice), name="advice")
+    assert len(set(texts)) == 1
+    assert any(spec != "Dense()" for spec in chosen(optimizer).values()) is pays
+    assert bool(optimizer._hvd.residual) is pays
+    assert_ranks_equal(flat(net))
+
+
+def test_the_choice_is_saved_and_not_made_again(link):
+    link(1e4)
+    net = model()
+    optimizer = made(net)
+    train(net, optimizer, range(6))
+    weights = {name: x.clone() for name, x in net.state_dict().items()}
+    state = optimizer.state_dict()
+    state = {**state, "hvd_accordion": _copy(state["hvd_accordion"])}
+    saved = {**state, "state": {k: _copy(v) for k, v in state["state"].items()}}
+    train(net, optimizer, range(6, 10))
+    link(1e13)
+    other = model()
+    resumed = made(other)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    assert chosen(resumed) == chosen(optimizer)
+    train(other, resumed, range(6, 10))
+    assert torch.equal(flat(net), flat(other))
+
+
+def _copy(x):
+    if isinstance(x, dict):
+        return {k: _copy(v) for k, v in x.items()}
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def test_it_decides_an_accordions_relaxed_side(link):
+    link(1e4)
+    net = model()
+    accordion = Accordion(critical=Dense(), relaxed=AUTO, interval=2, unit="steps", eta=1e9)
+    optimizer = made(net, accordion)
+    train(net, optimizer, range(10))
+    report = {row.name: row for row in optimizer.compression_report()}
+    assert {row.regime for row in report.values()} == {None, "relaxed"}
+    assert any(row.spec != "Dense()" for row in report.values())
+    assert_ranks_equal(flat(net))
+
+
+def test_a_rank_without_a_backward_pass_takes_part(link):
+    link(1e4)
+    net = model()
+    optimizer = made(net)
+    for step in range(6):
+        optimizer.zero_grad()
+        if hvd.rank() == 0 or step % 2:
+            loss_of(net, step).backward()
+        optimizer.step()
+    assert optimizer.advice().compresses
+    assert_ranks_equal(flat(net))
+
+
+def test_on_the_real_link_the_prediction_is_made_of_what_was_measured():
+    net = model()
+    optimizer = made(net, {"*.weight": Auto(), "*": None})
+    train(net, optimizer, range(5))
+    advice = optimizer.advice()
+    assert advice.measured.backward > 0 and advice.measured.link.bandwidth > 1e6
+    assert all(t > 0 for t in advice.measured.compression.values())
+    assert advice.step["chosen"] == min(advice.step.values())
+    assert_ranks_equal(flat(net))
+
+
+def test_there_is_no_advice_without_an_auto():
+    optimizer = made(model(), PowerSGD(2))
+    with pytest.raises(ValueError, match="advice needs"):
+        optimizer.advice()
