@@ -54,6 +54,8 @@ class Accordion:
     sqrt(d / m) ||(s_1, ..., s_m)||. Its square is unbiased over seeds, its relative standard error about
     sqrt((k - 1) (1 - m / d) / (4 m)), where k = d sum(s^4) / sum(s^2)^2 (3 for Gaussian entries: 0.8 %). Much of that
     cancels in the change from one check to the next, for the entries stay. Layers of up to m entries are measured exactly.
+    Where few entries hold most of the norm (k in the hundreds: an embedding, over windows of few small batches), "exact"
+    decides otherwise more often.
 
     Args:
         critical: compression in the critical regime; little of it (`PowerSGD(rank=4)`).

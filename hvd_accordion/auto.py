@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hvd_accordion.collectives import AllReduce, sent
+from hvd_accordion.collectives import AllReduce
 from hvd_accordion.compression import CompressionSpec, Dense, PowerSGD
-from hvd_accordion.compression.base import Message
-from hvd_accordion.cost import Link, seconds
+from hvd_accordion.cost import Link, constant, layer_seconds, round_seconds
 
 PROBE_STEPS = 3  # steps that travel dense before the choice; the first warms up, the others time backward
 
@@ -111,7 +110,7 @@ class Advice(Sequence[LayerAdvice]):
 
     def __str__(self) -> str:
         m = self.measured
-        alone = latency([(AllReduce, 0.0)], m)
+        alone = constant(AllReduce, m.world_size, m.link)
         lines = [
             f"link of {m.world_size} ranks: {8e-6 * m.link.bandwidth:,.0f} Mbit/s, {1e3 * alone:.2f} ms a collective",
             f"backward, which hides what travels meanwhile: {1e3 * m.backward:.1f} ms",
@@ -144,16 +143,10 @@ def advice_of(engine: Any) -> Advice:
     return advice
 
 
-def latency(rounds: Sequence[Message], measured: Measured) -> float:
-    """Seconds that these collectives take however little they carry."""
-    return sum(seconds(kind, 0.0, measured.world_size, measured.link) for kind, _ in rounds)
-
-
 def cost(layer: Layer, spec: CompressionSpec, measured: Measured) -> Cost:
-    n = measured.world_size
-    rounds = spec.messages(layer.shape, layer.dtype, n)
-    wire = sum(sent(kind, nbytes, n) for kind, nbytes in rounds) / measured.link.bandwidth
-    return Cost(wire, measured.compression.get((layer.name, spec), 0.0), latency(rounds, measured))
+    n, link = measured.world_size, measured.link
+    wire = layer_seconds(layer.shape, layer.dtype, spec, n, link)
+    return Cost(wire, measured.compression.get((layer.name, spec), 0.0), round_seconds(spec, n, link, layer.dtype))
 
 
 def predicted(costs: Iterable[Cost], backward: float) -> float:

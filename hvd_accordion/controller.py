@@ -120,8 +120,8 @@ class Controller:
         return any(name not in self.chosen for name in self.choices())
 
     def choose(self, chosen: plan.Chosen) -> None:
-        """An Auto's choices, the same on all ranks."""
-        self.chosen = {name: chosen[name] for name in self.choices()}
+        """An Auto's choices, the same on all ranks; layers that are not among them stay dense."""
+        self.chosen = {name: chosen.get(name, Dense()) for name in self.choices()}
         self._refresh()
 
     def regime(self, name: str) -> Regime | None:
@@ -242,8 +242,8 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         counters = {key: getattr(self, key) for key in ("step", "epoch", "step_of_epoch", "window")}
         totals = {"stats": dict(vars(self.stats)), "epoch_start": dict(vars(self._epoch_start))}
-        numbers = {name: (Dense(), *specs).index(self.chosen[name]) for name, specs in self.choices().items() if name in self.chosen}
-        return {**counters, **totals, "accordions": [a.state_dict() for a in self.accordions], "chosen": numbers}
+        chosen = {name: str(spec) for name, spec in self.chosen.items()}
+        return {**counters, **totals, "accordions": [a.state_dict() for a in self.accordions], "chosen": chosen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = state["accordions"]
@@ -254,8 +254,8 @@ class Controller:
         self.stats, self._epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
         for accordion, its in zip(self.accordions, saved, strict=True):
             accordion.load_state_dict(its)
-        choices, chosen = self.choices(), state["chosen"]
-        self.chosen = {name: (Dense(), *specs)[chosen[name]] for name, specs in choices.items() if name in chosen}
+        known = {name: {str(s): s for s in (Dense(), *plan.options(policy))} for name, policy in self.policy.items()}
+        self.chosen = {name: known[name][s] for name, s in state["chosen"].items() if s in known.get(name, ())}
         self._refresh()
         self._silence["counted"] = self._silence["counted"] or self.epoch > 0
 

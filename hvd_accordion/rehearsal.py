@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hvd_accordion import cost
 from hvd_accordion.auto import Measured
-from hvd_accordion.collectives import Agree, AllGather, AllReduce, Rounds
+from hvd_accordion.collectives import AllGather, AllReduce, AllToAll, Rounds
 from hvd_accordion.collectives import T as Result
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.ops.protocol import Ops
@@ -48,7 +48,10 @@ def measure(
 
 
 def rehearse(rounds: Rounds[Result], ops: Ops, world_size: int) -> Result:
-    """What the exchange comes to if all ranks held this one's values."""
+    """What rank 0's exchange comes to if all ranks held its values, with all the work that it makes for a rank.
+
+    But for exchanges with an alltoall: what other ranks make of their slices is unknown, and rank 0's stands for each.
+    """
     answer: object = None
     while True:
         try:
@@ -59,7 +62,7 @@ def rehearse(rounds: Rounds[Result], ops: Ops, world_size: int) -> Result:
             answer = list(request.tensors)
         elif isinstance(request, AllGather):
             answer = ops.stack([request.tensor] * world_size)
-        elif isinstance(request, Agree):
-            answer = request.sound()
+        elif isinstance(request, AllToAll):
+            answer = ops.stack([request.tensor[0]] * world_size)
         else:
-            answer = request.tensor
+            answer = request.sound()

@@ -16,8 +16,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def entries(ops: Ops, name: str, count: int, size: int, seed: int, like: Any) -> Tensor:
     """int32 positions of `size` entries among the `count` of a layer: a j + b mod count for j < size.
 
-    Distinct and spread evenly by the choice of a; each entry is as likely as any other, for b comes from (seed, name). The same
-    on every rank and in every framework, in the same order.
+    Distinct and spread evenly by the choice of a; each entry is as likely as any other, for b comes from (seed, name).
+    The same on every rank and in every framework, in the same order.
     """
     shift = seeds.stable_hash(seed, name, "watched") % max(1, count)
     return ops.affine((multiplier(count),), 0, shift, size, max(1, count), like)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_accordion import BF16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import BF16, QSGD, Accordion, Auto, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.plan import (
     Layer,
     adaptive,
@@ -16,9 +16,13 @@ from hvd_accordion.plan import (
     assign,
     buckets,
     candidates,
+    choices,
     grouped,
     level,
+    options,
     parts,
+    settled,
+    sides,
     split,
 )
 
@@ -126,6 +130,8 @@ def test_a_key_that_is_no_string_is_named():
         # TopK sends 6 bytes an entry to each other rank, dense 4 there and back
         ((64, 64), TopK(0.67), False),
         ((64, 64), TopK(0.66), True),
+        ((64, 64), TopK(0.99, values="float16"), True),  # 4 bytes an entry
+        ((64, 64), TopK(1.0, values="float16"), False),
         ((64, 64), RandomK(1.0), False),
         ((64, 64), RandomK(0.9), True),
         # rank 4 of 64 x 64: 4096 floats against 512
@@ -243,15 +249,22 @@ def test_whatever_level_a_layer_gets_is_a_candidate(policy):
 # buckets and groups
 
 
-def test_buckets_are_filled_from_the_last_layer_on():
-    assert names(buckets(layers(5), limit=2 * 64 * 64 * 4)) == [["l4", "l3"], ["l2", "l1"], ["l0"]]
-    assert names(buckets(layers(3))) == [["l2", "l1", "l0"]]
-    assert buckets([]) == []
+def test_buckets_are_filled_in_the_order_given():
+    assert names(buckets(layers(5), limit=2 * 64 * 64 * 4)) == [["l0", "l1"], ["l2", "l3"], ["l4"]]
+    assert names(buckets(layers(5)[::-1], limit=2 * 64 * 64 * 4)) == [["l4", "l3"], ["l2", "l1"], ["l0"]]
+    assert names(buckets(layers(3))) == [["l0", "l1", "l2"]]
+    assert buckets([]) == buckets([], None) == []
+
+
+def test_without_a_limit_there_is_one_bucket():
+    large = [layer("a", (4096, 4096)), layer("b", (4096, 4096))]
+    assert names(buckets(large, None)) == [["a", "b"]]
+    assert names(buckets(large)) == [["a"], ["b"]]
 
 
 def test_a_layer_larger_than_a_bucket_has_its_own():
     mixed = [layer("a"), layer("big", (1000, 1000)), layer("c")]
-    assert names(buckets(mixed, limit=100_000)) == [["c"], ["big"], ["a"]]
+    assert names(buckets(mixed, limit=100_000)) == [["a"], ["big"], ["c"]]
 
 
 @settings(deadline=None)
@@ -259,9 +272,11 @@ def test_a_layer_larger_than_a_bucket_has_its_own():
 def test_buckets_keep_every_layer_once_within_the_limit(sizes, limit):
     given_layers = [layer(f"l{i}", (n,)) for i, n in enumerate(sizes)]
     runs = buckets(given_layers, limit)
-    assert [x for run in runs for x in run] == given_layers[::-1]
+    assert [x for run in runs for x in run] == given_layers
     assert all(sum(x.nbytes for x in run) <= limit or len(run) == 1 for run in runs)
     assert all(runs)
+    for run, following in pairwise(runs):  # none is cut short
+        assert sum(x.nbytes for x in run) + following[0].nbytes > limit
 
 
 def test_split_is_horovods_groups():
@@ -313,15 +328,28 @@ def test_group_names_are_unique_and_the_same_in_every_process():
     specs = {"a": TopK(0.1), "b": TopK(0.2), "c": TopK(0.1), "d": TopK(0.1), "e": Dense()}
     groups = grouped([run, run[:2]], specs, carried=["e"])
     assert [g.name for g in groups] == [
-        "0.0.topk.float32",
-        "0.1.topk.float32",
-        "0.2.topk.float64",
-        "0.3.topk.float32",
-        "0.4.dense.float32",
-        "1.0.topk.float32",
-        "1.1.topk.float32",
+        "0.0.0.topk.float32",
+        "0.1.0.topk.float32",
+        "0.2.0.topk.float64",
+        "0.3.0.topk.float32",
+        "0.4.0.dense.float32",
+        "1.0.0.topk.float32",
+        "1.1.0.topk.float32",
     ]
     assert grouped([run, run[:2]], specs, carried={"e"}) == groups
+
+
+def test_a_run_is_cut_by_kind_before_it_is_cut_by_size():
+    large, small = layer("large"), [layer(f"s{i}", (8, 8)) for i in range(3)]
+    run = [small[0], large, small[1], layer("more"), small[2]]
+    specs = {x.name: TopK(0.1) if x.numel == 4096 else Dense() for x in run}
+    found = grouped([run], specs, limit=large.nbytes)
+    assert [(g.name, [x.name for x in g.layers]) for g in found] == [
+        ("0.0.0.dense.float32", ["s0", "s1", "s2"]),  # one, though others lie between them
+        ("0.1.0.topk.float32", ["large"]),
+        ("0.1.1.topk.float32", ["more"]),
+    ]
+    assert [len(g.layers) for g in grouped([run], specs)] == [3, 2]
 
 
 spec_strategy = st.sampled_from(
@@ -331,16 +359,17 @@ kind_strategy = st.tuples(spec_strategy, st.sampled_from(["float32", "float64"])
 
 
 @settings(deadline=None)
-@given(st.lists(kind_strategy, max_size=20), st.integers(1, 4))
-def test_grouping_loses_and_mixes_nothing(kinds, parts):
+@given(st.lists(kind_strategy, max_size=20), st.integers(1, 4), st.sampled_from([None, 1, 3 * 64 * 64 * 4]))
+def test_grouping_loses_and_mixes_nothing(kinds, parts, limit):
     all_layers = [layer(f"l{i}", dtype=dtype) for i, (_, dtype, _) in enumerate(kinds)]
     specs = {f"l{i}": spec for i, (spec, _, _) in enumerate(kinds)}
     carried = {f"l{i}" for i, (_, _, held) in enumerate(kinds) if held}
-    groups = grouped(split(all_layers, parts), specs, carried)
+    groups = grouped(split(all_layers, parts), specs, carried, limit)
     assert sorted(x.name for g in groups for x in g.layers) == sorted(x.name for x in all_layers)
     assert len({g.name for g in groups}) == len(groups)
     for g in groups:
         assert {specs[x.name] for x in g.layers} == {g.spec} and len({x.dtype for x in g.layers}) == 1
+        assert limit is None or len(g.layers) == 1 or sum(x.nbytes for x in g.layers) <= limit
         feedback = g.spec.lossy and g.spec.error_feedback
         assert all(g.feeds_back == (feedback or x.name in carried) for x in g.layers)
 
@@ -358,11 +387,11 @@ def parts_of(*runs, policies=None, **settings):
 def test_a_part_has_the_same_specs_a_dtype_and_a_device():
     run = [layer("a"), layer("b", dtype="float64"), layer("c", device="cuda:0"), layer("d"), layer("e"), layer("f")]
     assert parts_of(run, policies={"e": QSGD(7), "f": LATE}) == [
-        ("0.0.float32", ["a", "d"], [TopK(0.1)], True),
-        ("0.1.float64", ["b"], [TopK(0.1)], True),
-        ("0.2.float32", ["c"], [TopK(0.1)], True),
-        ("0.3.float32", ["e"], [QSGD(7)], True),
-        ("0.4.float32", ["f"], [LATE, Dense()], True),
+        ("0.0.0.float32", ["a", "d"], [TopK(0.1)], True),
+        ("0.1.0.float64", ["b"], [TopK(0.1)], True),
+        ("0.2.0.float32", ["c"], [TopK(0.1)], True),
+        ("0.3.0.float32", ["e"], [QSGD(7)], True),
+        ("0.4.0.float32", ["f"], [LATE, Dense()], True),
     ]
 
 
@@ -371,9 +400,9 @@ def test_an_adaptive_layer_stays_alone():
     run = [layer("a"), layer("b"), layer("bias", (4096,)), layer("small", (8, 8)), layer("dense")]
     policies = dict.fromkeys(["a", "b", "bias", "small"], accordion) | {"dense": Dense()}
     assert parts_of(run, policies=policies) == [
-        ("0.0.float32", ["a"], [TopK(0.1), TopK(0.01)], True),
-        ("0.1.float32", ["b"], [TopK(0.1), TopK(0.01)], True),
-        ("0.2.float32", ["bias", "small", "dense"], [Dense()], False),
+        ("0.0.0.float32", ["a"], [TopK(0.1), TopK(0.01)], True),
+        ("0.1.0.float32", ["b"], [TopK(0.1), TopK(0.01)], True),
+        ("0.2.0.float32", ["bias", "small", "dense"], [Dense()], False),
     ]
 
 
@@ -392,10 +421,19 @@ def test_a_part_feeds_back_if_any_of_its_levels_does():
 def test_runs_stay_apart_and_small_is_what_the_user_says():
     first, second = [layer("a"), layer("small", (8, 8))], [layer("b")]
     assert parts_of(first, second, min_numel=64) == [
-        ("0.0.float32", ["a", "small"], [TopK(0.1)], True),
-        ("1.0.float32", ["b"], [TopK(0.1)], True),
+        ("0.0.0.float32", ["a", "small"], [TopK(0.1)], True),
+        ("1.0.0.float32", ["b"], [TopK(0.1)], True),
     ]
     assert [names for _, names, *_ in parts_of(first)] == [["a"], ["small"]]
+
+
+def test_parts_are_cut_by_kind_before_they_are_cut_by_size():
+    run = [layer("a"), layer("bias", (64,)), layer("b"), layer("bias2", (64,)), layer("c")]
+    assert [(name, names) for name, names, *_ in parts_of(run, limit=2 * 64 * 64 * 4)] == [
+        ("0.0.0.float32", ["a", "b"]),
+        ("0.0.1.float32", ["c"]),
+        ("0.1.0.float32", ["bias", "bias2"]),
+    ]
 
 
 def test_parts_do_not_change_with_the_regimes():
@@ -407,18 +445,117 @@ def test_parts_do_not_change_with_the_regimes():
     assert accordion.spec("l1") == TopK(0.01) and parts(runs, policy, 2) == before
 
 
-policy_strategy = st.one_of(spec_strategy, st.just(LATE), st.builds(Accordion, spec_strategy, spec_strategy))
+auto_strategy = st.sampled_from([Auto(TopK(0.1)), Auto((PowerSGD(1), QSGD(7)))])
+policy_strategy = st.one_of(
+    spec_strategy,
+    st.just(LATE),
+    auto_strategy,
+    st.builds(Accordion, spec_strategy, st.one_of(spec_strategy, auto_strategy)),
+)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(policy_strategy, st.sampled_from(["float32", "float64"])), max_size=12), st.integers(1, 4))
-def test_parts_lose_and_mix_nothing(kinds, count):
+@given(
+    st.lists(st.tuples(policy_strategy, st.sampled_from(["float32", "float64"])), max_size=12),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_parts_lose_and_mix_nothing(kinds, count, decided):
     all_layers = [layer(f"l{i}", dtype=dtype) for i, (_, dtype) in enumerate(kinds)]
-    policy = {f"l{i}": chosen for i, (chosen, _) in enumerate(kinds)}
-    found = parts(split(all_layers, count), policy, 2)
+    policy = {f"l{i}": its for i, (its, _) in enumerate(kinds)}
+    may = {x.name: choices(x, policy[x.name], 2) for x in all_layers}
+    chosen = {name: specs[-1] for name, specs in may.items() if specs and decided}
+    found = parts(split(all_layers, count), policy, 2, chosen=chosen)
     assert sorted(x.name for p in found for x in p.layers) == sorted(policy)
     assert len({p.name for p in found}) == len(found)
     for p in found:
-        assert all(candidates(x, policy[x.name], 2) == list(p.specs) for x in p.layers)
+        assert all(candidates(x, policy[x.name], 2, chosen=chosen) == list(p.specs) for x in p.layers)
+        assert all(level(x, policy[x.name], 0, 2, chosen=chosen) in p.specs for x in p.layers)
         assert len({x.dtype for x in p.layers}) == 1
         assert len(p.layers) == 1 or not any(adaptive(x, policy[x.name], 2) for x in p.layers)
+
+
+# an Auto: dense until it has chosen, then what it chose
+
+AUTO = Auto((PowerSGD(2), TopK(0.1), PowerSGD(40)))
+
+
+def test_the_options_of_a_policy():
+    assert options(TopK(0.1)) == [TopK(0.1)]
+    assert options(AUTO) == [PowerSGD(2), TopK(0.1), PowerSGD(40)]
+    assert options(Accordion(QSGD(7), TopK(0.1))) == [QSGD(7), TopK(0.1)]
+    assert options(Accordion(QSGD(7), AUTO)) == [QSGD(7), PowerSGD(2), TopK(0.1), PowerSGD(40)]
+
+
+def test_the_sides_of_a_policy():
+    assert sides(TopK(0.1)) == (TopK(0.1),) and sides(AUTO) == (AUTO,)
+    assert sides(Accordion(QSGD(7), AUTO)) == (QSGD(7), AUTO)  # critical before relaxed
+
+
+def test_only_an_auto_is_settled_by_what_was_chosen():
+    assert settled(layer("w"), AUTO, {}) == Dense()
+    assert settled(layer("w"), AUTO, {"w": TopK(0.1), "v": PowerSGD(2)}) == TopK(0.1)
+    assert settled(layer("w"), QSGD(7), {"w": TopK(0.1)}) == QSGD(7)
+
+
+def test_an_auto_chooses_among_those_that_may_compress_the_layer():
+    assert choices(layer(), AUTO, 2) == (PowerSGD(2), TopK(0.1))
+    assert choices(layer(shape=(4096,)), AUTO, 2) == choices(layer(shape=(8, 8)), AUTO, 2) == ()
+    assert choices(layer(shape=(8, 8)), Auto(TopK(0.1)), 2, min_numel=64) == (TopK(0.1),)
+    assert choices(layer(), Accordion(QSGD(7), AUTO), 2) == (PowerSGD(2), TopK(0.1))
+    assert choices(layer(), Auto(PowerSGD(40)), 2) == choices(layer(), TopK(0.1), 2) == ()
+    assert choices(layer(), Accordion(QSGD(7), TopK(0.1)), 2) == ()
+
+
+def test_a_layer_travels_dense_until_an_auto_has_chosen():
+    assert level(layer(), AUTO, 0, 2) == Dense() and candidates(layer(), AUTO, 2) == [Dense()]
+    for spec in (PowerSGD(2), Dense()):
+        assert level(layer(), AUTO, 0, 2, chosen={"w": spec}) == spec
+        assert candidates(layer(), AUTO, 2, chosen={"w": spec}) == [spec]
+    late = Auto(LATE)
+    assert [level(layer(), late, step, 2, chosen={"w": LATE}) for step in (9, 10)] == [Dense(), LATE]
+    assert candidates(layer(), late, 2, chosen={"w": LATE}) == [LATE, Dense()]
+
+
+def test_what_was_chosen_for_fewer_ranks_is_given_up_where_it_would_not_shrink():
+    gathered = TopK(0.1, algorithm="allgather")
+    chosen = {"w": gathered}
+    assert level(layer(), Auto(gathered), 0, 4, chosen=chosen) == gathered
+    assert level(layer(), Auto(gathered), 0, 16, chosen=chosen) == Dense()
+    assert candidates(layer(), Auto(gathered), 16, chosen=chosen) == [Dense()]
+
+
+def test_an_auto_as_the_relaxed_side():
+    accordion = Accordion(QSGD(7), AUTO)
+    assert candidates(layer(), accordion, 2) == [QSGD(7), Dense()]
+    assert candidates(layer(), accordion, 2, chosen={"w": TopK(0.1)}) == [QSGD(7), TopK(0.1)]
+    assert level(layer(), accordion, 0, 2, chosen={"w": TopK(0.1)}) == QSGD(7)
+    for _ in range(2):
+        accordion.observe({"w": 1.0}, 0.1)
+    assert level(layer(), accordion, 0, 2, chosen={"w": TopK(0.1)}) == TopK(0.1)
+    assert level(layer(), accordion, 0, 2) == Dense()
+
+
+def test_an_accordion_is_adaptive_whatever_its_auto_chooses():
+    assert adaptive(layer(), Accordion(Dense(), AUTO), 2)
+    assert not adaptive(layer(shape=(4096,)), Accordion(Dense(), AUTO), 2)
+    assert not adaptive(layer(), Accordion(Dense(), Auto(PowerSGD(40))), 2)
+    assert not adaptive(layer(), AUTO, 2)
+
+
+def test_layers_that_an_auto_leaves_dense_travel_with_other_dense_ones():
+    run = [layer("a"), layer("b"), layer("bias", (4096,)), layer("c")]
+    policies = dict.fromkeys("abc", AUTO)
+    assert parts_of(run, policies=policies) == [("0.0.0.float32", ["a", "b", "bias", "c"], [Dense()], False)]
+    chosen = {"a": TopK(0.1), "b": Dense(), "c": TopK(0.1)}
+    assert parts_of(run, policies=policies, chosen=chosen) == [
+        ("0.0.0.float32", ["a", "c"], [TopK(0.1)], True),
+        ("0.1.0.float32", ["b", "bias"], [Dense()], False),
+    ]
+
+
+def test_an_auto_is_a_policy_for_all_or_in_a_dict():
+    assert assign(AUTO, NAMES) == dict.fromkeys(NAMES, AUTO)
+    assert assign({"fc.*": AUTO}, NAMES)["fc.weight"] == AUTO
+    with pytest.raises(TypeError, match="an Auto"):
+        assign(Auto, NAMES)

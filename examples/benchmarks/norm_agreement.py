@@ -39,7 +39,7 @@ Norms = dict[str, float]
 
 class Training(NamedTuple):
     network: nn.Module
-    batch: Callable[[torch.Generator], Batch]
+    batch: Callable[[torch.Generator, int], Batch]  # of about so many images
     lr: float
 
 
@@ -65,7 +65,7 @@ class Pair(NamedTuple):
 # trainings
 
 
-def drawn(x: torch.Tensor, y: torch.Tensor, generator: torch.Generator, size: int = 32) -> Batch:
+def drawn(x: torch.Tensor, y: torch.Tensor, generator: torch.Generator, size: int) -> Batch:
     picked = torch.randint(len(x), (size,), generator=generator)
     return x[picked], y[picked]
 
@@ -74,7 +74,7 @@ def cnn() -> Training:
     from pytorch_mnist import Net, datasets
 
     images, labels = datasets()[0].tensors
-    return Training(Net(), lambda g: drawn(images, labels, g), 0.02)
+    return Training(Net(), lambda g, size: drawn(images, labels, g, size), 0.02)
 
 
 def resnet() -> Training:
@@ -86,7 +86,7 @@ def resnet() -> Training:
     for inputs, outputs, stride in ((32, 32, 1), (32, 64, 2), (64, 128, 2)):
         layers += [models.Block(inputs, outputs, stride), models.Block(outputs, outputs, 1)]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-    return Training(network, lambda g: drawn(images, labels, g), 0.05)
+    return Training(network, lambda g, size: drawn(images, labels, g, size), 0.05)
 
 
 @cache
@@ -100,9 +100,9 @@ def text(vocabulary: int) -> torch.Tensor:
     return torch.tensor([numbers.get(word, 0) for word in words])
 
 
-def sentences(generator: torch.Generator, size: int = 8, length: int = 24) -> Batch:
+def sentences(generator: torch.Generator, size: int, length: int = 24) -> Batch:
     tokens = text(2000)
-    starts = torch.randint(len(tokens) - length, (size, 1), generator=generator)
+    starts = torch.randint(len(tokens) - length, (max(1, size // 4), 1), generator=generator)
     return tokens[starts + torch.arange(length)], tokens[starts + torch.arange(1, length + 1)]
 
 
@@ -126,7 +126,7 @@ TRAININGS: dict[str, Callable[[], Training]] = {
 
 
 def record(
-    make: Callable[[], Training], seed: int, steps: int, windows: list[int], sizes: list[int]
+    make: Callable[[], Training], seed: int, steps: int, size: int, windows: list[int], sizes: list[int]
 ) -> dict[int, list[Check]]:
     """The checks of one training, by length of the window."""
     torch.manual_seed(seed)
@@ -139,7 +139,7 @@ def record(
     sums = {(w, n): torch.zeros(p.numel()) for w in windows for n, p in watched.items()}
     found: dict[int, list[Check]] = {w: [] for w in windows}
     for step in range(1, steps + 1):
-        x, y = batch(generator)
+        x, y = batch(generator, size)
         optimizer.zero_grad()
         F.cross_entropy(network(x).flatten(0, -2), y.flatten()).backward()
         for (_, name), into in sums.items():
@@ -236,6 +236,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seeds", type=int, default=3, help="trainings of each network")
     options.add_argument("--steps", type=int, default=400, help="of a training")
+    options.add_argument("--batch-size", type=int, default=32, help="images; a quarter as many pieces of text")
     options.add_argument("--windows", type=int, nargs="+", default=[10, 25, 50], help="lengths of a window in steps")
     options.add_argument(
         "--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="of the sample: m"
@@ -249,7 +250,7 @@ def main() -> None:
         counts = {n: p.numel() for n, p in make().network.named_parameters()}
         for seed in range(args.seeds):
             sys.stderr.write(f"{name}, seed {seed}\n")
-            found = record(make, seed, args.steps, args.windows, args.sizes)
+            found = record(make, seed, args.steps, args.batch_size, args.windows, args.sizes)
             recorded += [(name, window, counts, checks) for window, checks in found.items()]
     tables = {}
     for eta in args.eta:

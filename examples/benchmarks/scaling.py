@@ -66,11 +66,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def shape(network: Network, link: str) -> None:
-    """A burst of no more than 5 ms of the link, so that it saves up nothing while the ranks compress."""
+    """With a burst of some 5 ms of the link, so that it saves up little while the ranks compress.
+
+    It is larger than a kernel's packet of 64 kB: smaller ones would be cut up, and their many headers counted.
+    """
     network.set_rate(None if link == UNSHAPED else link)
     if link == UNSHAPED:
         return
-    burst = max(64 * 1024, int(nominal(link) * 0.005))
+    burst = max(80 * 1024, int(nominal(link) * 0.005))
     for i, namespace in enumerate(network.namespaces):
         for where, device in ((namespace, "eth0"), (network.switch, f"port{i}")):
             command = f"qdisc replace dev {device} root tbf rate {link} burst {burst} latency 100ms"

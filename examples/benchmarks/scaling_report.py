@@ -148,8 +148,9 @@ def page(result: dict[str, Any]) -> str:
     load = f"{min(facts['load']):.1f} to {max(facts['load']):.1f}"
     text = [
         "# Exchanges among few ranks, measured, and among many, predicted",
-        f"ResNet-18 (CIFAR), one rank on each namespace host, all on {facts['cores']} cores; load average {load}, "
-        f"Horovod's cycle {facts['cycle time, ms']:g} ms. Medians; where the load exceeds the cores, what is measured is slower than the link.",
+        f"ResNet-18 (CIFAR), one rank on each namespace host, all on {facts['cores']} cores, load average {load}: what is "
+        "measured with more load than cores is slower than the link. "
+        f"Horovod's cycle {facts['cycle time, ms']:g} ms. Medians.",
         f"**Bytes that left a host over those predicted**, of the {len(wires)} messages and exchanges over "
         f"{COUNTED // 1000} kB: {min(wires):.3f} to {max(wires):.3f} (the latter with the headers of packets; furthest off: "
         f"{worst['what']}, {worst['sent'] / 1e6:.1f} MB, {worst['ranks']} ranks, {worst['link']}).",

@@ -23,12 +23,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def launch(script: str) -> int:
-    """The script again, under horovodrun, one thread a rank, the same cycle time for all modes."""
+def launch(script: str, *arguments: str) -> int:
+    """The script again, with these arguments or its own, under horovodrun, one thread a rank, the same cycle time for all modes."""
     same = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
     env = {**same, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", **os.environ}
     horovodrun = Path(sys.executable).parent / "horovodrun"
-    command = [str(horovodrun), "-np", str(RANKS), sys.executable, script, "--worker", *sys.argv[1:]]
+    command = [str(horovodrun), "-np", str(RANKS), sys.executable, script, "--worker", *(arguments or sys.argv[1:])]
     return subprocess.run(command, env=env, check=False).returncode
 
 

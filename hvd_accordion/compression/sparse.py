@@ -70,7 +70,7 @@ class TopK(_Sparse):
     Args:
         ratio: share of the entries that is sent, in (0, 1].
         values: what values travel as. "float32" is float64 for float64 gradients. With "float16" or "bfloat16" what
-            rounding loses stays in the residual, and so does what exceeds the largest number.
+            rounding loses stays in the residual, and so does what is beyond their range (float16: 6e-8 to 65504).
         algorithm: "auto" takes two_step among 4 ranks or more, where it sends less for all but a handful of entries.
     """
 

@@ -23,9 +23,14 @@ from hvd_accordion.tensorflow.agreement import largest, require_equal
 from hvd_accordion.tensorflow.clock import Clock
 from hvd_accordion.tensorflow.driver import Driver
 from hvd_accordion.tensorflow.probe import measured
-from hvd_accordion.tensorflow.state import State, variable
+from hvd_accordion.tensorflow.state import State, outside, variable
 
 NONE, SLICES, DENSE = range(3)  # kinds of gradients; where ranks have different ones the last of these counts
+
+
+def wide_of(layer: Layer) -> tf.DType:
+    """What residuals and sums are kept in."""
+    return tf.float64 if layer.dtype == "float64" else tf.float32
 
 
 class Engine:
@@ -57,10 +62,8 @@ class Engine:
         adaptive = self.clock.adaptive
         for layer in layers:
             key = self.numbers[layer.name] = str(len(self.numbers))
-            specs = self._specs(layer)
-            wide = tf.float64 if layer.dtype == "float64" else tf.float32
-            if Part("", specs, (layer,)).feeds_back and self.size > 1:
-                self.state.residual[key] = variable(tf.zeros(layer.shape, wide), wide)
+            wide = wide_of(layer)
+            self._keep(layer, self._specs(layer))
             if layer.name in adaptive:
                 size = self.controller.watched(layer.name, layer.numel)
                 self.state.summed[key] = variable(tf.zeros(size, wide), wide)
@@ -68,15 +71,25 @@ class Engine:
                     seed, summed = self.settings.seed, self.state.summed[key]
                     self.entries[layer.name] = sampling.entries(ops, layer.name, layer.numel, size, seed, summed)
             self.state.slice_bytes[key] = variable(0.0, tf.float64)
-            like = tf.zeros(layer.shape, wide)
-            memories = [spec.initial_memory(ops, like, layer.name, self.settings.seed) for spec in specs]
-            largest_of: dict[str, tf.Tensor] = {}
-            for memory in memories if self.size > 1 else []:
-                for part, value in memory.items():
-                    if part not in largest_of or value.shape[0] > largest_of[part].shape[0]:
-                        largest_of[part] = value
-            self.state.memory[key] = {part: variable(value, wide) for part, value in largest_of.items()}
         self.clock.begin()
+
+    def _keep(self, layer: Layer, specs: tuple[CompressionSpec, ...]) -> None:
+        """Makes what exchanges under these specs keep of the layer, where it is not there yet."""
+        key, wide, state = self.numbers[layer.name], wide_of(layer), self.state
+        if self.size == 1:
+            return
+        if Part("", specs, (layer,)).feeds_back and key not in state.residual:
+            state.residual[key] = variable(tf.zeros(layer.shape, wide), wide)
+        if key in state.memory:
+            return
+        like = tf.zeros(layer.shape, wide)
+        largest_of: dict[str, tf.Tensor] = {}
+        for memory in [spec.initial_memory(ops, like, layer.name, self.settings.seed) for spec in specs]:
+            for part, value in memory.items():
+                if part not in largest_of or value.shape[0] > largest_of[part].shape[0]:
+                    largest_of[part] = value
+        if largest_of:
+            state.memory[key] = {part: variable(value, wide) for part, value in largest_of.items()}
 
     def _specs(self, layer: Layer) -> tuple[CompressionSpec, ...]:
         """All that the layer may travel under, whatever an Auto will choose."""
@@ -109,21 +122,33 @@ class Engine:
                 self.state.forget(self.numbers[name])
         if undecided:
             self._choose()
+        if self.size > 1:
+            outside(self._settle)
         self._signatures[names] = number
 
     def _choose(self) -> None:
         """An Auto decides, on all ranks alike."""
-        layers, choices = list(self.controller.layers.values()), self.controller.choices()
+        layers = [x for name, x in self.controller.layers.items() if self.kinds.get(name) != SLICES]
+        choices = self.controller.choices()
         self.advice = advise(layers, choices, measured(layers, choices, str(self.prefix), self.process_set))
         self.controller.choose({layer.name: layer.chosen for layer in self.advice})
-        for layer in layers:
-            if not Part("", self._travels(layer), (layer,)).feeds_back:
-                self.state.forget(self.numbers[layer.name], "residual", "memory")
         self.clock.begin()
 
-    def _travels(self, layer: Layer) -> tuple[CompressionSpec, ...]:
-        policy, small = self.controller.policy[layer.name], self.settings.min_compress_numel
-        return tuple(plan.candidates(layer, policy, self.size, small, self.controller.chosen))
+    def _settle(self) -> None:
+        """Keeps what an Auto's layers need under what it chose, and nothing else."""
+        policy, small, state = self.controller.policy, self.settings.min_compress_numel, self.state
+        for name in self.controller.chosen:
+            if self.kinds.get(name) == SLICES:
+                continue
+            layer, key = self.controller.layers[name], self.numbers[name]
+            specs = tuple(plan.candidates(layer, policy[name], self.size, small, self.controller.chosen))
+            self._keep(layer, specs)
+            if self._signatures:  # a graph may hold on to the rest
+                continue
+            if not Part("", specs, (layer,)).feeds_back:
+                state.forget(key, "residual")
+            if not any(spec.lossy for spec in specs):
+                state.forget(key, "memory")
 
     # a step
 

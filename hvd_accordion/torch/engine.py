@@ -109,8 +109,8 @@ class Engine:
             self.passes.setdefault(name, self.backward_passes_per_step)
             if self.active and name not in self._hooks:
                 self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
-        if self.controller.undecided and self.size > 1:
-            self.probe = self.probe or Probe(self.process_set, self.prefix)
+        undecided = self.size > 1 and self.controller.undecided
+        self.probe = self.probe or Probe(self.process_set, self.prefix) if undecided else None
         self.controller.changed = False
         self.counted: dict[str, float] = {}
         self._begin()
@@ -352,10 +352,11 @@ class Engine:
 
     def _choose(self, probe: Probe) -> None:
         """An Auto decides, on all ranks alike."""
-        layers, choices = list(self.controller.layers.values()), self.controller.choices()
+        assert self.sparse is not None
+        layers = [layer for name, layer in self.controller.layers.items() if name not in self.sparse.dims]
+        choices = self.controller.choices()
         self.advice = advise(layers, choices, probe.measure(layers, choices))
         self.controller.choose({layer.name: layer.chosen for layer in self.advice})
-        self.probe = None
 
     # reports and state
 

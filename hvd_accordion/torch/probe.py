@@ -42,12 +42,13 @@ class Probe:
     def measure(self, layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]]) -> Measured:
         """The same on all ranks."""
         n = self.process_set.size()
+        device = layers[0].device if layers else "cpu"
         return measure(
             layers,
             choices,
             n,
             statistics.median(self.backward[1:]),  # the first warms up
-            lambda size: self._allreduce(size, layers[0].device),
+            lambda size: self._allreduce(size, device),
             lambda layer, spec: exchange_seconds(layer, spec, n),
             lambda numbers: from_rank_0(numbers, f"{self.prefix}.measured", self.process_set),
         )

@@ -17,6 +17,7 @@ SPECS = {
     "fp16": FP16(),
     "bf16": BF16(),
     "topk": TopK(0.05),
+    "topk-two-step": TopK(0.05, values="bfloat16", algorithm="two_step"),
     "randomk": RandomK(0.1),
     "qsgd1": QSGD(1),
     "qsgd7": QSGD(7),

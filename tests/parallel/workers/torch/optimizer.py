@@ -1,5 +1,6 @@
 """The compressing optimizer in the situations that a torch user gets into."""
 
+import itertools
 import warnings
 
 import horovod.torch as horovod
@@ -403,7 +404,7 @@ def test_gradients_are_exchanged_rightly_however_they_lie_in_memory(how, compres
             applied[name] += p.grad.double()
         assert_ranks_equal(torch.cat([p.grad.double().reshape(-1) for p in net.parameters()]))
         spans = sorted(map(span, [*engine.residual.values(), *(p.grad for p in net.parameters())]))
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)), "memory is shared"
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "memory is shared"
         for name, p in net.named_parameters():
             assert name not in engine.residual or engine.residual[name].data_ptr() != p.grad.data_ptr()
             assert how != "flat" or p.grad.data_ptr() == places[name], "the user's buffer must hold the gradient"
