@@ -165,26 +165,31 @@ def choose(
 ) -> dict[str, CompressionSpec]:
     """Layer name -> the spec of the cheapest of these choices.
 
-    For each candidate: nothing compressed, then one layer more at a time, those first that save the most on the link for
-    their time of compression.
+    For each candidate, from nothing compressed on as well as from the best choice so far: one layer more at a time, those
+    first that save the most on the link for their time of compression.
 
     Args:
         layers: all that are exchanged; those without an entry in `allowed` travel dense, but their bytes count.
         allowed: layer name -> candidates that may have it.
     """
-    dense = {x.name: cost(x, Dense(), measured) for x in layers}
-    best: dict[str, CompressionSpec] = dict.fromkeys(dense, Dense())
-    least = predicted(dense.values(), measured.backward)
+    nothing: dict[str, CompressionSpec] = {x.name: Dense() for x in layers}
+    best, least = nothing, predicted([cost(x, Dense(), measured) for x in layers], measured.backward)
     for spec in specs_of(allowed):
         mine = {x.name: cost(x, spec, measured) for x in layers if spec in allowed.get(x.name, ())}
-        gains = {name: (dense[name].wire - c.wire) / max(c.compression, 1e-9) for name, c in mine.items()}
-        costs, choice = dict(dense), dict.fromkeys(dense, Dense())
-        for name in sorted(mine, key=gains.__getitem__, reverse=True):
-            costs[name], choice[name] = mine[name], spec
-            total = predicted(costs.values(), measured.backward)
-            if total < least:
-                best, least = dict(choice), total
+        for start in (nothing, best):
+            choice, costs = dict(start), {x.name: cost(x, start[x.name], measured) for x in layers}
+            gains = {name: _gain(costs[name], c) for name, c in mine.items()}
+            for name in sorted(mine, key=gains.__getitem__, reverse=True):
+                choice[name], costs[name] = spec, mine[name]
+                total = predicted(costs.values(), measured.backward)
+                if total < least:
+                    best, least = dict(choice), total
     return best
+
+
+def _gain(now: Cost, then: Cost) -> float:
+    """Seconds that are saved on the link for one more of compression."""
+    return (now.wire - then.wire) / max(then.compression - now.compression, 1e-9)
 
 
 def specs_of(allowed: Mapping[str, Sequence[CompressionSpec]]) -> list[CompressionSpec]:

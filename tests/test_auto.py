@@ -86,6 +86,37 @@ def test_one_candidate_is_chosen_for_as_few_layers_as_pay_best(bandwidth, backwa
     assert mine - best <= max(seconds) + 1e-12
 
 
+def test_layers_with_autos_of_their_own_are_all_chosen_for():
+    allowed = {"large": (PowerSGD(4),), "small": (TopK(0.01),)}
+    times = {("large", PowerSGD(4)): 1e-3, ("small", TopK(0.01)): 1e-3}
+    chosen = choose(LAYERS, allowed, Measured(Link(0.0, 10 * MBIT), 2, 0.0, times))
+    assert chosen == {"large": PowerSGD(4), "small": TopK(0.01), "bias": Dense()}
+
+
+def test_each_layer_gets_the_candidate_that_is_best_for_it():
+    allowed = {"large": (PowerSGD(4), TopK(0.01)), "small": (PowerSGD(4), TopK(0.01))}
+    for quick, slow in ((PowerSGD(4), TopK(0.01)), (TopK(0.01), PowerSGD(4))):
+        times = {("large", quick): 1e-3, ("large", slow): 1.0, ("small", quick): 1.0, ("small", slow): 1e-4}
+        chosen = choose(LAYERS, allowed, Measured(Link(0.0, 10 * MBIT), 2, 0.0, times))
+        assert chosen == {"large": quick, "small": slow, "bias": Dense()}
+
+
+@settings(deadline=None)
+@given(st.floats(1e5, 1e11), st.floats(0, 1), st.lists(st.floats(1e-6, 0.1), min_size=6, max_size=6))
+def test_of_several_candidates_no_one_alone_is_better(bandwidth, backward, seconds):
+    layers = [Layer(f"l{i}", (128 * (i + 1), 256), "float32") for i in range(3)]
+    specs = (PowerSGD(4), TopK(0.01))
+    times = dict(zip(itertools.product((x.name for x in layers), specs), seconds, strict=True))
+    m = Measured(Link(0.0, bandwidth), 2, backward, times)
+
+    def total(choice):
+        return predicted([cost(x, spec, m) for x, spec in zip(layers, choice, strict=True)], backward)
+
+    mine = total(choose(layers, dict.fromkeys((x.name for x in layers), specs), m).values())
+    alone = [choose(layers, dict.fromkeys((x.name for x in layers), (spec,)), m).values() for spec in specs]
+    assert mine <= min(total(choice) for choice in [*alone, [Dense()] * 3, *([spec] * 3 for spec in specs)])
+
+
 def test_advice_tells_what_each_choice_would_cost():
     auto = Auto((PowerSGD(4), TopK(0.01)))
     m = measured(100 * MBIT, auto=auto)

@@ -66,11 +66,13 @@ def test_every_spec_is_rehearsed_as_on_a_cluster_of_equal_ranks(spec, size, dtyp
             np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if has_slices(spec, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    # QSGD's ranks round equal values at random, each in its own way
+    [(s, n) for s in SPECS for n in (2, 3, 5) if has_slices(s, n) and not isinstance(s, QSGD)],
+    ids=str,
+)
 def test_after_an_alltoall_rank_0s_slice_is_the_right_one(spec, size):
-    if not has_slices(spec, size):
-        pytest.skip("gathers")
     alone = rehearse(exchange_of(spec, 0, size), ops, size)
     (real, *_), _ = cluster.run([exchange_of(spec, rank, size) for rank in range(size)])
     mine, theirs = (np.concatenate([x.reshape(-1) for x in step.mean]) for step in (alone, real))
@@ -82,10 +84,11 @@ def test_after_an_alltoall_rank_0s_slice_is_the_right_one(spec, size):
     np.testing.assert_allclose(mine[owned], theirs[owned], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_an_overflow_shows(spec):
     step = rehearse(exchange_of(spec, 0, 2, scale=math.inf), ops, 2)
-    assert not bool(step.ok) or spec == Dense()
+    assert not bool(step.ok)
 
 
 # measure

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-SHAPE = ("burst", "512kb", "latency", "100ms")  # tbf, for netem is not in every kernel
-
 # Ends what runs in the namespaces $@ and removes them, and with them the bridge and the links, as soon as its stdin is
 # closed: by the program that holds the other end, or by that program's death, whatever it died of.
 CARETAKER = """
@@ -37,6 +35,7 @@ class Network:
     namespaces: list[str]
     addresses: list[str]
     switch: str  # the namespace of the bridge; its port i leads to host i
+    burst: str = "512kb"  # what passes unshaped after a pause: at 100 Mbit/s 41 ms' worth
     rate: str | None = None
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -44,8 +43,9 @@ class Network:
         """Shapes every link, in both directions, to a rate as `tc` writes it ("100mbit"); None takes the shape away."""
         for i, namespace in enumerate(self.namespaces):
             for where, device in ((namespace, "eth0"), (self.switch, f"port{i}")):
-                if rate:
-                    run("tc", "-n", where, *f"qdisc replace dev {device} root tbf rate {rate}".split(), *SHAPE)
+                if rate:  # tbf, for netem is not in every kernel
+                    shape = f"tbf rate {rate} burst {self.burst} latency 100ms"
+                    run("tc", "-n", where, *f"qdisc replace dev {device} root {shape}".split())
                 elif self.rate:
                     run("tc", "-n", where, *f"qdisc del dev {device} root".split())
         self.rate = rate

@@ -41,6 +41,7 @@ def main() -> None:
     for model in args.models:
         for count in args.hosts:
             with hosts(count) as network, fleet(network, model, args.cycle_time, logs) as ready:
+                network.burst = args.burst
                 for link in args.links:
                     network.set_rate(None if link == UNSHAPED else link)
                     turns = measure(ready, link, args, result["failures"])
@@ -133,6 +134,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--links", type=lambda text: text.split(","), default=["100mbit", "1gbit", UNSHAPED], help=links
     )
+    parser.add_argument("--burst", default="512kb", help="what a shaped link lets pass at once after a pause")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each mode over each link")
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a turn takes")
     parser.add_argument("--steps", type=int, default=2, help="the least in a turn")
@@ -148,6 +150,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in ("torch", "horovod")},
         "threads of a rank": 1,
         "cycle time, ms": args.cycle_time,
+        "burst": args.burst,
         "batch of a rank": {name: BATCHES[name] for name in args.models},
         "load average at the start": os.getloadavg()[0],
     }
@@ -156,7 +159,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
 def write(result: dict[str, Any]) -> None:
     known = result["facts"]
     lines = [f"{known['cores']} cores, one thread a rank; torch {known['torch']}, Horovod {known['horovod']} over MPI"]
-    lines[0] += f" with a cycle time of {known['cycle time, ms']:g} ms, DDP over gloo; {known['minutes']} minutes."
+    lines[0] += f" with a cycle time of {known['cycle time, ms']:g} ms, DDP over gloo; bursts of {known['burst']} pass"
+    lines[0] += f" unshaped; {known['minutes']} minutes."
     lines += [table(part) for part in result["measured"]]
     lines += [f"Failed: {failure}" for failure in result["failures"]]
     (OUT / "links.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")

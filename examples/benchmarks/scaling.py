@@ -70,14 +70,9 @@ def shape(network: Network, link: str) -> None:
 
     It is larger than a kernel's packet of 64 kB: smaller ones would be cut up, and their many headers counted.
     """
+    if link != UNSHAPED:
+        network.burst = f"{max(80 * 1024, int(nominal(link) * 0.005))}b"
     network.set_rate(None if link == UNSHAPED else link)
-    if link == UNSHAPED:
-        return
-    burst = max(80 * 1024, int(nominal(link) * 0.005))
-    for i, namespace in enumerate(network.namespaces):
-        for where, device in ((namespace, "eth0"), (network.switch, f"port{i}")):
-            command = f"qdisc replace dev {device} root tbf rate {link} burst {burst} latency 100ms"
-            run("tc", "-n", where, *command.split())
 
 
 def ranks(network: Network, link: str, cycle_time: float, folder: Path) -> dict[str, Any]:

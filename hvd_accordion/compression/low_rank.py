@@ -58,7 +58,8 @@ class PowerSGD(CompressionSpec):
     def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
         n, m = matrix_shape(shape)
         itemsize = max(4, ITEMSIZE[dtype_name(dtype)])
-        return [(AllReduce, self.columns(shape) * side * itemsize) for side in (n, m)] * self.iterations
+        rounds: list[Message] = [(AllReduce, self.columns(shape) * side * itemsize) for side in (n, m)]
+        return rounds * self.iterations
 
     def delta(self, shape: Sequence[int]) -> float:
         """r / min(n, m): what the best rank-r matrix keeps at least; a converged warm start comes to it."""
