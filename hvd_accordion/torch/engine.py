@@ -293,7 +293,7 @@ class Engine:
             elif p.grad.data_ptr() == mean.data_ptr():
                 continue
             elif owned(p.grad):  # the values' memory may be the residual's by now
-                p.grad = mean
+                p.grad = mean.new_empty(0).set_(mean)  # that memory, but no view of another tensor
             else:
                 into.append(p.grad)
                 new.append(mean)
@@ -412,7 +412,7 @@ def kind(x: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 def owned(grad: torch.Tensor) -> bool:
     """Whether the gradient has its memory for itself, as exchanges take it: contiguous, in fp32 or fp64."""
-    alone = grad.untyped_storage().nbytes() == grad.nbytes
+    alone = grad.untyped_storage().nbytes() == grad.nbytes and not grad._is_view()
     return alone and grad.is_contiguous() and grad.dtype in (torch.float32, torch.float64)
 
 

@@ -39,6 +39,7 @@ def link(monkeypatch):
     return of
 
 
+@keras.saving.register_keras_serializable("keras_auto")
 class Counting(keras.Sequential):
     """Counts how often its step is traced."""
 

@@ -369,9 +369,14 @@ def prepared(how):
     net = model(torch.float16 if how == "fp16" else torch.float32)
     if how == "channels_last":
         net = net.to(memory_format=torch.channels_last)
-    if how != "flat":
+    if not how.startswith("flat"):
         return net, lambda optimizer: optimizer.zero_grad(set_to_none=how != "kept")
     params = list(net.parameters())
+    if how == "flat, each":  # a view of all of a buffer is not that buffer
+        buffers = [torch.zeros(p.numel()) for p in params]
+        for p, part in zip(params, buffers, strict=True):
+            p.grad = part.view_as(p)
+        return net, lambda optimizer: torch._foreach_zero_(buffers)
     buffer = torch.zeros(sum(p.numel() for p in params) + 5)
     for p, part in zip(params, buffer.split([*(p.numel() for p in params), 5]), strict=False):
         p.grad = part.view_as(p)
@@ -384,13 +389,13 @@ def span(x):
 
 
 @pytest.mark.parametrize("compression", [LOSSY, TopK(0.05), BF16(), Accordion(interval=2, unit="steps")], ids=str)
-@pytest.mark.parametrize("how", ["flat", "channels_last", "fp16", "kept", "dropped"])
+@pytest.mark.parametrize("how", ["flat", "flat, each", "channels_last", "fp16", "kept", "dropped"])
 def test_gradients_are_exchanged_rightly_however_they_lie_in_memory(how, compression):
     """What was applied and what residuals hold is what was given, whatever the user does to gradients after a step."""
     net, emptied = prepared(how)
     optimizer = wrap(net, sgd(net, lr=0.0, momentum=0.0), compression=compression)
     engine, dtype = optimizer._hvd, next(net.parameters()).dtype
-    places = {name: p.grad.data_ptr() for name, p in net.named_parameters() if how == "flat"}
+    places = {name: p.grad.data_ptr() for name, p in net.named_parameters() if how.startswith("flat")}
     given, applied, new = {}, {}, {}
     for name, p in net.named_parameters():
         given[name], applied[name] = (torch.zeros(p.shape, dtype=torch.float64) for _ in range(2))
@@ -407,7 +412,7 @@ def test_gradients_are_exchanged_rightly_however_they_lie_in_memory(how, compres
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "memory is shared"
         for name, p in net.named_parameters():
             assert name not in engine.residual or engine.residual[name].data_ptr() != p.grad.data_ptr()
-            assert how != "flat" or p.grad.data_ptr() == places[name], "the user's buffer must hold the gradient"
+            assert not how.startswith("flat") or p.grad.data_ptr() == places[name], "the user's buffer must hold the gradient"
             assert p.grad.dtype == dtype and p.grad.shape == p.shape
             p.grad.fill_(float("nan") if how in ("fp16", "dropped") else 7.0)
     assert engine.residual or (how, compression) == ("fp16", BF16())  # which makes nothing smaller
