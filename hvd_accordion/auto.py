@@ -5,6 +5,7 @@ Policy only: floats, names and shapes. Who measures is the framework's engine.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ class Auto:
 
     The first three steps travel dense. Then the ranks measure the link (dense allreduces of different sizes) and the
     machine (each candidate on each shape of gradient, without the network), and all choose alike, by rank 0's numbers:
-    what is sent dense may hide behind backward, the time of compressing can't (see `predicted`). Under an Accordion it
+    what travels may hide behind backward, the time of compressing can't (see `predicted`). Under an Accordion it
     may be the relaxed side. `optimizer.advice()` tells what was measured and what each choice would cost.
 
     Args:
@@ -60,8 +61,11 @@ class Measured:
 
     link: Link
     world_size: int
-    backward: float  # seconds from the first gradient of a step to its last: what dense exchanges may hide behind
+    ready: Mapping[str, float]  # seconds from a step's first gradient to the layer's; nothing known of it: 0
     compression: Mapping[tuple[str, CompressionSpec], float]  # seconds of a layer's exchange without the network
+
+    def ready_at(self, layer: Layer) -> float:
+        return self.ready.get(layer.name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class LayerAdvice:
 
     name: str
     shape: tuple[int, ...]
+    ready: float
     costs: Mapping[CompressionSpec, Cost]
     chosen: CompressionSpec
 
@@ -113,7 +118,7 @@ class Advice(Sequence[LayerAdvice]):
         alone = constant(AllReduce, m.world_size, m.link)
         lines = [
             f"link of {m.world_size} ranks: {8e-6 * m.link.bandwidth:,.0f} Mbit/s, {1e3 * alone:.2f} ms a collective",
-            f"backward, which hides what travels meanwhile: {1e3 * m.backward:.1f} ms",
+            f"backward, which hides what travels meanwhile: {1e3 * max(m.ready.values(), default=0.0):.1f} ms",
             "predicted cost of a step: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in self.step.items()),
         ]
         specs = list(dict.fromkeys(spec for layer in self.layers for spec in layer.costs))
@@ -149,65 +154,77 @@ def cost(layer: Layer, spec: CompressionSpec, measured: Measured) -> Cost:
     return Cost(wire, measured.compression.get((layer.name, spec), 0.0), round_seconds(spec, n, link, layer.dtype))
 
 
-def predicted(costs: Iterable[Cost], backward: float) -> float:
-    """Seconds that a step takes beyond its own computing: Gamma + max(C - W, 0) + L.
+def predicted(layers: Iterable[tuple[float, Cost]]) -> float:
+    """Seconds that a step takes beyond its own computing.
 
-    Gamma: compression, in the thread that computes. C: all bytes on the link, of which the backward pass hides W. L: the
-    latency of one group's rounds, the last's, which nothing hides; all others' are hidden by backward or by the bytes.
+    Gradients get ready at r_1 <= ... <= r_n, seconds into backward, and r_n ends it. Compression is in the thread that
+    computes: after i layers it has taken S_i. The link has carried layer i at F_i = max(F_{i-1}, r_i + S_i) + wire_i. The
+    step is longer by max(F_n, r_n + S_n) - r_n + L, with L the latency of the longest rounds: those of the last group
+    nothing hides.
+
+    Args:
+        layers: r_i and the cost of each, in the order of r_i.
     """
-    costs = list(costs)
-    gamma, wire = sum(c.compression for c in costs), sum(c.wire for c in costs)
-    return gamma + max(wire - backward, 0.0) + max((c.latency for c in costs), default=0.0)
+    ready = spent = free = wait = 0.0
+    for ready, cost in layers:
+        spent += cost.compression
+        free = max(free, ready + spent) + cost.wire
+        wait = max(wait, cost.latency)
+    return max(free, ready + spent) - ready + wait
 
 
 def choose(
     layers: Sequence[Layer], allowed: Mapping[str, Sequence[CompressionSpec]], measured: Measured
 ) -> dict[str, CompressionSpec]:
-    """Layer name -> the spec of the cheapest of these choices.
+    """Layer name -> spec, so that the predicted step is short.
 
-    For each candidate, from nothing compressed on as well as from the best choice so far: one layer more at a time, those
-    first that save the most on the link for their time of compression.
+    At a price of a second on the link, in seconds of compression, each layer has a cheapest spec. The best of the choices
+    that come of all prices, from nothing compressed up, and then what changes of one layer at a time make of it.
 
     Args:
         layers: all that are exchanged; those without an entry in `allowed` travel dense, but their bytes count.
         allowed: layer name -> candidates that may have it.
     """
-    nothing: dict[str, CompressionSpec] = {x.name: Dense() for x in layers}
-    best, least = nothing, predicted([cost(x, Dense(), measured) for x in layers], measured.backward)
-    for spec in specs_of(allowed):
-        mine = {x.name: cost(x, spec, measured) for x in layers if spec in allowed.get(x.name, ())}
-        for start in (nothing, best):
-            choice, costs = dict(start), {x.name: cost(x, start[x.name], measured) for x in layers}
-            gains = {name: _gain(costs[name], c) for name, c in mine.items()}
-            for name in sorted(mine, key=gains.__getitem__, reverse=True):
-                choice[name], costs[name] = spec, mine[name]
-                total = predicted(costs.values(), measured.backward)
-                if total < least:
-                    best, least = dict(choice), total
-    return best
+    order = sorted(layers, key=measured.ready_at)
+    ready = [measured.ready_at(x) for x in order]
+    costs = [{spec: cost(x, spec, measured) for spec in (Dense(), *allowed.get(x.name, ()))} for x in order]
 
+    def total(choice: Sequence[CompressionSpec]) -> float:
+        return predicted((r, its[spec]) for r, its, spec in zip(ready, costs, choice, strict=True))
 
-def _gain(now: Cost, then: Cost) -> float:
-    """Seconds that are saved on the link for one more of compression."""
-    return (now.wire - then.wire) / max(then.compression - now.compression, 1e-9)
+    def at(price: float) -> list[CompressionSpec]:
+        return [min(its, key=lambda spec: its[spec].compression + price * its[spec].wire) for its in costs]
+
+    pairs = [(a, b) for its in costs for a, b in itertools.permutations(its.values(), 2) if a.wire > b.wire]
+    turns = {max(0.0, (b.compression - a.compression) / (a.wire - b.wire)) * (1 + 1e-9) for a, b in pairs}
+    best = min((at(price) for price in sorted({0.0, *turns})), key=total)
+    least, better = total(best), True
+    while better:
+        better = False
+        for i, its in enumerate(costs):
+            for spec in its:
+                choice = [*best[:i], spec, *best[i + 1 :]]
+                if (now := total(choice)) < least:
+                    best, least, better = choice, now, True
+    chosen = {x.name: spec for x, spec in zip(order, best, strict=True)}
+    return {x.name: chosen[x.name] for x in layers}
 
 
 def specs_of(allowed: Mapping[str, Sequence[CompressionSpec]]) -> list[CompressionSpec]:
     return list(dict.fromkeys(spec for specs in allowed.values() for spec in specs))
 
 
-def advise(
-    layers: Sequence[Layer], allowed: Mapping[str, Sequence[CompressionSpec]], measured: Measured
-) -> Advice:
+def advise(layers: Sequence[Layer], allowed: Mapping[str, Sequence[CompressionSpec]], measured: Measured) -> Advice:
     """The choice, and what it and its alternatives would cost."""
     chosen = choose(layers, allowed, measured)
     rows = []
     for x in layers:
         costs = {spec: cost(x, spec, measured) for spec in (Dense(), *allowed.get(x.name, ()))}
-        rows.append(LayerAdvice(x.name, x.shape, costs, chosen[x.name]))
-    choices = {str(spec): dict.fromkeys(allowed, spec) for spec in (Dense(), *specs_of(allowed))} | {"chosen": chosen}
+        rows.append(LayerAdvice(x.name, x.shape, measured.ready_at(x), costs, chosen[x.name]))
+    order = sorted(rows, key=lambda row: row.ready)
+    choices = {str(spec): dict.fromkeys(chosen, spec) for spec in (Dense(), *specs_of(allowed))} | {"chosen": chosen}
     step = {
-        name: predicted((row.costs.get(choice.get(row.name), row.costs[Dense()]) for row in rows), measured.backward)
+        name: predicted((row.ready, row.costs.get(choice[row.name], row.costs[Dense()])) for row in order)
         for name, choice in choices.items()
     }
     return Advice(measured, tuple(rows), step)

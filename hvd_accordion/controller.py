@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from hvd_accordion import sampling
+from hvd_accordion import plan, sampling
 from hvd_accordion.accordion import Accordion, Regime
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.compression.base import dense_bytes
-from hvd_accordion import plan
 from hvd_accordion.plan import MIN_NUMEL, Layer, Policy
 from hvd_accordion.records import LayerRecord
 from hvd_accordion.report import CompressionReport, LayerReport, Stats
@@ -102,9 +101,7 @@ class Controller:
         return {name: self.spec(layer) for name, layer in self.layers.items()}
 
     def spec(self, layer: Layer) -> CompressionSpec:
-        return plan.level(
-            layer, self.policy[layer.name], self.step, self.world_size, self.min_numel, self.chosen
-        )
+        return plan.level(layer, self.policy[layer.name], self.step, self.world_size, self.min_numel, self.chosen)
 
     def choices(self) -> dict[str, tuple[CompressionSpec, ...]]:
         """The candidates of each layer that an Auto may compress."""
@@ -200,7 +197,7 @@ class Controller:
         )
 
     def observe(self, norms: Mapping[str, float], lr: float) -> None:
-        """A check: new regimes of the layers that are due, from the norms of their watched entries, as all ranks know them."""
+        """A check: new regimes of the layers that are due, from norms of their watched entries that all ranks share."""
         records: dict[str, LayerRecord] = {}
         counts = {name: self.layers[name].numel for name in norms}
         norms = {n: norm * sampling.scale(counts[n], self.watched(n, counts[n])) for n, norm in norms.items()}

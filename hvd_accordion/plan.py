@@ -19,6 +19,7 @@ Compression: TypeAlias = Policy | Mapping[str, Policy | None] | None
 
 MIN_NUMEL = 1024  # smaller tensors travel dense: their compressed form saves less than its handling costs
 NOTHING: Chosen = MappingProxyType({})
+DENSE_BUCKET_BYTES = 2 * 2**20  # of what has but one round, and is large on the link: it should start early
 BUCKET_BYTES = 16 * 2**20  # one group's gradients: large enough for few collectives, small enough to start early
 
 
@@ -145,9 +146,7 @@ def candidates(
     return list(dict.fromkeys(found))
 
 
-def choices(
-    layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL
-) -> tuple[CompressionSpec, ...]:
+def choices(layer: Layer, policy: Policy, world_size: int, min_numel: int = MIN_NUMEL) -> tuple[CompressionSpec, ...]:
     """The candidates of the layer's Auto that may compress it; none where there is no Auto."""
     autos = [side for side in sides(policy) if isinstance(side, Auto)]
     return tuple(s for auto in autos for s in auto.candidates if allowed(layer, s, world_size, min_numel))
@@ -202,7 +201,8 @@ def grouped(
             feeds_back = layer.name in carried or (spec.lossy and spec.error_feedback)
             kinds.setdefault((spec, layer.dtype, layer.device, feeds_back), []).append(layer)
         for j, ((spec, dtype, _, feeds_back), members) in enumerate(kinds.items()):
-            for k, bucket in enumerate(buckets(members, limit)):
+            small = limit if limit is None or spec.lossy else min(limit, DENSE_BUCKET_BYTES)
+            for k, bucket in enumerate(buckets(members, small)):
                 groups.append(Group(f"{i}.{j}.{k}.{spec.tag}.{dtype}", spec, tuple(bucket), feeds_back))
     return groups
 

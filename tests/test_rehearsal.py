@@ -14,7 +14,7 @@ from hvd_accordion.compression.positions import Shuffle
 from hvd_accordion.compression.two_step import slice_size
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.plan import Layer
-from hvd_accordion.rehearsal import REPEATS, SIZES, measure, rehearse
+from hvd_accordion.rehearsal import REPEATS, SIZES, TINY, measure, rehearse
 
 SHAPES = {"a": (24, 36), "b": (40, 3, 3, 5)}
 SPECS = [
@@ -95,19 +95,20 @@ def test_an_overflow_shows(spec):
 
 A, B, TWIN, OTHER = (
     Layer("a", (64, 64), "float32"),
-    Layer("b", (32, 32), "float32"),
+    Layer("b", (128, 64), "float32"),
     Layer("twin", (64, 64), "float32"),
     Layer("other", (64, 64), "float64"),
 )
 LOW, TOP = PowerSGD(2), TopK(0.1)
+READY = {"a": 0.5, "b": 0.25, "twin": 0.125, "other": 0.0}
 
 
 class Bench:
     """Clocks that show what they are told to; remembers what it was asked for."""
 
-    def __init__(self, bandwidth: float, overhead: float, factor: float = 1.0):
+    def __init__(self, bandwidth: float, overhead: float = 1e-3, factor: float = 1.0):
         self.bandwidth, self.overhead, self.factor = bandwidth, overhead, factor
-        self.sizes, self.exchanges, self.told = [], [], None
+        self.sizes, self.exchanges, self.told = [], [], []
 
     def allreduce(self, size: int) -> float:
         self.sizes.append(size)
@@ -115,43 +116,72 @@ class Bench:
         return self.factor * (warm_up + self.overhead + size / self.bandwidth)  # 2 ranks send each byte once
 
     def exchange(self, layer, spec) -> float:
-        self.exchanges.append((layer.name, spec))
-        return self.factor * layer.numel * (1e-9 if spec == LOW else 2e-9)
+        self.exchanges.append((layer.shape, layer.dtype, spec))
+        return self.factor * (1e-4 + (layer.numel - 1024) * (1e-6 if spec == LOW else 1e-9))
 
-    def measure(self, layers, choices, shared=None, backward=0.25):
-        return measure(layers, choices, 2, backward, self.allreduce, self.exchange, shared or self._mine)
+    def measure(self, layers, choices, shared=None, ready=READY):
+        ready = {x.name: self.factor * ready[x.name] for x in layers}
+        return measure(layers, choices, 2, ready, self.allreduce, self.exchange, shared or self._mine)
 
     def _mine(self, numbers):
-        self.told = list(numbers)
-        return self.told
+        self.told.append(list(numbers))
+        return self.told[-1]
 
 
-def test_the_link_and_each_kind_of_exchange_are_measured():
-    bench = Bench(1e8, 1e-3)
+def test_each_kind_of_exchange_is_measured_once():
+    bench = Bench(1e8)
     m = bench.measure([A, B, TWIN, OTHER], {"a": (LOW, TOP), "b": (TOP,), "twin": (LOW, TOP), "other": (LOW,)})
-    assert bench.sizes == [size for size in SIZES for _ in range(REPEATS + 1)]
     assert (m.link.bandwidth, m.link.overhead, m.link.latency) == (pytest.approx(1e8), pytest.approx(1e-3), 0.0)
-    assert (m.world_size, m.backward) == (2, 0.25)
-    # layers of the same kind share a measurement
-    assert bench.exchanges == [("a", LOW), ("a", TOP), ("b", TOP), ("other", LOW)]
+    assert m.world_size == 2 and m.ready == READY
+    kinds = [("float32", LOW), ("float32", TOP), ("float64", LOW)]
+    shapes = [((64, 64), *kinds[0]), ((64, 64), *kinds[1]), ((128, 64), *kinds[1]), ((64, 64), *kinds[2])]
+    assert bench.exchanges == shapes + [(TINY, *kind) for kind in kinds]
+    # a layer's own part is what it takes longer than a tiny one, and a tenth of the whole at least
+    low, top = 3072 * 1e-6, 0.1 * (1e-4 + 3072 * 1e-9)
     assert m.compression == {
-        ("a", LOW): 4096 * 1e-9,
-        ("a", TOP): 4096 * 2e-9,
-        ("b", TOP): 1024 * 2e-9,
-        ("twin", LOW): 4096 * 1e-9,
-        ("twin", TOP): 4096 * 2e-9,
-        ("other", LOW): 4096 * 1e-9,
+        ("a", LOW): pytest.approx(low),
+        ("a", TOP): pytest.approx(top),
+        ("b", TOP): pytest.approx(0.1 * (1e-4 + 7168 * 1e-9)),
+        ("twin", LOW): pytest.approx(low),
+        ("twin", TOP): pytest.approx(top),
+        ("other", LOW): pytest.approx(low),
     }
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "numel", "largest"),
+    [
+        (1e8, 2**26, 2**22),  # 4 MiB take 42 ms: long enough to tell
+        (1e9, 2**26, 2**26),  # 5 ms, and the next 18 ms
+        (5e8, 2**26, 2**24),  # 9 ms, then 35 ms
+        (1e9, 2**22, 2**24),  # there are but 16 MiB of gradients
+        (1e9, 2**10, 2**22),
+    ],
+)
+def test_a_quick_link_is_measured_with_larger_messages(bandwidth, numel, largest):
+    bench = Bench(bandwidth)
+    m = bench.measure([Layer("a", (numel,), "float32")], {})
+    assert bench.sizes == [size for size in SIZES if size <= largest for _ in range(REPEATS + 1)]
+    assert m.link.bandwidth == pytest.approx(bandwidth, rel=1e-3) and m.compression == {}
 
 
 def test_every_rank_ends_up_with_rank_0s_numbers():
     choices = {"a": (LOW, TOP), "b": (TOP,)}
-    first, second = Bench(1e8, 1e-3), Bench(1e6, 1.0, factor=3.0)
+    first, second = Bench(1e8), Bench(1e6, 1.0, factor=3.0)
     mine = first.measure([A, B], choices)
-    theirs = second.measure([A, B], choices, lambda numbers: first.told, backward=9.0)
-    assert theirs == mine and second.sizes == first.sizes
+    told = iter(first.told)
+    theirs = second.measure([A, B], choices, lambda numbers: next(told))
+    assert theirs == mine and second.sizes == first.sizes and not list(told)
 
 
 def test_the_link_is_measured_even_where_there_is_nothing_to_choose():
-    m = Bench(1e8, 1e-3).measure([A], {"gone": (LOW,)})
+    m = Bench(1e8).measure([A], {"gone": (LOW,)})
     assert m.link.bandwidth == pytest.approx(1e8) and m.compression == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("spec", [*SPECS, PowerSGD(40), TopK(1e-6), RandomK(1e-6)], ids=str)
+def test_a_tiny_layer_can_be_rehearsed_under_every_spec(spec, dtype):
+    ctx = Context(("",), dtype, 0, 0, 0, 3)
+    step = rehearse(exchange(spec, ops, [np.ones(TINY, np.float32)], [np.zeros(TINY, np.float32)], [{}], ctx), ops, 3)
+    assert step.mean[0].shape == TINY and bool(step.ok)

@@ -108,20 +108,21 @@ class Engine:
         if names in self._signatures and not new:
             return
         number = next(self._numbers)
-        require_equal({**described(), "exchanged": ", ".join(names)}, f"{self.prefix}.{number}", self.process_set)
-        dense = self.settings.sparse_as_dense
-        mine = [
-            NONE if g is None else SLICES if isinstance(g, tf.IndexedSlices) and not dense else DENSE for g in grads
-        ]
-        self.clock.look()  # what was restored may hold an Auto's choice
-        undecided = int(self.controller.undecided and self.size > 1)
-        *everyone, undecided = largest([*mine, undecided], f"{self.prefix}.{number}.kinds", self.process_set)
-        for name, kind in zip(names, everyone, strict=True):
-            self.kinds[name] = max(kind, self.kinds.get(name, NONE))
-            if self.kinds[name] == SLICES:  # a table's residual would be as large as the table, and never used
-                self.state.forget(self.numbers[name])
-        if undecided:
-            self._choose()
+        with tf.init_scope():
+            require_equal({**described(), "exchanged": ", ".join(names)}, f"{self.prefix}.{number}", self.process_set)
+            dense = self.settings.sparse_as_dense
+            mine = [
+                NONE if g is None else SLICES if isinstance(g, tf.IndexedSlices) and not dense else DENSE for g in grads
+            ]
+            self.clock.look()  # what was restored may hold an Auto's choice
+            undecided = int(self.controller.undecided and self.size > 1)
+            *everyone, undecided = largest([*mine, undecided], f"{self.prefix}.{number}.kinds", self.process_set)
+            for name, kind in zip(names, everyone, strict=True):
+                self.kinds[name] = max(kind, self.kinds.get(name, NONE))
+                if self.kinds[name] == SLICES:  # a table's residual would be as large as the table, and never used
+                    self.state.forget(self.numbers[name])
+            if undecided:
+                self._choose()
         if self.size > 1:
             outside(self._settle)
         self._signatures[names] = number

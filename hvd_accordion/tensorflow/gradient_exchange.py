@@ -172,8 +172,7 @@ class GradientExchange(tf.Module):
         names = tuple(known.name(variables[i]) for i in mine)
         given = [averaged[i] for i in mine]
         if names:
-            with tf.init_scope():
-                self._engine.agree(names, given, lambda: self._described(variables))
+            self._engine.agree(names, given, lambda: self._described(variables))
             for i, mean in zip(mine, self._engine(names, given, self._learning_rate()), strict=True):
                 averaged[i] = mean
         if not self._asked.scale_local_gradients:

@@ -54,8 +54,8 @@ def DistributedOptimizer(
         optimizer: any torch optimizer, or one that `horovod.torch.DistributedOptimizer` wrapped: it is taken over with
             its settings.
         compression: None, `hvd.Compression.none` or `.fp16`: plain Horovod; a spec (`PowerSGD(4)`, `TopK(0.01)`, ...);
-            an `Accordion`; an `Auto`; or a dict from parameter-name glob to any of these, first match counts, no match is dense.
-            1-D and small tensors, and those that would not get smaller, travel dense.
+            an `Accordion`; an `Auto`; or a dict from parameter-name glob to any of these, first match counts, no match is
+            dense. 1-D and small tensors, and those that would not get smaller, travel dense.
         groups: as Horovod's; by default runs of layers of up to 16 MiB, in the order of backward.
         steps_per_epoch: calls of `step()` in an epoch; otherwise call `optimizer.end_epoch()` after each. An Accordion
             that counts epochs raises ValueError when it has heard of none in 10,000 steps.

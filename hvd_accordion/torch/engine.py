@@ -151,7 +151,7 @@ class Engine:
             raise AssertionError(TOO_MANY_PASSES)
         self.passes[name] -= 1
         if self.probe is not None and self.passes[name] == 0:
-            self.probe.gradient()
+            self.probe.gradient(name)
         if self.passes[name] == 0 and self.sparse is not None:
             group = self.group_of.get(name)
             if name in self.sparse.dims:
@@ -180,6 +180,8 @@ class Engine:
             self.reset()
             raise
         self.seconds += time.perf_counter() - begin
+        if self.probe is not None:
+            self.probe.waited = time.perf_counter() - begin
         ended = self.controller.advance(sent, self.seconds)
         self.reset()
         if self.controller.wants_lr:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -22,32 +21,35 @@ class Probe:
 
     def __init__(self, process_set: hvd.ProcessSet, prefix: str) -> None:
         self.process_set, self.prefix = process_set, prefix
-        self.opened: float | None = None
-        self.backward: list[float] = []
+        self.ready: dict[str, float] = {}  # of the step under way, then of the last
+        self.waited = 0.0  # for the exchange, since the end of backward
+        self.steps = 0
 
-    def gradient(self) -> None:
+    def gradient(self, name: str) -> None:
         """A gradient is complete."""
-        if self.opened is None:
-            self.opened = time.perf_counter()
+        self.ready[name] = time.perf_counter()
 
     def end_backward(self) -> None:
         """A step ends; counted on every rank, even where no gradient was."""
-        self.backward.append(0.0 if self.opened is None else time.perf_counter() - self.opened)
-        self.opened = None
+        self.steps += 1
+        if not self.complete:
+            self.ready = {}
 
     @property
     def complete(self) -> bool:
-        return len(self.backward) >= PROBE_STEPS
+        return self.steps >= PROBE_STEPS
 
     def measure(self, layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]]) -> Measured:
         """The same on all ranks."""
         n = self.process_set.size()
         device = layers[0].device if layers else "cpu"
+        first = min(self.ready.values(), default=0.0)
         return measure(
             layers,
             choices,
             n,
-            statistics.median(self.backward[1:]),  # the first warms up
+            {x.name: self.ready.get(x.name, first) - first for x in layers},
+            self.waited,
             lambda size: self._allreduce(size, device),
             lambda layer, spec: exchange_seconds(layer, spec, n),
             lambda numbers: from_rank_0(numbers, f"{self.prefix}.measured", self.process_set),

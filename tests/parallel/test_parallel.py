@@ -28,6 +28,14 @@ def test_norms():
     worker("tensorflow/keras_norms", ranks=2, timeout=300)
 
 
+def test_auto():
+    worker("torch/auto", ranks=2, transport="gloo")
+
+
+def test_keras_auto():
+    worker("tensorflow/keras_auto", ranks=2, timeout=300)
+
+
 def test_hot_path():
     worker("torch/hot_path", ranks=2)
 
