@@ -136,11 +136,8 @@ def test_each_layer_gets_the_candidate_that_is_best_for_it():
 
 def test_five_layers_and_two_candidates_come_close_to_the_best():
     """Of all 243 choices, over links and machines of all speeds."""
-    layers, specs, missed = (
-        [Layer(f"l{i}", (128 * (i % 3 + 1), 256), "float32") for i in range(5)],
-        (PowerSGD(4), TopK(0.01)),
-        0,
-    )
+    layers = [Layer(f"l{i}", (128 * (i % 3 + 1), 256), "float32") for i in range(5)]
+    specs, missed = (PowerSGD(4), TopK(0.01)), 0
     for seed in range(60):
         rng = random.Random(seed)
         times = {(x.name, spec): 10 ** rng.uniform(-6, -1) for x in layers for spec in specs}

@@ -14,7 +14,7 @@ from hvd_accordion.compression.positions import Shuffle
 from hvd_accordion.compression.two_step import slice_size
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.plan import Layer
-from hvd_accordion.rehearsal import REPEATS, SIZES, TINY, measure, rehearse
+from hvd_accordion.rehearsal import QUICK, REPEATS, SIZES, TINY, USUAL, as_hidden, measure, rehearse
 
 SHAPES = {"a": (24, 36), "b": (40, 3, 3, 5)}
 SPECS = [
@@ -119,9 +119,9 @@ class Bench:
         self.exchanges.append((layer.shape, layer.dtype, spec))
         return self.factor * (1e-4 + (layer.numel - 1024) * (1e-6 if spec == LOW else 1e-9))
 
-    def measure(self, layers, choices, shared=None, ready=READY):
-        ready = {x.name: self.factor * ready[x.name] for x in layers}
-        return measure(layers, choices, 2, ready, self.allreduce, self.exchange, shared or self._mine)
+    def measure(self, layers, choices, shared=None, waited=None):
+        ready = {x.name: self.factor * READY[x.name] for x in layers}
+        return measure(layers, choices, 2, ready, waited, self.allreduce, self.exchange, shared or self._mine)
 
     def _mine(self, numbers):
         self.told.append(list(numbers))
@@ -151,27 +151,45 @@ def test_each_kind_of_exchange_is_measured_once():
 @pytest.mark.parametrize(
     ("bandwidth", "numel", "largest"),
     [
-        (1e8, 2**26, 2**22),  # 4 MiB take 42 ms: long enough to tell
-        (1e9, 2**26, 2**26),  # 5 ms, and the next 18 ms
-        (5e8, 2**26, 2**24),  # 9 ms, then 35 ms
-        (1e9, 2**22, 2**24),  # there are but 16 MiB of gradients
-        (1e9, 2**10, 2**22),
+        (USUAL / (2 * QUICK), 2**26, USUAL),  # long enough to tell
+        (2**24 / (2 * QUICK), 2**26, 2**24),
+        (2**26 / (2 * QUICK), 2**26, 2**26),
+        (2**26 / (2 * QUICK), 2**22, 2**24),  # there are but 16 MiB of gradients
+        (2**26 / (2 * QUICK), 2**10, USUAL),
     ],
 )
 def test_a_quick_link_is_measured_with_larger_messages(bandwidth, numel, largest):
     bench = Bench(bandwidth)
-    m = bench.measure([Layer("a", (numel,), "float32")], {})
+    m = bench.measure([Layer("a", (numel,), "float32")], {}, waited=0.0)
     assert bench.sizes == [size for size in SIZES if size <= largest for _ in range(REPEATS + 1)]
     assert m.link.bandwidth == pytest.approx(bandwidth, rel=1e-3) and m.compression == {}
 
 
-def test_every_rank_ends_up_with_rank_0s_numbers():
+@pytest.mark.parametrize(("waited", "others"), [(None, None), (1e-4, 5.0)])
+def test_every_rank_ends_up_with_rank_0s_numbers(waited, others):
     choices = {"a": (LOW, TOP), "b": (TOP,)}
     first, second = Bench(1e8), Bench(1e6, 1.0, factor=3.0)
-    mine = first.measure([A, B], choices)
+    mine = first.measure([A, B], choices, waited=waited)
     told = iter(first.told)
-    theirs = second.measure([A, B], choices, lambda numbers: next(told))
+    theirs = second.measure([A, B], choices, lambda numbers: next(told), waited=others)
     assert theirs == mine and second.sizes == first.sizes and not list(told)
+
+
+def test_ready_times_move_to_the_end_by_what_was_not_hidden():
+    ready = {"a": 4.0, "b": 2.0, "c": 0.0}
+    assert as_hidden(ready, wire=3.0, waited=0.0) == ready  # all was hidden
+    assert as_hidden(ready, wire=9.0, waited=5.0) == ready  # as much as 4 s of backward can hide
+    assert as_hidden(ready, wire=2.0, waited=2.0) == as_hidden(ready, wire=2.0, waited=3.0) == dict.fromkeys(ready, 4.0)
+    assert as_hidden(ready, wire=2.0, waited=1.0) == {"a": 4.0, "b": 3.0, "c": 2.0}
+    assert as_hidden(ready, wire=8.0, waited=6.0) == {"a": 4.0, "b": 3.0, "c": 2.0}
+    assert as_hidden({}, 1.0, 1.0) == {} and as_hidden({"a": 0.0}, 0.0, 0.0) == {"a": 0.0}
+
+
+def test_what_was_seen_of_the_dense_exchange_counts():
+    wire = (A.nbytes + B.nbytes) / 1e5
+    m = Bench(1e5).measure([A, B], {}, waited=wire - 0.125)
+    assert m.ready == {"a": 0.5, "b": pytest.approx(0.5 - 0.25 * 0.125 / min(wire, 0.5))}
+    assert Bench(1e5).measure([A, B], {}, waited=0.0).ready == {"a": 0.5, "b": 0.25}
 
 
 def test_the_link_is_measured_even_where_there_is_nothing_to_choose():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet import environment, mpirun, write_agent
-from hosts import Network, hosts, run
+from hosts import Network, hosts
 from scaling_report import UNSHAPED, analysis, draw, nominal, page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def launch(script: str, *arguments: str) -> int:
-    """The script again, with these arguments or its own, under horovodrun, one thread a rank, the same cycle time for all modes."""
+    """The script again, with these arguments or its own, under horovodrun: one thread a rank, one cycle time for all."""
     same = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
     env = {**same, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", **os.environ}
     horovodrun = Path(sys.executable).parent / "horovodrun"

@@ -128,6 +128,12 @@ class CompressionSpec(ABC):
         """One round trip for a group of layers: yields the collectives it needs, returns what came of it."""
 
 
+def joined_mean(ops: Ops, tensors: list[Tensor]) -> Rounds[list[Tensor]]:
+    """Their means over the ranks, by one message: Horovod negotiates each tensor by its name."""
+    (mean,) = yield AllReduce([ops.flatten(tensors)])
+    return ops.unflatten(mean, tensors)
+
+
 def size(shape: Sequence[int]) -> int:
     return math.prod(shape)
 

@@ -15,11 +15,14 @@ from hvd_accordion.compression.base import (
     Memory,
     Message,
     dtype_name,
+    joined_mean,
     size,
 )
 from hvd_accordion.compression.half import HalfCode
 from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
+
+FEW = 2**18  # values that are sooner copied than negotiated one by one
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Dense(CompressionSpec):
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
         if ITEMSIZE[ctx.dtype] == 2:
             return (yield from two_hop(ops, values, memory, HalfCode(ctx.dtype), ctx))
-        mean = yield AllReduce(values)
+        if sum(size(v.shape) for v in values) <= FEW:
+            mean = yield from joined_mean(ops, values)
+        else:
+            mean = yield AllReduce(values)
 
         def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
             return mean, ops.zeros_like(mean) if remainder else None

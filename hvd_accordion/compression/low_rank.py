@@ -8,7 +8,17 @@ from typing import Any
 
 from hvd_accordion import checks, seeds
 from hvd_accordion.collectives import AllReduce, Rounds, Tensor
-from hvd_accordion.compression.base import ITEMSIZE, CompressionSpec, Context, Exchanged, Memory, Message, dtype_name, size
+from hvd_accordion.compression.base import (
+    ITEMSIZE,
+    CompressionSpec,
+    Context,
+    Exchanged,
+    Memory,
+    Message,
+    dtype_name,
+    joined_mean,
+    size,
+)
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -82,9 +92,9 @@ class PowerSGD(CompressionSpec):
         starts = [ops.stack([olds[i][: self.columns(matrices[i].shape)] for i in batch]) for batch in batches]
         ps, qs = [], starts
         for _ in range(self.iterations):
-            ps = yield from mean_of(ops, [ops.project(m, scaled(ops, q)) for m, q in zip(stacks, qs, strict=True)])
+            ps = yield from joined_mean(ops, [ops.project(m, scaled(ops, q)) for m, q in zip(stacks, qs, strict=True)])
             ps = orthonormalise(ops, ps)
-            qs = yield from mean_of(ops, [ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
+            qs = yield from joined_mean(ops, [ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
 
         def split(into: list[Tensor] | None, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
             mean: list[Tensor] = [None] * len(values)
@@ -125,12 +135,6 @@ class PowerSGD(CompressionSpec):
         matrix = ops.reshape(value, matrix_shape(value.shape))
         keys = [seeds.stable_hash(seed, name, "q", j) for j in range(self.columns(matrix.shape))]
         return {"q": random_rows(ops, matrix, keys)}
-
-
-def mean_of(ops: Ops, tensors: list[Tensor]) -> Rounds[list[Tensor]]:
-    """All of them in one message."""
-    (mean,) = yield AllReduce([ops.flatten(tensors)])
-    return ops.unflatten(mean, tensors)
 
 
 def random_rows(ops: Ops, matrix: Tensor, keys: Sequence[Any]) -> Tensor:

@@ -158,7 +158,9 @@ def uniform(seed: int, count: int, like: Array) -> Array:
 
 def waves(like: Array) -> Array:
     _, r, n = like.shape
-    return np.broadcast_to(np.sin(np.outer(np.arange(1.0, r + 1), np.arange(1.0, n + 1))).astype(like.dtype), like.shape)
+    return np.broadcast_to(
+        np.sin(np.outer(np.arange(1.0, r + 1), np.arange(1.0, n + 1))).astype(like.dtype), like.shape
+    )
 
 
 def pack_bits(x: Array, bits: int) -> Array:
@@ -183,9 +185,7 @@ def project_t(matrices: Sequence[Array], p: Array) -> Array:
         return p @ np.stack(matrices)
 
 
-def low_rank(
-    matrix: Array, p: Array, q: Array, into: Array | None, remainder: bool
-) -> tuple[Array, Array | None]:
+def low_rank(matrix: Array, p: Array, q: Array, into: Array | None, remainder: bool) -> tuple[Array, Array | None]:
     del into
     with np.errstate(invalid="ignore"):
         mean = p.T @ q

@@ -32,7 +32,9 @@ def at_hand(x: Tensor) -> bool:
 
 
 def settle(ok: Tensor, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    if at_hand(ok):  # nothing is copied: the remainder stays where the values were, the averages take the old residual's place
+    if at_hand(
+        ok
+    ):  # nothing is copied: the remainder stays where the values were, the averages take the old residual's place
         return split(list(residual), True) if ok else (split(None, False)[0], list(residual))
     mean, left = split(None, True)
     return mean, [torch.where(ok, new, old, out=old) for new, old in zip(left, residual, strict=True)]

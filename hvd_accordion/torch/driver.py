@@ -13,7 +13,6 @@ import torch
 from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll, Request, Rounds, payload, sent
 from hvd_accordion.compression.feedback import Step
 
-
 PAUSE = 1e-4  # seconds between two looks at what is on its way; Horovod's own wait looks every millisecond
 
 

@@ -412,7 +412,9 @@ def test_gradients_are_exchanged_rightly_however_they_lie_in_memory(how, compres
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "memory is shared"
         for name, p in net.named_parameters():
             assert name not in engine.residual or engine.residual[name].data_ptr() != p.grad.data_ptr()
-            assert not how.startswith("flat") or p.grad.data_ptr() == places[name], "the user's buffer must hold the gradient"
+            assert not how.startswith("flat") or p.grad.data_ptr() == places[name], (
+                "the user's buffer must hold the gradient"
+            )
             assert p.grad.dtype == dtype and p.grad.shape == p.shape
             p.grad.fill_(float("nan") if how in ("fp16", "dropped") else 7.0)
     assert engine.residual or (how, compression) == ("fp16", BF16())  # which makes nothing smaller
