@@ -185,7 +185,7 @@ def choose(
         layers: all that are exchanged; those without an entry in `allowed` travel dense, but their bytes count.
         allowed: layer name -> candidates that may have it.
     """
-    order = sorted(layers, key=measured.ready_at)
+    order = sorted(reversed(layers), key=measured.ready_at)  # of equals the last first, as backward has them
     ready = [measured.ready_at(x) for x in order]
     costs = [{spec: cost(x, spec, measured) for spec in (Dense(), *allowed.get(x.name, ()))} for x in order]
 
@@ -221,7 +221,7 @@ def advise(layers: Sequence[Layer], allowed: Mapping[str, Sequence[CompressionSp
     for x in layers:
         costs = {spec: cost(x, spec, measured) for spec in (Dense(), *allowed.get(x.name, ()))}
         rows.append(LayerAdvice(x.name, x.shape, measured.ready_at(x), costs, chosen[x.name]))
-    order = sorted(rows, key=lambda row: row.ready)
+    order = sorted(reversed(rows), key=lambda row: row.ready)
     choices = {str(spec): dict.fromkeys(chosen, spec) for spec in (Dense(), *specs_of(allowed))} | {"chosen": chosen}
     step = {
         name: predicted((row.ready, row.costs.get(choice[row.name], row.costs[Dense()])) for row in order)

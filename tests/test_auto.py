@@ -86,7 +86,7 @@ def test_the_wire_seconds_of_a_layer_are_the_cost_models():
 
 
 def total(layers, choice, m: Measured) -> float:
-    order = sorted(layers, key=m.ready_at)
+    order = sorted(reversed(layers), key=m.ready_at)
     return predicted((m.ready_at(x), cost(x, choice[x.name], m)) for x in order)
 
 

@@ -203,3 +203,12 @@ def test_a_tiny_layer_can_be_rehearsed_under_every_spec(spec, dtype):
     ctx = Context(("",), dtype, 0, 0, 0, 3)
     step = rehearse(exchange(spec, ops, [np.ones(TINY, np.float32)], [np.zeros(TINY, np.float32)], [{}], ctx), ops, 3)
     assert step.mean[0].shape == TINY and bool(step.ok)
+
+
+def test_a_link_that_is_slower_beside_a_training_counts_as_that():
+    dense = 4.0 * (64 * 64 + 256 * 256)  # of two ranks, each sends as many bytes as the tensors have
+    layers = [Layer("a", (64, 64), "float32"), Layer("b", (256, 256), "float32")]
+    alone = Bench(1e9).measure(layers, {}, waited=None).link.bandwidth
+    assert alone == pytest.approx(1e9, rel=0.01)
+    assert Bench(1e9).measure(layers, {}, waited=dense / 2e9).link.bandwidth == alone
+    assert Bench(1e9).measure(layers, {}, waited=dense / 1e8).link.bandwidth == pytest.approx(1e8)

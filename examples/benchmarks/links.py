@@ -138,7 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="turns of each mode over each link")
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a turn takes")
     parser.add_argument("--steps", type=int, default=2, help="the least in a turn")
-    parser.add_argument("--cycle-time", type=float, default=5.0, help="HOROVOD_CYCLE_TIME in ms, of all Horovod modes")
+    parser.add_argument("--cycle-time", type=float, default=1.0, help="HOROVOD_CYCLE_TIME in ms, of all Horovod modes")
     return parser.parse_args()
 
 

@@ -181,7 +181,7 @@ class Engine:
             raise
         self.seconds += time.perf_counter() - begin
         if self.probe is not None:
-            self.probe.waited = time.perf_counter() - begin
+            self.probe.end_exchange(time.perf_counter() - begin)
         ended = self.controller.advance(sent, self.seconds)
         self.reset()
         if self.controller.wants_lr:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +23,7 @@ class Probe:
     def __init__(self, process_set: hvd.ProcessSet, prefix: str) -> None:
         self.process_set, self.prefix = process_set, prefix
         self.ready: dict[str, float] = {}  # of the step under way, then of the last
-        self.waited = 0.0  # for the exchange, since the end of backward
+        self.waited = math.inf  # at the least, for the exchange since the end of backward
         self.steps = 0
 
     def gradient(self, name: str) -> None:
@@ -34,6 +35,10 @@ class Probe:
         self.steps += 1
         if not self.complete:
             self.ready = {}
+
+    def end_exchange(self, waited: float) -> None:
+        if self.steps > 1:  # the first warms up, and hides nothing
+            self.waited = min(self.waited, waited)
 
     @property
     def complete(self) -> bool:
