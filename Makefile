@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo demo-tf ui test lint bench bench-accuracy bench-scaling bench-keras clean
+.PHONY: help setup demo demo-tf ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ bench-accuracy: $(STAMP) ## seconds to dense training's accuracy over a link of 
 
 bench-scaling: $(STAMP) ## exchanges among 2, 4 and 8 hosts, and what they predict for 1,024; needs root
 	$(BIN)/python examples/benchmarks/scaling.py
+
+bench-parts: $(STAMP) ## what hides behind backward, memory, selection of entries, agreement of sampled norms
+	$(BIN)/python examples/benchmarks/overlap.py
+	$(BIN)/python examples/benchmarks/memory.py
+	$(BIN)/python examples/benchmarks/selection.py
+	$(BIN)/python examples/benchmarks/norm_agreement.py
 
 bench-keras: $(STAMP) ## step time under Keras's fit; two ranks, unshaped link
 	$(BIN)/python examples/benchmarks/keras_fit.py

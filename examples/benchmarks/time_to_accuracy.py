@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--link", default="100mbit", help="rate as tc writes it")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--cycle-time", type=float, default=5.0, help="HOROVOD_CYCLE_TIME in ms")
+    parser.add_argument("--cycle-time", type=float, default=1.0, help="HOROVOD_CYCLE_TIME in ms")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one training may take")
     args = parser.parse_args()
     for signum in (signal.SIGTERM, signal.SIGHUP):

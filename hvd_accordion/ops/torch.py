@@ -206,12 +206,18 @@ def unpack_bits(x: Tensor, bits: int) -> Tensor:
     return torch.stack([((word >> (bits * i)) & mask).to(torch.uint8) for i in range(8)], dim=-1).flatten(-2)
 
 
+SHORT = 1536  # entries of a row up to which M Q is faster than (Q^T M^T)^T, by up to a half
+
+
 def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
     if not at_hand(q):  # many small products cost launches
         return torch.bmm(q, torch.stack(list(matrices)).mT)
     out = q.new_empty(q.shape[0], q.shape[1], matrices[0].shape[0])
     for i, matrix in enumerate(matrices):
-        torch.mm(q[i], matrix.t(), out=out[i])
+        if matrix.shape[1] <= SHORT:
+            out[i].copy_(torch.mm(matrix, q[i].t()).t())
+        else:
+            torch.mm(q[i], matrix.t(), out=out[i])
     return out
 
 
@@ -224,7 +230,7 @@ def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
     return out
 
 
-CACHED = 2**17  # entries that stay in a core's cache between two passes over them
+CACHED = 2**16  # entries that stay in a core's cache between two passes over them
 
 
 def low_rank(
