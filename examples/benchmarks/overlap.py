@@ -36,8 +36,10 @@ def main() -> None:
     os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
     if code := launch(__file__):
         sys.exit(code)
-    phases = [tuple(span) for span in json.loads((OUT / "phases.json").read_text())]
-    rounds = collectives((OUT / "timeline.json").read_text(), phases)
+    phases = json.loads((OUT / "phases.json").read_text())
+    zero, end = phases[0][1], phases[-1][2]
+    rounds = since(zero, collectives((OUT / "timeline.json").read_text(), zero, end))
+    phases = since(zero, phases)
     backward = phases[1]
     inside = sum(min(end, backward[2]) - begin for _, begin, end in rounds if begin < backward[2])
     share = inside / max(1e-9, sum(end - begin for _, begin, end in rounds))
@@ -89,36 +91,33 @@ def work(model: str, compression: str) -> None:
         (OUT / "phases.json").write_text(json.dumps(spans))
 
 
-def collectives(text: str, phases: list[Any]) -> list[Span]:
-    """Those that began within the step, in ms since its beginning; from the request to the end, negotiation included.
-
-    As a side effect of none: `phases` in seconds since the epoch become ms since the beginning too.
-    """
-    zero, last = phases[0][1], phases[-1][2]
+def collectives(text: str, begin: float, end: float) -> list[Span]:
+    """Those asked for between two times, in seconds since the epoch: from the request to the end, negotiation included."""
     events = json.loads(text if text.rstrip().endswith("]") else text.rstrip().rstrip(",") + "]")
-    start, names, opened, found = 0.0, {}, {}, []
+    zero, names = 0.0, {}
+    opened: dict[int, list[tuple[str, float]]] = {}  # of each tensor, the activities within each other
+    asked: dict[int, float] = {}
+    found: dict[str, tuple[float, float]] = {}  # a grouped collective has an event for each tensor
     for event in events:
-        if event["ph"] == "M" and "start_time_since_epoch_in_micros" in event["args"]:
-            start = event["args"]["start_time_since_epoch_in_micros"] / 1e6
-        elif event["ph"] == "M" and "name" in event["args"]:
-            names[event["pid"]] = event["args"]["name"]
+        tensor, at = event["pid"], zero + event.get("ts", 0) / 1e6
+        if event["ph"] == "M":
+            zero = event["args"].get("start_time_since_epoch_in_micros", 1e6 * zero) / 1e6
+            names[tensor] = event["args"].get("name", names.get(tensor))
         elif event["ph"] == "B":
-            stack = opened.setdefault(event["pid"], [])
-            stack.append((event["name"], start + event["ts"] / 1e6))
-        elif event["ph"] == "E" and opened.get(event["pid"]):
-            name, begin = opened[event["pid"]].pop()
-            if name.startswith("NEGOTIATE"):
-                opened[event["pid"]].append(("asked", begin))
-            elif opened[event["pid"]] and opened[event["pid"]][-1][0] == "asked":
-                _, begin = opened[event["pid"]].pop()
-                if zero <= begin <= last:
-                    found.append((names[event["pid"]], begin, start + event["ts"] / 1e6))
-    joined: dict[str, tuple[float, float]] = {}  # a grouped collective has an event for each tensor
-    for name, begin, end in found:
-        first, latest = joined.get(short(name), (begin, end))
-        joined[short(name)] = min(first, begin), max(latest, end)
-    phases[:] = [(name, 1e3 * (begin - zero), 1e3 * (end - zero)) for name, begin, end in phases]
-    return [(name, 1e3 * (begin - zero), 1e3 * (end - zero)) for name, (begin, end) in joined.items()]
+            opened.setdefault(tensor, []).append((event["name"], at))
+        elif event["ph"] == "E" and opened.get(tensor):
+            activity, since = opened[tensor].pop()
+            if activity.startswith("NEGOTIATE"):
+                asked[tensor] = since
+            elif not opened[tensor] and begin <= asked.get(tensor, 0.0) <= end:
+                first, last = found.get(short(names[tensor]), (asked[tensor], at))
+                found[short(names[tensor])] = min(first, asked.pop(tensor)), max(last, at)
+    return [(name, first, last) for name, (first, last) in found.items()]
+
+
+def since(zero: float, spans: list[Any]) -> list[Span]:
+    """In ms since that time."""
+    return [(name, 1e3 * (begin - zero), 1e3 * (end - zero)) for name, begin, end in spans]
 
 
 def draw(phases: list[Any], rounds: list[Span]) -> Any:

@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
     parser.add_argument("--links", type=lambda text: text.split(","), default=["100mbit", "1gbit"])
-    parser.add_argument("--cycle-time", type=float, default=5.0, help="HOROVOD_CYCLE_TIME in ms")
+    parser.add_argument("--cycle-time", type=float, default=1.0, help="HOROVOD_CYCLE_TIME in ms")
     parser.add_argument("--compute-seconds", type=float, help="of forward and backward; default: as measured here")
     parser.add_argument("--latency", type=float, default=5e-5, help="assumed seconds a hop, for the prediction")
     parser.add_argument("--again", action="store_true", help="predict from the last run's measurements")

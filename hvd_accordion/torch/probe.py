@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +22,7 @@ class Probe:
     def __init__(self, process_set: hvd.ProcessSet, prefix: str) -> None:
         self.process_set, self.prefix = process_set, prefix
         self.ready: dict[str, float] = {}  # of the step under way, then of the last
-        self.waited = math.inf  # at the least, for the exchange since the end of backward
+        self.waited: float | None = None  # at the least, for the exchange since the end of backward
         self.steps = 0
 
     def gradient(self, name: str) -> None:
@@ -38,7 +37,7 @@ class Probe:
 
     def end_exchange(self, waited: float) -> None:
         if self.steps > 1:  # the first warms up, and hides nothing
-            self.waited = min(self.waited, waited)
+            self.waited = waited if self.waited is None else min(self.waited, waited)
 
     @property
     def complete(self) -> bool:

@@ -25,6 +25,7 @@ def link(monkeypatch):
             return 1e-6 + size / mine
 
         monkeypatch.setattr(Probe, "_allreduce", allreduce)
+        monkeypatch.setattr(Probe, "end_exchange", lambda self, waited: None)  # that was the real link
 
     return of
 
