@@ -130,7 +130,10 @@ def check(part: dict[str, Any], what: str, predicted: float, times: Sequence[flo
 
 def steps(name: str, link: Link, gamma: Gamma, compute: float, layers: Sequence[plan.Layer]) -> list[dict[str, Any]]:
     rows = []
-    gamma = {**gamma, Dense(): 0.0}  # what dense exchanges cost by themselves, Horovod's thread does beside the training
+    gamma = {
+        **gamma,
+        Dense(): 0.0,
+    }  # what dense exchanges cost by themselves, Horovod's thread does beside the training
     for spec in SPECS:
         for n in MANY:
             grouped = groups(layers, spec, n)
