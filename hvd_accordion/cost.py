@@ -80,14 +80,6 @@ def layer_seconds(
     return _wire(messages, n, link) + gamma * size(shape)
 
 
-def cheapest(
-    shape: Sequence[int], dtype: Any, candidates: Sequence[CompressionSpec], n: int, link: Link, gamma: Gamma
-) -> int:
-    """Index of the spec that costs the layer least in a group; the first of equals."""
-    costs = [layer_seconds(shape, dtype, spec, n, link, gamma[spec]) for spec in candidates]
-    return costs.index(min(costs))
-
-
 def group_messages(layers: Sequence[Layer], spec: CompressionSpec, n: int) -> list[Message]:
     """The collectives of a group: in each round the payloads of all layers together."""
     if not layers:

@@ -13,7 +13,6 @@ from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll
 from hvd_accordion.cost import (
     Link,
-    cheapest,
     exchange_seconds,
     fit,
     group_messages,
@@ -138,23 +137,6 @@ def test_more_layers_or_ranks_are_never_cheaper(spec, shapes, more, n, others):
     assert exchange_seconds([*layers, layer("more", more)], spec, n, LINK, 1e-9) >= cost
     # only rounding up to whole blocks can make a slice of an uneven count the larger
     assert exchange_seconds(layers, spec, n * 2 ** others.bit_length(), LINK, 1e-9) >= cost
-
-
-def test_the_cheapest_spec_depends_on_the_link():
-    candidates = [Dense(), PowerSGD(4), TopK(0.01)]
-    gamma = {Dense(): 0.0, PowerSGD(4): 5e-9, TopK(0.01): 20e-9}
-
-    def choose(bandwidth):
-        return candidates[cheapest((512, 4608), "float32", candidates, 2, Link(1e-3, bandwidth, 1.0), gamma)]
-
-    assert choose(1.25e7) == PowerSGD(4)
-    assert choose(1.25e10) == Dense()
-    gamma[PowerSGD(4)] = 40e-9
-    assert choose(1.25e7) == TopK(0.01)
-
-
-def test_the_first_of_equals():
-    assert cheapest((64, 64), "float32", [FP16(), BF16()], 4, LINK, {FP16(): 0.0, BF16(): 0.0}) == 0
 
 
 # a step
