@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo demo-tf ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras clean
+.PHONY: help setup check demo demo-tf ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ $(STAMP): setup.cfg docker/constraints.txt docker/setup.sh docker/build_horovod.
 	@touch $@
 
 setup: $(STAMP)   ## system packages, virtual environment, Horovod for today's torch and TensorFlow
+
+check: $(STAMP)   ## what is built, what is set wrong, the link between two ranks, and whether compression would pay
+	OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1 $(BIN)/horovodrun -np 2 $(BIN)/python -m hvd_accordion check
 
 demo: $(STAMP)    ## five trainings on two ranks: table, picture (build/demo/) and MLflow run
 	$(BIN)/python examples/demo.py
@@ -48,6 +51,10 @@ bench-parts: $(STAMP) ## what hides behind backward, memory, selection of entrie
 
 bench-keras: $(STAMP) ## step time under Keras's fit; two ranks, unshaped link
 	$(BIN)/python examples/benchmarks/keras_fit.py
+
+dist: $(STAMP)    ## source archive and wheel (dist/), their metadata checked
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:            ## everything made here, but not the cached Horovod wheel
 	rm -rf $(VENV) build dist *.egg-info mlflow.db mlruns mlartifacts
