@@ -1,0 +1,84 @@
+"""`check`: what can be known in one process, and what several ranks can measure together. Rank 0 alone prints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+from hvd_accordion.command_line import ranks, software, surroundings, typical
+from hvd_accordion.command_line.findings import Finding, Verdict, broken, text
+
+FRAMEWORKS = ("torch", "tensorflow")
+MEASURE = "to measure it: horovodrun -np 2 -H host1:1,host2:1 python -m hvd_accordion check"
+
+
+def check(parameters: int, backward: float, framework: str | None, hosts: str) -> int:
+    """Prints what it finds; 1 if something is broken, else 0."""
+    rank, size = ranks.launched(os.environ)
+    failed = False
+
+    def show(title: str, findings: Sequence[Finding]) -> None:
+        nonlocal failed
+        failed = failed or broken(findings)
+        if rank == 0:
+            print(f"{title}\n{text(findings)}\n", flush=True)
+
+    if rank == 0:
+        there = software.installed_versions()
+        show("Software", software.versions(there, software.required_versions()))
+        show("Settings", surroundings.variables(os.environ))
+        show("Machine", machine(hosts))
+    if size > 1:
+        between(rank, size, parameters, backward, framework, show)
+    elif rank == 0:
+        show("Ranks", [Finding(Verdict.NOTE, "link", "not measured: this is one rank", MEASURE)])
+    if rank == 0:  # last, for frameworks take seconds to import
+        found = [software.binding(name) for name in FRAMEWORKS if find_spec(name) and find_spec("horovod")]
+        show("Horovod", [launcher(), *found])
+        print("Something is broken: see above." if failed else "Nothing is broken.", flush=True)
+    return int(failed)
+
+
+def between(
+    rank: int, size: int, parameters: int, backward: float, framework: str | None, show: Callable[..., None]
+) -> None:
+    """What ranks tell each other and measure; all of them must come here."""
+    chosen = framework or next((name for name in FRAMEWORKS if find_spec(name)), FRAMEWORKS[0])
+    missing = [name for name in (chosen, "horovod") if not find_spec(name)]
+    if missing:
+        show("Ranks", [Finding(Verdict.BROKEN, "link", f"not measured: {' and '.join(missing)} not installed")])
+        return
+    network = typical.layers(parameters)
+    try:
+        seen = ranks.look_around(chosen, network, typical.choices(network, size))
+    except Exception as error:  # an extension that doesn't fit, a rank that fails: Horovod has no class for all of it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if rank:
+            print(f"rank {rank}: {reason}", file=sys.stderr)
+        show("Ranks", [Finding(Verdict.BROKEN, "link", f"not measured: {reason}")])
+        return
+    show("Ranks", [*ranks.together(seen), ranks.link(seen.measured, chosen)])
+    if rank == 0:
+        advice = typical.predicted(network, seen.measured, backward)
+        size_of = typical.size_of(network) / 1e6
+        print(f"A network of ResNet-18's form: {size_of:,.3g} M parameters, backward {1e3 * backward:,.0f} ms")
+        print(f"{typical.prediction(network, advice)}\n{text([typical.verdict(advice, backward)])}\n", flush=True)
+
+
+def machine(hosts: str) -> list[Finding]:
+    cores = surroundings.available_cores()
+    threads = surroundings.threads_of(os.environ, cores)
+    return [
+        surroundings.own_name(socket.gethostname(), surroundings.addresses),
+        *surroundings.named_hosts(hosts, surroundings.addresses),
+        Finding(Verdict.NOTE, "cores", f"{cores}; a rank computes with {threads} thread{'s' * (threads != 1)}"),
+    ]
+
+
+def launcher() -> Finding:
+    found = shutil.which("mpirun")
+    return Finding(Verdict.NOTE, "mpirun", found or "not on the PATH: horovodrun goes by --gloo")
