@@ -1,0 +1,105 @@
+"""Where a method's points go once all ranks know the gradient estimate: pure functions over lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from hvd_accordion.collectives import Tensor
+from hvd_accordion.ops.protocol import Ops
+
+Vectors: TypeAlias = list[Tensor]  # one tensor for each parameter
+Points: TypeAlias = dict[str, Vectors]  # all but x, which the parameters hold
+
+
+def each(function: Callable[..., Tensor], *vectors: Vectors) -> Vectors:
+    return [function(*tensors) for tensors in zip(*vectors, strict=True)]
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """psi(x) = l1 ||x||_1 + (l2 / 2) ||x||^2, that part of the objective which is not in the closures."""
+
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def prox(self, ops: Ops, points: Vectors, t: float) -> Vectors:
+        """argmin_u t psi(u) + ||u - x||^2 / 2 = soft(x, t l1) / (1 + t l2)."""
+        if self.l1:
+            points = each(lambda x: x - ops.clip(x, -t * self.l1, t * self.l1), points)
+        return each(lambda x: x / (1 + t * self.l2), points) if self.l2 else points
+
+
+@dataclass(frozen=True)
+class Katyusha:
+    """Loopless Katyusha (Kovalev, Horvath, Richtarik 2019, arXiv 1901.08689), as ECLK uses it (arXiv 2010.00091).
+
+    With eta = theta2 / ((1 + theta2) theta1), sigma = mu / (2 L1) and d = (eta / L1) times the gradient estimate at x:
+
+        z+ = prox_{eta psi / (L1 (1 + eta sigma))} [(eta sigma x + z - d) / (1 + eta sigma)]
+        y+ = x + theta1 (z+ - z)
+        w+ = y with probability p (all ranks alike), else w
+        x+ = theta1 z+ + theta2 w+ + (1 - theta1 - theta2) y+
+
+    Args:
+        L1: the smoothness constant that steps are made for, > 0.
+        mu: strong convexity of f, >= 0.
+        theta1, theta2: weights in (0, 1), theta1 + theta2 <= 1.
+    """
+
+    L1: float
+    mu: float
+    theta1: float
+    theta2: float
+    psi: Regulariser = Regulariser()
+
+    solution: ClassVar[str] = "y"
+    remedy: ClassVar[str] = "raise smoothness or smoothness_factor"
+
+    @property
+    def eta(self) -> float:
+        return self.theta2 / ((1 + self.theta2) * self.theta1)
+
+    @property
+    def step(self) -> float:
+        """What gradient estimates are multiplied by: eta / L1."""
+        return self.eta / self.L1
+
+    def begin(self, x: Vectors) -> Points:
+        return {"y": x, "z": x, "w": x}
+
+    def advance(self, ops: Ops, x: Vectors, points: Points, d: Vectors, refresh: bool) -> tuple[Vectors, Points]:
+        pull = self.eta * self.mu / (2 * self.L1)
+        t1, t2 = self.theta1, self.theta2
+        z = each(lambda x, z, d: (pull * x + z - d) / (1 + pull), x, points["z"], d)
+        z = self.psi.prox(ops, z, self.step / (1 + pull))
+        y = each(lambda x, z, old: x + t1 * (z - old), x, z, points["z"])
+        w = points["y"] if refresh else points["w"]
+        x = each(lambda z, w, y: t1 * z + t2 * w + (1 - t1 - t2) * y, z, w, y)
+        return x, {"y": y, "z": z, "w": w}
+
+
+@dataclass(frozen=True)
+class Descent:
+    """x+ = prox_{lr psi} [x - d], w+ = x with probability p, else w; d is lr times the gradient estimate at x."""
+
+    lr: float
+    psi: Regulariser = Regulariser()
+
+    solution: ClassVar[str] = "x"
+    remedy: ClassVar[str] = "lower lr"
+
+    @property
+    def step(self) -> float:
+        return self.lr
+
+    def begin(self, x: Vectors) -> Points:
+        return {"w": x}
+
+    def advance(self, ops: Ops, x: Vectors, points: Points, d: Vectors, refresh: bool) -> tuple[Vectors, Points]:
+        moved = self.psi.prox(ops, each(lambda x, d: x - d, x, d), self.lr)
+        return moved, {"w": x if refresh else points["w"]}
+
+
+Iterates: TypeAlias = Any  # Katyusha or Descent
