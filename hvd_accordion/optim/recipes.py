@@ -73,7 +73,7 @@ def katyusha(
     theta2 = checks.real("theta2", theta2, 0.0, 1.0, open_high=True)
     if theta1 is not None:
         theta1 = checks.real("theta1", theta1, 0.0, 1.0, open_high=True)
-    p = probability(p, layers, specs, world_size)
+    p = probability(p, layers, specs, world_size, shift)
     if lr is not None:
         if theta1 is None or smoothness is not None:
             raise ValueError(f"lr={lr!r} takes the place of smoothness and needs theta1, got {smoothness=}, {theta1=}")
@@ -117,7 +117,7 @@ def descent(
                 "lr or smoothness must be given, got None for both; estimate_smoothness() measures the second"
             )
         lr = 1 / checks.real("smoothness", smoothness, 0.0)
-    p = probability(p, layers, specs, world_size) if reduced else 0.0
+    p = probability(p, layers, specs, world_size, shift) if reduced else 0.0
     return Method(name, Descent(checks.real("lr", lr, 0.0), psi), reduced, shift_of(shift), feeds_back, p, seed)
 
 
@@ -125,11 +125,17 @@ def shift_of(shift: str) -> str:
     return shift if shift == "none" else checks.choice("shift", shift, ("refresh", "learnt"))
 
 
-def probability(p: float | None, layers: Sequence[Layer], specs: Sequence[CompressionSpec], world_size: int) -> float:
-    """That w moves: as a default three times the share that travels, so that refreshing costs some three times as much."""
-    if p is None:
-        return min(1.0, 3 * share(layers, specs, world_size))
-    return checks.real("p", p, 0.0, 1.0)
+def probability(
+    p: float | None, layers: Sequence[Layer], specs: Sequence[CompressionSpec], world_size: int, shift: str
+) -> float:
+    """That w moves. By default three times the share that travels, so that refreshing costs some three times as much as
+    the rest; under "learnt", where it costs nothing, but h_tau must follow w, the contraction: K/d for TopK."""
+    if p is not None:
+        return checks.real("p", p, 0.0, 1.0)
+    if shift == "learnt":
+        kept = sum(x.numel * spec.delta(x.shape) for x, spec in zip(layers, specs, strict=True))
+        return kept / sum(x.numel for x in layers)
+    return min(1.0, 3 * share(layers, specs, world_size))
 
 
 def layer_of(name: str, shape: Sequence[int], dtype: str, device: str = "cpu") -> Layer:
