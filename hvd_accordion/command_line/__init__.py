@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import hvd_accordion
 from hvd_accordion import checks
-from hvd_accordion.command_line.check import FRAMEWORKS, check
-from hvd_accordion.command_line.run_report import report
+from hvd_accordion.command_line import check, run_report
 from hvd_accordion.command_line.typical import BACKWARD_SECONDS, PARAMETERS, PARAMETERS_ALLOWED
 
 CHECK = """\
@@ -29,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Carries out a command line, by default this process's own; returns the exit status."""
     args = parser().parse_args(argv)
     if args.command == "check":
-        return check(args.parameters, args.backward_seconds, args.framework, args.hosts)
-    return report(args.run, args.tracking_uri, args.out)
+        return check.main(args.parameters, args.backward_seconds, args.framework, args.hosts)
+    return run_report.main(args.run, args.tracking_uri, args.out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument(
         "--framework",
-        choices=FRAMEWORKS,
+        choices=check.FRAMEWORKS,
         help="what the ranks measure by (default: the first of these that is installed with Horovod)",
     )
     one.add_argument(
@@ -90,13 +89,13 @@ def _seconds(name: str, value: float, low: float, high: float) -> float:
 
 
 def _number(
-    name: str, convert: Callable[[str], float], check: Callable[..., float], low: float, high: float
+    name: str, convert: Callable[[str], float], checked: Callable[..., float], low: float, high: float
 ) -> Callable[[str], float]:
     """A type for argparse, which shows the message of no error but its own."""
 
     def parse(text: str) -> float:
         try:
-            return check(name, convert(text), low, high)
+            return checked(name, convert(text), low, high)
         except (ValueError, TypeError, OverflowError) as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -16,7 +16,7 @@ FRAMEWORKS = ("torch", "tensorflow")
 MEASURE = "to measure it: horovodrun -np 2 -H host1:1,host2:1 python -m hvd_accordion check"
 
 
-def check(parameters: int, backward: float, framework: str | None, hosts: str) -> int:
+def main(parameters: int, backward: float, framework: str | None, hosts: str) -> int:
     """Prints what it finds; 1 if something is broken, else 0."""
     rank, size = ranks.launched(os.environ)
     failed = False
@@ -76,6 +76,7 @@ def machine(hosts: str) -> list[Finding]:
         surroundings.own_name(socket.gethostname(), surroundings.addresses),
         *surroundings.named_hosts(hosts, surroundings.addresses),
         Finding(Verdict.NOTE, "cores", f"{cores}; a rank computes with {threads} thread{'s' * (threads != 1)}"),
+        surroundings.load(os.getloadavg()[0], cores),
     ]
 
 

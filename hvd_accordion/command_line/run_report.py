@@ -42,7 +42,7 @@ class Run:
     namesakes: int = 0  # other, earlier runs of this name
 
 
-def report(wanted: str, tracking_uri: str | None, out: str) -> int:
+def main(wanted: str, tracking_uri: str | None, out: str) -> int:
     """Prints the run's tables and draws its pictures; 2 where there is no such run, 1 where nothing could be drawn."""
     try:
         run = load(wanted, tracking_uri)

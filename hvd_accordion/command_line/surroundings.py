@@ -90,6 +90,16 @@ def busy(ranks: int, threads: int, cores: int, spinning: bool) -> Finding:
     return Finding(Verdict.OK, subject, found)
 
 
+def load(threads: float, cores: int) -> Finding:
+    """Whether others leave room: threads that wanted to run in the last minute (uptime's first number)."""
+    found = f"{threads:.1f} threads busy in the last minute"
+    if threads >= cores:
+        return Finding(
+            Verdict.SLOW, "load", found, "whatever else runs here slows each rank, and all wait for the slowest"
+        )
+    return Finding(Verdict.OK, "load", found)
+
+
 def spins(environ: Mapping[str, str]) -> bool:
     """Whether this is a rank of Open MPI that spins while it waits."""
     yields = environ.get("OMPI_MCA_mpi_yield_when_idle", "0").lower() in ("1", "true", "yes")

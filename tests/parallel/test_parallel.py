@@ -1,5 +1,6 @@
 """What only real ranks can show: each case is a pytest file of workers/, run on every rank by horovodrun."""
 
+import re
 import sys
 import time
 
@@ -96,6 +97,42 @@ def test_keras_traffic():
 def test_torch_and_tensorflow_come_to_the_same_weights(tmp_path):
     worker("torch/parity_torch", ranks=2, PARITY=str(tmp_path))
     worker("tensorflow/parity_tensorflow", ranks=2, PARITY=str(tmp_path))
+
+
+CHECK = ["-m", "hvd_accordion", "check", "--parameters", "1e6"]
+
+
+@pytest.mark.parametrize(("framework", "transport"), [("torch", "gloo"), ("tensorflow", "mpi")])
+def test_check(framework, transport):
+    output = horovodrun([sys.executable, *CHECK, "--framework", framework], 2, transport)
+    assert output.count("Software") == 1 and "Nothing is broken." in output  # rank 0 alone prints
+    link = re.search(rf"([\d,]+) Mbit/s, ([\d.]+) ms a collective, 2 ranks, by {framework}", output)
+    assert link and float(link[1].replace(",", "")) > 10 and 0 < float(link[2]) < 1000
+    assert "the same versions and settings on all 2" in output and ": 2 of 2 ranks" in output
+    steps = re.findall(r"(Dense\(\)|PowerSGD\(rank=4\)|TopK\(ratio=0.01\)) +([\d.,]+) +([\d.,]+) +([\d.]+)", output)
+    assert [step[0] for step in steps] == ["Dense()", "PowerSGD(rank=4)", "TopK(ratio=0.01)"]
+    assert float(steps[0][3]) == pytest.approx(4.0, rel=0.1)  # MB of a million floats, between two ranks
+    assert len(re.findall(r"would (?:not )?pay", output)) == 1
+
+
+def test_check_where_a_rank_fails():
+    code = """
+import sys
+from hvd_accordion.command_line import check, main, ranks
+def fail(names, resolve):
+    raise MemoryError("no room")
+if ranks.launched(check.os.environ)[0] == 1:
+    ranks.surroundings.unresolved = fail
+check.software.binding = lambda name: check.launcher()
+sys.exit(main(["check", "--framework", "torch"]))
+"""
+    with pytest.raises(AssertionError, match=r"exit status [1-9]") as ended:
+        horovodrun([sys.executable, "-c", code], 2, "gloo", timeout=60)
+    output = str(ended.value)
+    assert "rank 1: MemoryError: no room" in output
+    assert (
+        "broken  link" in output and "Something is broken" in output and "Traceback" not in output.split("Something")[0]
+    )
 
 
 @pytest.mark.parametrize("transport", ["mpi", "gloo"])
