@@ -2,6 +2,7 @@
 
 from hvd_accordion.accordion import Accordion, Regime
 from hvd_accordion.auto import Auto
+from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.tracking import MLflowLogger
 
@@ -12,6 +13,7 @@ __all__ = [
     "FP16",
     "QSGD",
     "Accordion",
+    "AccordionBatchSize",
     "Auto",
     "CompressionSpec",
     "Dense",

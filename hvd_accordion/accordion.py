@@ -6,42 +6,18 @@ Regime Identification", MLSys 2021, Algorithm 1. Floats in, regimes out: no tens
 
 from __future__ import annotations
 
-import enum
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from hvd_accordion import checks
 from hvd_accordion.auto import Auto
 from hvd_accordion.compression import CompressionSpec, PowerSGD
+from hvd_accordion.rule import WATCHED, Regime, Rule, change
 
-log = logging.getLogger("hvd_accordion")
-
-WATCHED = 8192  # entries of a layer: with them examples/benchmarks/norm_agreement.py finds 99 of 100 regimes the same
-
-
-class Regime(str, enum.Enum):
-    CRITICAL = "critical"
-    RELAXED = "relaxed"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-def change(previous: float, now: float) -> float:
-    """|previous - now| / previous, the relative change of a gradient norm; infinite where it has no meaning.
-
-    A zero previous norm, NaN and Inf give infinity: what can't be measured counts as critical.
-    """
-    if previous == 0 or not math.isfinite(previous) or not math.isfinite(now):
-        return math.inf
-    return abs(previous - now) / previous
+__all__ = ["WATCHED", "Accordion", "Regime", "change"]
 
 
 @dataclass
-class Accordion:
+class Accordion(Rule):
     """Which of two compressions each layer gets, decided anew at every check from the change of its gradient's norm.
 
     A layer whose norm changed by `eta` or more since the last check (either way) is critical, else relaxed. All layers
@@ -76,12 +52,6 @@ class Accordion:
     lr_drop: float = 0.5
     norm: str = "sampled"
 
-    # what it has seen: the norms and the rate at the last check, the regimes that follow from them
-    norms: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    ratios: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    regimes: dict[str, Regime] = field(default_factory=dict, init=False, repr=False, compare=False)
-    lr: float | None = field(default=None, init=False, repr=False, compare=False)
-
     def __post_init__(self) -> None:
         for name, allowed in (("critical", CompressionSpec), ("relaxed", CompressionSpec | Auto)):
             if not isinstance(getattr(self, name), allowed):
@@ -90,30 +60,13 @@ class Accordion:
                     f"{name} must be a compression spec such as PowerSGD(4), TopK(0.01) or Dense(){auto}, "
                     f"got {getattr(self, name)!r}"
                 )
-        self.eta = checks.real("eta", self.eta, 0.0)
-        self.interval = checks.integer("interval", self.interval, 1)
-        self.unit = checks.choice("unit", self.unit, ("epochs", "steps"))
-        self.lr_drop = checks.real("lr_drop", self.lr_drop, 0.0, 1.0, open_high=True)
-        self.norm = checks.choice("norm", self.norm, ("sampled", "exact"))
+        self._begin()
 
     def __str__(self) -> str:
-        every = f"{self.interval} {self.unit}"
-        norm = "" if self.norm == "sampled" else f", {self.norm} norm"
-        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, eta={self.eta:g}, every {every}{norm})"
-
-    def regime(self, layer: str) -> Regime:
-        return self.regimes.get(layer, Regime.CRITICAL)
+        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, {self._told()})"
 
     def spec(self, layer: str) -> CompressionSpec | Auto:
         return self.critical if self.regime(layer) is Regime.CRITICAL else self.relaxed
-
-    def watched(self, count: int) -> int:
-        """How many of a layer's `count` entries its norm is made of."""
-        return min(count, WATCHED) if self.norm == "sampled" else count
-
-    def measures(self, epoch: int) -> bool:
-        """Whether gradients of this epoch (counted from 0) are summed: with `unit="steps"` always, else before a check."""
-        return self.unit == "steps" or epoch % self.interval == 0
 
     def observe(self, norms: Mapping[str, float], lr: float) -> Mapping[str, Regime]:
         """The regime of every layer, from its gradient norm over the window that ends now. Once per check.
@@ -122,45 +75,5 @@ class Accordion:
             norms: layer name -> norm of its summed gradient; the same numbers on every rank.
             lr: the learning rate now.
         """
-        dropped = self._dropped(lr)
-        first = not self.norms
-        for layer, norm in norms.items():
-            if not math.isfinite(norm):
-                log.warning("Accordion: gradient norm of %s is %s; it counts as critical", layer, norm)
-            previous = self.norms.get(layer)
-            ratio = math.inf if previous is None else change(previous, norm)
-            calm = ratio < self.eta and not dropped and not first
-            self.regimes[layer] = Regime.RELAXED if calm else Regime.CRITICAL
-            if previous is not None:
-                self.ratios[layer] = ratio
-            self.norms[layer] = float(norm)
-        self.lr = float(lr)
+        self._decide(norms, lr)
         return dict(self.regimes)
-
-    def observe_lr(self, lr: float) -> bool:
-        """Makes every layer critical until the next check if the learning rate dropped; tells whether it did."""
-        if self.lr is None:
-            self.lr = float(lr)
-        if not self._dropped(lr):
-            return False
-        self.regimes = dict.fromkeys(self.regimes, Regime.CRITICAL)
-        self.lr = float(lr)
-        return True
-
-    def _dropped(self, lr: float) -> bool:
-        return self.lr is not None and lr <= self.lr_drop * self.lr and lr < self.lr
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain dicts, strings and floats."""
-        return {
-            "norms": dict(self.norms),
-            "ratios": dict(self.ratios),
-            "regimes": {layer: str(regime) for layer, regime in self.regimes.items()},
-            "lr": self.lr,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.norms = {layer: float(norm) for layer, norm in state["norms"].items()}
-        self.ratios = {layer: float(ratio) for layer, ratio in state["ratios"].items()}
-        self.regimes = {layer: Regime(regime) for layer, regime in state["regimes"].items()}
-        self.lr = None if state["lr"] is None else float(state["lr"])

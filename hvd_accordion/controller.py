@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 from hvd_accordion import plan, sampling
 from hvd_accordion.accordion import Accordion, Regime
+from hvd_accordion.batch_size import WHOLE, AccordionBatchSize, limits, whole_norm
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.compression.base import dense_bytes
 from hvd_accordion.plan import MIN_NUMEL, Layer, Policy
 from hvd_accordion.records import LayerRecord
 from hvd_accordion.report import CompressionReport, LayerReport, Stats
+from hvd_accordion.rule import Rule
 
 log = logging.getLogger("hvd_accordion")
 
@@ -35,7 +37,10 @@ class Logger(Protocol):
 
 
 class Controller:
-    """Keeps the levels of all layers.
+    """Keeps the levels of all layers, and the size of the batch.
+
+    A step is a call of the optimizer's `step()`. Where a batch is made of several, an update and its exchange come with
+    the last of them, and the others are counted then.
 
     Args:
         layers: all that are exchanged, in the order of the parameters.
@@ -43,6 +48,7 @@ class Controller:
         world_size: ranks that exchange.
         steps_per_epoch: steps after which an epoch ends by itself; None: `end_epoch` tells.
         logger: on rank 0, else None.
+        batch_size: decides how many steps make an update; copied like an Accordion.
     """
 
     def __init__(
@@ -53,7 +59,11 @@ class Controller:
         steps_per_epoch: int | None = None,
         logger: Logger | None = None,
         min_numel: int = MIN_NUMEL,
+        batch_size: AccordionBatchSize | None = None,
     ) -> None:
+        if batch_size is not None:
+            batch_size.fits(world_size)
+        self.batch = copy.deepcopy(batch_size)
         self.policy: dict[str, Policy] = {}
         self._copies: dict[int, tuple[Accordion, Accordion]] = {}  # by the identity of the user's object
         self.adopt(policy)
@@ -61,7 +71,8 @@ class Controller:
         self.logger = logger
         self.step = self.epoch = self.step_of_epoch = self.window = 0
         self.stats, self._epoch_start = Stats(), Stats()
-        self._due: list[Accordion] = []
+        self.of_update = 1  # steps of the last update
+        self._due: list[Rule] = []
         self.chosen: dict[str, CompressionSpec] = {}
         self.set_layers(layers)
         self._silence = {"steps": 0, "counted": not self._needs_epochs}
@@ -74,6 +85,7 @@ class Controller:
                 _, given = self._copies.setdefault(id(given), (given, copy.deepcopy(given)))
             self.policy[name] = given
         self.accordions = [mine for _, mine in self._copies.values()]
+        self.rules: list[Rule] = [*self.accordions, *([self.batch] if self.batch is not None else [])]
         self._specs = set(itertools.chain.from_iterable(map(plan.options, self.policy.values())))
 
     def set_layers(self, layers: Sequence[Layer]) -> None:
@@ -92,7 +104,7 @@ class Controller:
 
     @property
     def _needs_epochs(self) -> bool:
-        return self.steps_per_epoch is None and any(a.unit == "epochs" for a in self.accordions)
+        return self.steps_per_epoch is None and any(rule.needs_epochs for rule in self.rules)
 
     # levels
 
@@ -135,14 +147,57 @@ class Controller:
         policy = self.policy[name]
         return policy.watched(count) if isinstance(policy, Accordion) else 0
 
+    # the batch
+
+    def limits(self, step: Any, step_of_epoch: Any, passes: Any) -> list[Any]:
+        """The update to come is made of as many steps as the least of these; counts may be a framework's integers."""
+        if self.batch is None:
+            return [1]
+        intervals = [rule.interval for rule in self.rules if rule.unit == "steps"]
+        return limits(passes, step, step_of_epoch, self.steps_per_epoch, intervals)
+
+    def micro_batches(self) -> int:
+        """Steps of which the update to come is made."""
+        return max(1, min(self.limits(self.step, self.step_of_epoch, self.passes)))
+
+    @property
+    def passes(self) -> int:
+        """Steps of a full batch."""
+        return 1 if self.batch is None else self.batch.passes
+
+    @property
+    def lr_scale(self) -> float:
+        """What the learning rate is multiplied with for a full batch."""
+        return 1.0 if self.batch is None else self.batch.lr_scale(self.epoch)
+
+    @property
+    def measures_whole(self) -> bool:
+        """Whether the gradients of all layers are summed now."""
+        return self.batch is not None and self.batch.measures(self.epoch)
+
+    def watched_of_whole(self, count: int) -> int:
+        """How many of a layer's `count` entries the whole model's norm is made of."""
+        return 0 if self.batch is None else self.batch.watched(count)
+
     # steps and windows
 
-    def advance(self, sent: float, seconds: float, steps: int = 1) -> bool:
+    def advance(
+        self, sent: float, seconds: float, steps: int = 1, updates: int | None = None, of_update: int | None = None
+    ) -> bool:
         """Counts steps of which none but the last ends an epoch or window; tells whether that was an epoch's last.
 
-        Raises ValueError where an Accordion counts in epochs and nothing has told of one for too long.
+        Args:
+            sent: bytes.
+            steps: of one update, or of several.
+            updates: how many; None: one of all these steps, or one of each where no batch is made of several.
+            of_update: steps of the last.
+
+        Raises ValueError where a rule counts in epochs and nothing has told of one for too long.
         """
         stats = self.stats
+        alone = self.batch is None
+        stats.updates += (steps if alone else 1) if updates is None else updates
+        self.of_update = (1 if alone else steps) if of_update is None else of_update
         stats.steps += steps
         stats.sent_bytes += sent
         stats.dense_bytes += steps * self.dense_bytes
@@ -160,27 +215,28 @@ class Controller:
                 "interval counts epochs, so every layer would stay critical for ever: pass steps_per_epoch=len(loader), "
                 'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
             )
-        self._fall_due([a for a in self.accordions if a.unit == "steps" and self.step % a.interval == 0])
+        self._fall_due([rule for rule in self.rules if rule.unit == "steps" and self.step % rule.interval == 0])
         return self.steps_per_epoch is not None and self.step_of_epoch >= self.steps_per_epoch
 
     def end_epoch(self) -> bool:
         """Counts an epoch, unless it has just ended by itself; tells whether it counted."""
         if self.step_of_epoch == 0:
             return False
-        self._fall_due([a for a in self.accordions if a.unit == "epochs" and a.measures(self.epoch)])
+        self._fall_due([rule for rule in self.rules if rule.unit == "epochs" and rule.measures(self.epoch)])
         done = self.stats.since(self._epoch_start)
         self._epoch_start = replace(self.stats)
         if self.logger is not None:
-            self.logger.log_epoch(self.epoch, done.metrics())
+            batch = {} if self.batch is None else {**self.batch.metrics(self.epoch), "updates": done.updates}
+            self.logger.log_epoch(self.epoch, {**done.metrics(), **batch})
         self.epoch += 1
         self.step_of_epoch = 0
         self._silence["counted"] = True
         self._refresh()
         return True
 
-    def _fall_due(self, accordions: Sequence[Accordion]) -> None:
-        watched = {id(self.policy[x.name]) for x in self.adaptive} - {id(a) for a in self._due}
-        self._due += [a for a in accordions if id(a) in watched]
+    def _fall_due(self, rules: Sequence[Rule]) -> None:
+        used = {id(self.batch), *(id(self.policy[x.name]) for x in self.adaptive)} - {id(rule) for rule in self._due}
+        self._due += [rule for rule in rules if id(rule) in used]
 
     def due(self) -> list[str]:
         """Layers whose gradient norms `observe` must be told now."""
@@ -189,35 +245,63 @@ class Controller:
         return [x.name for x in self.adaptive if any(a is self.policy[x.name] for a in self._due)]
 
     @property
+    def whole_due(self) -> bool:
+        """Whether `observe` must also be told the norms that make up that of the whole model."""
+        return any(rule is self.batch for rule in self._due)
+
+    @property
     def wants_lr(self) -> bool:
-        """Whether the step that just ended was the first of an epoch or window: the time to see a drop of the rate."""
+        """Whether the update that just ended was the first of an epoch or window: the time to see a drop of the rate."""
+        before = self.step - self.of_update
         return any(
-            (self.step_of_epoch == 1 if a.unit == "epochs" else (self.step - 1) % a.interval == 0)
-            for a in self.accordions
+            (self.step_of_epoch == self.of_update if rule.unit == "epochs" else before % rule.interval == 0)
+            for rule in self.rules
         )
 
-    def observe(self, norms: Mapping[str, float], lr: float) -> None:
-        """A check: new regimes of the layers that are due, from norms of their watched entries that all ranks share."""
+    def observe(self, norms: Mapping[str, float], lr: float, whole: Mapping[str, float] | None = None) -> None:
+        """A check: new regimes of what is due, from norms of watched entries that all ranks share.
+
+        Args:
+            norms: layer name -> norm, of the layers that are due.
+            lr: the user's learning rate now.
+            whole: layer name -> norm, of all layers of which the whole model's is made, if that is due.
+        """
         records: dict[str, LayerRecord] = {}
         counts = {name: self.layers[name].numel for name in norms}
         norms = {n: norm * sampling.scale(counts[n], self.watched(n, counts[n])) for n, norm in norms.items()}
-        for accordion in self._due:
+        if self.whole_due and self.batch is not None:
+            self._observe_whole(self.batch, whole or {}, lr)
+        for accordion in (rule for rule in self._due if isinstance(rule, Accordion)):
             mine = {name: norm for name, norm in norms.items() if self.policy[name] is accordion}
             accordion.observe(mine, lr)
             for name, norm in mine.items():
                 layer, spec = self.layers[name], self.spec(self.layers[name])
                 nbytes = spec.bytes_per_step(layer.shape, layer.dtype, self.world_size)
                 ratio = accordion.ratios.get(name)
-                records[name] = LayerRecord(norm, ratio, str(accordion.regime(name)), str(spec), round(nbytes))
+                nbytes = round(nbytes / self.passes)
+                records[name] = LayerRecord(norm, ratio, str(accordion.regime(name)), str(spec), nbytes)
+        if self.whole_due and self.batch is not None:
+            records[WHOLE] = self._record_of_whole(self.batch)
         self._due = []
         self._refresh()
         if self.logger is not None and records:
             self.logger.log_window(self.window, records)
         self.window += 1
 
+    def _observe_whole(self, batch: AccordionBatchSize, norms: Mapping[str, float], lr: float) -> None:
+        counts = {name: self.layers[name].numel for name in norms}
+        scaled = (norm * sampling.scale(counts[n], batch.watched(counts[n])) for n, norm in norms.items())
+        batch.observe(whole_norm(scaled), lr, self.epoch)
+
+    def _record_of_whole(self, batch: AccordionBatchSize) -> LayerRecord:
+        specs = self.specs()
+        sent = sum(specs[n].bytes_per_step(x.shape, x.dtype, self.world_size) for n, x in self.layers.items())
+        norm, ratio, regime = batch.norms[WHOLE], batch.ratios.get(WHOLE), str(batch.regime(WHOLE))
+        return LayerRecord(norm, ratio, regime, f"batches of {batch.small * batch.passes}", round(sent / batch.passes))
+
     def observe_lr(self, lr: float) -> bool:
-        """Tells whether a drop of the learning rate made layers critical."""
-        dropped = any([accordion.observe_lr(lr) for accordion in self.accordions])
+        """Tells whether a drop of the learning rate made layers critical, or the batch small."""
+        dropped = any([rule.observe_lr(lr) for rule in self.rules])
         if dropped:
             self._refresh()
         return dropped
@@ -225,7 +309,8 @@ class Controller:
     # reports and state
 
     def report(self, sent: Mapping[str, float]) -> CompressionReport:
-        """`sent`: bytes of each layer at the levels of now."""
+        """`sent`: bytes of each layer in an exchange at the levels of now."""
+        sent = {name: nbytes / self.passes for name, nbytes in sent.items()}
         specs, total = self.specs(), sum(sent.values())
         rows = []
         for name, layer in self.layers.items():
@@ -234,23 +319,30 @@ class Controller:
             share = sent[name] / total if total else 0.0
             spec = str(specs[name])
             rows.append(LayerReport(name, layer.shape, spec, regime and str(regime), sent[name], dense, share))
-        return CompressionReport(tuple(rows))
+        return CompressionReport(tuple(rows), "" if self.batch is None else self.batch.line(self.epoch))
 
     def state_dict(self) -> dict[str, Any]:
         counters = {key: getattr(self, key) for key in ("step", "epoch", "step_of_epoch", "window")}
         totals = {"stats": dict(vars(self.stats)), "epoch_start": dict(vars(self._epoch_start))}
         chosen = {name: str(spec) for name, spec in self.chosen.items()}
-        return {**counters, **totals, "accordions": [a.state_dict() for a in self.accordions], "chosen": chosen}
+        rules = {"accordions": [a.state_dict() for a in self.accordions]}
+        batch = None if self.batch is None else self.batch.state_dict()
+        return {**counters, **totals, **rules, "chosen": chosen, "batch_size": batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = state["accordions"]
         if len(saved) != len(self.accordions):
             raise ValueError(f"state_dict holds {len(saved)} Accordions, compression has {len(self.accordions)}")
+        batch = state.get("batch_size")
+        if batch is not None and self.batch is None:
+            raise ValueError("state_dict holds an AccordionBatchSize, batch_size is None")
         for key in ("step", "epoch", "step_of_epoch", "window"):
             setattr(self, key, int(state[key]))
         self.stats, self._epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
         for accordion, its in zip(self.accordions, saved, strict=True):
             accordion.load_state_dict(its)
+        if self.batch is not None and batch is not None:
+            self.batch.load_state_dict(batch)
         known = {name: {str(s): s for s in (Dense(), *plan.options(policy))} for name, policy in self.policy.items()}
         self.chosen = {name: known[name][s] for name, s in state["chosen"].items() if s in known.get(name, ())}
         self._refresh()

@@ -11,6 +11,10 @@ from typing import Any
 class Stats:
     """Running totals since the optimizer was made (or loaded).
 
+    Steps are calls of the optimizer's `step()`, and where an AccordionBatchSize makes one update of several, they are
+    counted when it is made: `dense_bytes` is what an exchange of every one of them would have sent, so that `ratio` shows
+    what large batches save, too.
+
     Bytes are those that one rank sends for the payloads really handed to the collectives, each in its
     bandwidth-optimal form (`collectives.sent`), `dense_bytes` those of the same gradients uncompressed.
     """
@@ -21,6 +25,7 @@ class Stats:
     exchange_seconds: float = 0.0  # the training thread's time in compression and communication
     critical_layers: float = 0.0  # sum over steps of the critical share of the adaptive layers
     critical_bytes: float = 0.0  # the same, layers weighted by their dense bytes
+    updates: int = 0  # exchanges, each followed by an update of the parameters
 
     @property
     def ratio(self) -> float:
@@ -51,7 +56,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer now: `regime` is None where nothing adapts, bytes are per step and rank, `share` is of all bytes sent."""
+    """One layer now: `regime` is None where nothing adapts, bytes are per step and rank, `share` is of all bytes sent.
+
+    Where a batch is made of several steps, each counts for its part of the one exchange.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -64,9 +72,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport(Sequence[LayerReport]):
-    """The layers in the order of the parameters; prints as a table."""
+    """The layers in the order of the parameters; prints as a table. `batch`: what an AccordionBatchSize does now."""
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
+    batch: str = ""
 
     def __getitem__(self, index: Any) -> Any:
         return self.layers[index]
@@ -103,9 +112,10 @@ class CompressionReport(Sequence[LayerReport]):
         less = self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
         rows.append(("total", "", f"{less:.1f}x less", "", f"{self.sent_bytes:,.0f}", f"{self.dense_bytes:,.0f}", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
+        lines = [
             "  ".join(
                 cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, *([self.batch] if self.batch else [])])

@@ -10,6 +10,7 @@ from typing import Any
 
 from hvd_accordion import checks
 from hvd_accordion.accordion import Accordion
+from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.compression import FP16, CompressionSpec, Dense
 from hvd_accordion.plan import MIN_NUMEL
 
@@ -31,6 +32,7 @@ class Settings:
     steps_per_epoch: int | None = None
     seed: int = 0
     min_compress_numel: int = MIN_NUMEL
+    batch_size: AccordionBatchSize | None = None
 
     def __post_init__(self) -> None:
         checks.integer("backward_passes_per_step", self.backward_passes_per_step, 1)
@@ -42,6 +44,17 @@ class Settings:
             checks.integer("steps_per_epoch", self.steps_per_epoch, 1)
         if self.gradient_predivide_factor != 1.0 and self.op != self.average:
             raise ValueError("gradient_predivide_factor not supported with op != Average")
+        if self.batch_size is not None:
+            self._check_batch_size(self.batch_size)
+
+    def _check_batch_size(self, batch_size: Any) -> None:
+        if not isinstance(batch_size, AccordionBatchSize):
+            raise TypeError(f"batch_size must be an AccordionBatchSize or None, got {batch_size!r}")
+        if self.backward_passes_per_step != 1:
+            raise ValueError(
+                "backward_passes_per_step must be 1 with batch_size, which decides how many passes make an update, "
+                f"got {self.backward_passes_per_step}"
+            )
 
     def scales(self, size: int) -> tuple[float, float]:
         """What a mean over `size` ranks multiplies with before and after its sum."""
@@ -55,7 +68,8 @@ class Settings:
         names = "op backward_passes_per_step gradient_predivide_factor sparse_as_dense steps_per_epoch seed "
         names += "min_compress_numel"
         versions = f"hvd_accordion {ours}, horovod {horovod}, {framework} {framework_version}"
-        return {"versions": versions, **{name: str(getattr(self, name)) for name in names.split()}}
+        plain = {name: str(getattr(self, name)) for name in names.split()}
+        return {"versions": versions, **plain, "batch_size": repr(self.batch_size)}
 
     def logged(
         self, optimizer: str, compression: Any, policy: Mapping[str, Any], size: int, framework: str, its_version: str
@@ -76,6 +90,9 @@ class Settings:
         if accordion is not None:
             logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop", "norm")}
             logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
+        if self.batch_size is not None:
+            own = ("small", "large", "eta", "interval", "unit", "lr_drop", "norm", "warmup")
+            logged |= {f"batch_size.{key}": getattr(self.batch_size, key) for key in own}
         return logged
 
 
@@ -87,12 +104,12 @@ def groups_of(num_groups: int, groups: Any) -> Any:
     return num_groups if groups is None else groups
 
 
-def check_op(op: Any, allowed: tuple[Any, ...], compression: Any) -> None:
+def check_op(op: Any, allowed: tuple[Any, ...], compression: Any, batch_size: Any = None) -> None:
     """ValueError where the ranks' values are to be combined in a way that compression can't: Adasum, Min, Max."""
     if op not in allowed:
-        raise ValueError(
-            f"op must be hvd.Average or hvd.Sum with compression={compression!r}; hvd.Adasum works with compression=None"
-        )
+        given = f"compression={compression!r}" if batch_size is None else f"batch_size={batch_size}"
+        without = "compression=None" if batch_size is None else "compression=None and batch_size=None"
+        raise ValueError(f"op must be hvd.Average or hvd.Sum with {given}; hvd.Adasum works with {without}")
 
 
 def check_logger(logger: Any) -> None:

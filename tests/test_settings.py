@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hvd_accordion import FP16, Accordion, Dense, MLflowLogger, PowerSGD, TopK
+from hvd_accordion import FP16, Accordion, AccordionBatchSize, Dense, MLflowLogger, PowerSGD, TopK
 from hvd_accordion import settings as module
 from hvd_accordion.settings import Settings, check_logger, is_horovods, plain_spec, translated
 
@@ -84,6 +84,7 @@ def test_described_has_all_in_which_ranks_must_agree_but_groups():
         "steps_per_epoch": "7",
         "seed": "3",
         "min_compress_numel": "1024",
+        "batch_size": "None",
     }
 
 
@@ -97,6 +98,7 @@ def test_described_has_all_in_which_ranks_must_agree_but_groups():
         {"steps_per_epoch": 5},
         {"seed": 1},
         {"min_compress_numel": 1},
+        {"batch_size": AccordionBatchSize(8, 16)},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,11 +15,13 @@ from horovod.torch.compression import Compressor, NoneCompressor
 
 from hvd_accordion import checks
 from hvd_accordion.auto import Advice, advice_of
+from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import Settings, check_logger, check_op, groups_of, is_horovods, plain_spec, translated
+from hvd_accordion.torch import state
 from hvd_accordion.torch.agreement import require_equal
 from hvd_accordion.torch.configuration import check_groups, described, layer_of, named, take_over
 from hvd_accordion.torch.engine import Engine
@@ -43,6 +46,7 @@ def DistributedOptimizer(
     logger: Logger | None = None,
     seed: int = 0,
     min_compress_numel: int = MIN_NUMEL,
+    batch_size: AccordionBatchSize | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer that averages gradients over the ranks, compressed, before it steps.
 
@@ -62,9 +66,16 @@ def DistributedOptimizer(
         logger: told on rank 0 of what happened, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
+        batch_size: an `AccordionBatchSize`. `step()` stays one call a micro-batch and updates with the last of a batch; the
+            others send nothing. The rate is scaled for that update alone, so that schedulers and momentum (which here
+            holds gradients, not rates) see nothing of it; leave averaging of losses as it is. Micro-batches left over at
+            the end of an epoch make a smaller batch: known beforehand with `steps_per_epoch`, else applied by
+            `end_epoch()`, which must come before a scheduler's step. `compression=None` is `Dense()` then, exchanged by this
+            package. Not with `backward_passes_per_step`, nor with an optimizer that calls its closure several times. The
+            sums take as much memory as the gradients.
 
     The result is a `torch.optim.Optimizer` that also has `synchronize`, `skip_synchronize`,
-    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `compression_report`, `advice` and `stats`.
+    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `completes_batch`, `compression_report`, `advice` and `stats`.
 
     Raises ValueError or TypeError, on every rank the same, for arguments out of range, unknown globs, parameters without
     or with doubled names, `op=Adasum` with lossy compression, and ranks that are configured differently.
@@ -97,14 +108,17 @@ def DistributedOptimizer(
         steps_per_epoch,
         seed,
         min_compress_numel,
+        batch_size,
     )
 
     params = named(named_parameters, optimizer.param_groups)
     plain = compression is None or is_horovods(compression)
+    if plain and batch_size is not None:
+        plain, compression = False, plain_spec(compression)
     compression = translated(compression)
     policy = assign(None if plain else compression, list(params))  # type: ignore[arg-type]
     if not plain:
-        check_op(op, (hvd.Average, hvd.Sum), compression)
+        check_op(op, (hvd.Average, hvd.Sum), compression, batch_size)
 
     prefix = str(Prefix(process_set))
     if process_set.included():
@@ -113,7 +127,7 @@ def DistributedOptimizer(
         logger = None
     size = process_set.size() if process_set.included() else 1
     trainable = [layer_of(name, p) for name, p in params.items() if p.requires_grad]
-    controller = Controller(trainable, policy, size, steps_per_epoch, logger, min_compress_numel)
+    controller = Controller(trainable, policy, size, steps_per_epoch, logger, min_compress_numel, batch_size)
     if plain:
         result = _plain(optimizer, params, compression or NoneCompressor, settings, controller)
     else:
@@ -197,9 +211,12 @@ def _compressed(
         __module__ = hvd.DistributedOptimizer.__module__
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            """The optimizer's step on the averaged gradients; a closure's gradients are averaged each time it is called."""
+            """The optimizer's step on the averaged gradients; a closure's gradients are averaged each time it is called.
+
+            Where a batch is made of several micro-batches, nothing but their sums changes before the last.
+            """
             if closure is not None:
-                return super().step(self._synchronized_after(closure) if self._should_synchronize else closure)
+                return self._step_with(closure) if self._should_synchronize else super().step(closure)
             if self._should_synchronize:
                 if self._hvd.synchronized:
                     warnings.warn(
@@ -210,19 +227,61 @@ def _compressed(
                 else:
                     self._hvd.synchronize()
             self._hvd.synchronized = False
-            return super().step()
+            if self._hvd.waiting:
+                refuse_scaler()
+                return None
+            with batch_rate(self) as scale:
+                scale()
+                return super().step()
 
-        def _synchronized_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-            def synchronized() -> Any:
+        def _step_with(self, closure: Callable[[], Any]) -> Any:
+            engine, calls = self._hvd, 0
+            with batch_rate(self) as scale:
+
+                def synchronized() -> Any:
+                    nonlocal calls
+                    calls += 1
+                    if calls > 1 and engine.settings.batch_size is not None:
+                        raise ValueError(
+                            f"batch_size: {base.__name__} calls its closure several times in a step, but a batch's "
+                            "micro-batches are at hand only once; use another optimizer"
+                        )
+                    with torch.enable_grad():
+                        loss = closure()
+                    engine.synchronize()
+                    scale()
+                    return loss
+
+                if engine.due:
+                    return super().step(synchronized)
                 with torch.enable_grad():
                     loss = closure()
-                self._hvd.synchronize()
+                engine.synchronize()
                 return loss
 
-            return synchronized
+        @property
+        def completes_batch(self) -> bool:
+            """Whether the `step()` of the backward pass that comes next, or has just run, updates the parameters."""
+            return not self._hvd.waiting if self._hvd.synchronized else self._hvd.due
+
+        def end_epoch(self) -> None:
+            """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank.
+
+            Micro-batches that wait for others are exchanged and applied.
+            """
+            if self._hvd.waiting:
+                self._hvd.flush()
+                with batch_rate(self) as scale:
+                    scale()
+                    super().step()
+                super().zero_grad()
+            super().end_epoch()
 
         def synchronize(self) -> None:
-            """Waits until `.grad` of every parameter is the average over the ranks."""
+            """Waits until `.grad` of every parameter is the average over the ranks.
+
+            Before a batch is complete it only keeps the gradients: what is done to them then, such as clipping, is lost.
+            """
             self._hvd.synchronize()
             self._hvd.synchronized = True
 
@@ -237,7 +296,10 @@ def _compressed(
 
         def set_backward_passes_per_step(self, passes: int) -> None:
             """Backward passes whose gradients add up locally before they are exchanged."""
-            self._hvd.set_backward_passes_per_step(checks.integer("passes", passes, 1))
+            passes = checks.integer("passes", passes, 1)
+            if passes > 1 and self._hvd.settings.batch_size is not None:
+                raise ValueError(f"passes must be 1 with batch_size, got {passes}")
+            self._hvd.set_backward_passes_per_step(passes)
             self.backward_passes_per_step = passes
 
         def zero_grad(self, set_to_none: bool = True) -> None:
@@ -257,15 +319,16 @@ def _compressed(
 
         def state_dict(self) -> dict[str, Any]:
             """The optimizer's, and this rank's residuals, factors, regimes and counts under "hvd_accordion"."""
-            return {**super().state_dict(), STATE: self._hvd.state_dict()}
+            return {**super().state_dict(), STATE: state.saved(self._hvd)}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             """Residuals are a rank's own: save and load one file per rank to resume exactly."""
             state_dict = dict(state_dict)
             ours = state_dict.pop(STATE, None)
             super().load_state_dict(state_dict)
+            self._hvd.sums.clear()
             if ours is not None:
-                self._hvd.load_state_dict(ours)
+                state.load(self._hvd, ours)
             self._hvd.reset()
             self._should_synchronize = True
 
@@ -279,6 +342,37 @@ def _compressed(
     itself = weakref.ref(result)  # no cycle: its hooks go as soon as the user lets go of it
     result._hvd = Engine(params, controller, settings, lambda: _learning_rate(itself()), prefix)
     return result
+
+
+@contextmanager
+def batch_rate(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
+    """Yields what scales the rates of all groups for the batch that was exchanged last; at the end they are the user's."""
+    kept = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    engine = optimizer._hvd  # type: ignore[attr-defined]
+
+    def scale() -> None:
+        factor, engine.lr_scale = engine.lr_scale, 1.0
+        if factor != 1.0:
+            for group, rate in kept:
+                group["lr"] = rate * factor
+
+    try:
+        yield scale
+    finally:
+        for group, rate in kept:
+            group["lr"] = rate
+
+
+def refuse_scaler() -> None:
+    """ValueError where a GradScaler steps before a batch is complete: its scale may change while sums hold the old one."""
+    frame: Any = sys._getframe(1)
+    for _ in range(5):  # past step() itself and what schedulers wrap around it
+        frame = frame.f_back if frame is not None else None
+        if frame is not None and isinstance(frame.f_locals.get("self"), torch.amp.GradScaler):
+            raise ValueError(
+                "GradScaler.step() before the batch is complete: unscale, step and update the scaler only if "
+                "optimizer.completes_batch, else call optimizer.step()"
+            )
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer | None) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_accordion import plan, sampling
+from hvd_accordion import plan
 from hvd_accordion.auto import Advice, advise
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.compression.base import Memory
@@ -18,11 +18,13 @@ from hvd_accordion.controller import Controller
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Group, Layer, Policy
 from hvd_accordion.settings import Settings
-from hvd_accordion.torch import sparse
+from hvd_accordion.torch import gradients, sparse
+from hvd_accordion.torch.accumulation import LocalSums, wide
 from hvd_accordion.torch.agreement import from_rank_0, require_equal
 from hvd_accordion.torch.configuration import layer_of
 from hvd_accordion.torch.driver import Driver
 from hvd_accordion.torch.probe import Probe
+from hvd_accordion.torch.watching import Watching
 
 TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
@@ -51,12 +53,15 @@ class Engine:
         self.params = dict(params)
         self.controller, self.settings, self.lr, self.prefix = controller, settings, lr, prefix
         self.process_set = settings.process_set
-        self._join()
+        self.join()
         self.residual: dict[str, torch.Tensor] = {}
         self.memory: dict[str, Memory] = {}
         self.kinds: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # of the gradients, as planned
-        self.summed: dict[str, torch.Tensor] = {}  # watched entries of the averaged gradients since the window's start
-        self.entries: dict[str, torch.Tensor | None] = {}  # which are watched; None: all
+        self.watch = Watching(controller.watched, settings.seed)  # of adaptive layers, for their Accordions
+        self.whole = Watching(lambda _, count: controller.watched_of_whole(count), settings.seed)  # of all layers
+        self.sums = LocalSums()
+        self.expected = self.of_update = 1  # micro-batches of the update to come, and of this one
+        self.lr_scale = 1.0  # of the update that was exchanged last
         self.sent: dict[
             str, tuple[CompressionSpec | None, float]
         ] = {}  # of each layer at its last exchange: spec, bytes
@@ -68,9 +73,9 @@ class Engine:
         self._hooks: dict[str, Any] = {}
         self.probe: Probe | None = None  # as long as an Auto has yet to choose
         self.advice: Advice | None = None
-        self._replan()
+        self.replan()
 
-    def _join(self) -> None:
+    def join(self) -> None:
         """Its place among the ranks, which elastic training may change between two loads of state."""
         self.active = self.process_set.included()
         self.size = self.process_set.size() if self.active else 1
@@ -90,13 +95,13 @@ class Engine:
             require_equal(described, f"{self.prefix}.{len(self.params)}", self.process_set)
         self.params.update(params)
         self.controller.adopt(policy)
-        self._replan()
+        self.replan()
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         self.backward_passes_per_step = passes
         self.passes = dict.fromkeys(self.passes, passes)
 
-    def _replan(self) -> None:
+    def replan(self) -> None:
         """Between steps: takes in a change of the trainable parameters or of the levels."""
         names = self.trainable()
         self.planned = names
@@ -113,10 +118,11 @@ class Engine:
         self.probe = self.probe or Probe(self.process_set, self.prefix) if undecided else None
         self.controller.changed = False
         self.counted: dict[str, float] = {}
+        self.expected = self.controller.micro_batches()
         self._begin()
 
     def _grouped(self, layers: list[Layer]) -> list[Group]:
-        self.kinds |= {x.name: kind(self.params[x.name]) for x in layers}
+        self.kinds |= {x.name: gradients.kind(self.params[x.name]) for x in layers}
         limit = None if self.settings.groups else plan.BUCKET_BYTES
         return plan.grouped(self._runs(layers), self.controller.specs(), self.residual, limit)
 
@@ -133,13 +139,23 @@ class Engine:
     def _begin(self) -> None:
         self.missing = {group.name: {layer.name for layer in group.layers} for group in self.groups}
         self.started: dict[str, Group] = {}
-        self.measured = set(self.controller.measured)
+        self.measured, self.measures_whole = set(self.controller.measured), self.controller.measures_whole
 
     # a step: hooks, then synchronize
 
     @property
     def in_flight(self) -> bool:
         return bool(self.started)
+
+    @property
+    def due(self) -> bool:
+        """Whether the backward pass that runs, or comes next, completes the batch."""
+        return self.sums.count + 1 >= self.expected
+
+    @property
+    def waiting(self) -> bool:
+        """Whether micro-batches wait for others."""
+        return self.sums.count > 0
 
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
@@ -150,9 +166,10 @@ class Engine:
         if self.passes[name] <= 0:
             raise AssertionError(TOO_MANY_PASSES)
         self.passes[name] -= 1
-        if self.probe is not None and self.passes[name] == 0:
+        complete = self.passes[name] == 0 and self.due
+        if self.probe is not None and complete:
             self.probe.gradient(name)
-        if self.passes[name] == 0 and self.sparse is not None:
+        if complete and self.sparse is not None:
             group = self.group_of.get(name)
             if name in self.sparse.dims:
                 self._start_sparse(name)
@@ -163,11 +180,30 @@ class Engine:
             self.driver.poll()
         self.seconds += time.perf_counter() - begin
 
-    @torch.no_grad()
     def synchronize(self) -> None:
-        """Ends the exchange of all gradients: every rank's `.grad` holds the mean (or sum)."""
+        """Ends the exchange of all gradients: every rank's `.grad` holds the mean (or sum).
+
+        Where the batch is not complete yet, keeps the gradients, leaves `.grad` as it is and sends nothing.
+        """
         if not self.active:
             return
+        if self.due:
+            self._update(self.sums.count + 1)
+        else:
+            self.sums.add(self.params)
+            self.reset()
+
+    def flush(self) -> None:
+        """Exchanges the micro-batches that wait, as a batch of their own."""
+        count = self.sums.count
+        self.sums.settle(self.params)
+        self._update(count)
+
+    @torch.no_grad()
+    def _update(self, micro_batches: int) -> None:
+        """The exchange of a batch, and what is to be decided after it."""
+        self.of_update = micro_batches
+        self.lr_scale = self.controller.lr_scale * (micro_batches / self.controller.passes)
         begin = time.perf_counter()
         if self.probe is not None:
             self.probe.end_backward()
@@ -179,10 +215,12 @@ class Engine:
         except BaseException:
             self.reset()
             raise
+        finally:
+            self.sums.clear()
         self.seconds += time.perf_counter() - begin
         if self.probe is not None:
             self.probe.end_exchange(time.perf_counter() - begin)
-        ended = self.controller.advance(sent, self.seconds)
+        ended = self.controller.advance(sent, self.seconds, micro_batches)
         self.reset()
         if self.controller.wants_lr:
             (lr,) = from_rank_0([self.lr()], f"{self.prefix}.lr", self.process_set)
@@ -207,7 +245,7 @@ class Engine:
         if self.sparse is None:
             now = {name: self.params[name] for name in self.trainable()}
             self.sparse = sparse.agree(now, f"{self.prefix}.sparse", self.settings)
-            self._replan()
+            self.replan()
         late = [name for name in self.trainable() if name not in self.planned]
         if late:  # unfrozen since the last step: every rank sees so, and they go in groups of their own
             layers = [layer_of(name, self.params[name]) for name in late]
@@ -225,7 +263,8 @@ class Engine:
             self.sent[name] = None, nbytes
             flags.append(flag)
             total += nbytes
-        asked = bool(self.measured) or any(group.feeds_back or group.spec.lossy for group in self.groups)
+        measured = self.measures_whole or bool(self.measured)
+        asked = measured or any(group.feeds_back or group.spec.lossy for group in self.groups)
         results = self.driver.finish(asked, flags)
         for group in self.groups:
             step, nbytes = results[group.name]
@@ -243,8 +282,8 @@ class Engine:
         if group.feeds_back:
             for name, grad in zip(names, grads, strict=True):
                 if name not in self.residual:
-                    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-                    self.residual[name] = torch.zeros_like(grad, dtype=wide, memory_format=torch.contiguous_format)
+                    layout = torch.contiguous_format
+                    self.residual[name] = torch.zeros_like(grad, dtype=wide(grad), memory_format=layout)
             residual = [self.residual[name] for name in names]
         memory = [self.memory.get(name, {}) for name in names]
         ctx = Context(names, group.layers[0].dtype, self.controller.step, self.settings.seed, self.rank, self.size)
@@ -253,26 +292,15 @@ class Engine:
     def _start_sparse(self, name: str) -> None:
         assert self.sparse is not None
         self.started[name] = None  # type: ignore[assignment]
+        self.sums.merge(name, self.params[name])
         self.sparse.start(name, self.params[name])
 
     def _gradient(self, layer: Layer) -> torch.Tensor:
-        """The gradient, zeros where there is none, dense; an error where it is not what the layer was planned for."""
+        """Of this step, or of the batch that it completes."""
         p = self.params[layer.name]
-        if p.grad is None or not p.requires_grad:
-            return torch.zeros(layer.shape, dtype=p.dtype, device=p.device)
-        if p.grad.is_sparse:
-            if not self.settings.sparse_as_dense:
-                raise ValueError(
-                    f"the gradient of {layer.name} is sparse but was dense at the first step: pass sparse_as_dense=True"
-                )
-            return p.grad.to_dense()
-        if kind(p.grad) != self.kinds[layer.name]:
-            raise ValueError(
-                f"the gradient of {layer.name} was {layer.dtype} {layer.shape} on {layer.device} when the optimizer was "
-                f"made, now it is {ops.dtype(p.grad)} {tuple(p.grad.shape)} on {p.grad.device}; make a new optimizer for "
-                "changed parameters"
-            )
-        return p.grad.detach() if owned(p.grad) else p.grad.clone(memory_format=torch.contiguous_format)
+        if p.requires_grad:
+            self.sums.merge(layer.name, p)
+        return gradients.taken(p, layer, self.kinds[layer.name], self.settings.sparse_as_dense)
 
     def _accept(self, group: Group, step: Any) -> None:
         """Writes the means into the gradients, keeps residuals and memory, adds to the window's sums."""
@@ -280,47 +308,16 @@ class Engine:
         if step.residual is not None:
             self.residual.update(zip(names, step.residual, strict=True))
         self.memory.update(zip(names, step.memory, strict=True))
-        self._watch({name: mean for name, mean in zip(names, step.mean, strict=True) if name in self.measured}, step.ok)
+        self._watch(dict(zip(names, step.mean, strict=True)), step.ok)
         if self.settings.op == hvd.Sum:
             torch._foreach_mul_(step.mean, float(self.size))
-        into, new = [], []
-        for name, mean in zip(names, step.mean, strict=True):
-            p = self.params[name]
-            if not p.requires_grad:
-                continue
-            if p.grad is None:
-                p.grad = mean.to(p.dtype)
-            elif p.grad.is_sparse:  # sparse_as_dense
-                p.grad = mean.to(p.dtype).to_sparse(p.grad.sparse_dim())
-            elif p.grad.data_ptr() == mean.data_ptr():
-                continue
-            elif owned(p.grad):  # the values' memory may be the residual's by now
-                p.grad = mean.new_empty(0).set_(mean)  # that memory, but no view of another tensor
-            else:
-                into.append(p.grad)
-                new.append(mean)
-        if into:
-            torch._foreach_copy_(into, new)
+        gradients.replace([self.params[name] for name in names], step.mean)
 
     def _watch(self, means: Mapping[str, torch.Tensor], ok: torch.Tensor) -> None:
-        """Adds the watched entries to the window's sums, if the step was sound."""
-        if not means or (ops.at_hand(ok) and not ok):
-            return
-        seen = ops.widen([self._watched(name, mean) for name, mean in means.items()])
-        if not ops.at_hand(ok):
-            seen = ops.unflatten(torch.where(ok, ops.flatten(seen), 0.0), seen)
-        sums = [self.summed.setdefault(name, torch.zeros_like(x)) for name, x in zip(means, seen, strict=True)]
-        torch._foreach_add_(sums, seen)
-
-    def _watched(self, name: str, mean: torch.Tensor) -> torch.Tensor:
-        """The entries of a layer of which its norm is made, as a vector."""
-        flat = mean.reshape(-1)
-        if name not in self.entries:
-            count, seed = flat.numel(), self.settings.seed
-            size = self.controller.watched(name, count)
-            self.entries[name] = sampling.entries(ops, name, count, size, seed, flat) if size < count else None
-        entries = self.entries[name]
-        return flat if entries is None else ops.take(flat, entries)
+        """For the norms of the window; a mean counts for as much as it is made of."""
+        self.watch.add({name: mean for name, mean in means.items() if name in self.measured}, ok, self.of_update)
+        if self.measures_whole:
+            self.whole.add(means, ok, self.of_update)
 
     def _count(self, group: Group, nbytes: float) -> None:
         """Shares a group's bytes among its layers as their own specs would have it."""
@@ -333,7 +330,9 @@ class Engine:
 
     def _alone(self) -> float:
         """One rank: gradients stay as they are; norms are watched all the same."""
-        for name in self.measured:
+        for name in self.trainable():
+            self.sums.merge(name, self.params[name])
+        for name in self.trainable() if self.measures_whole else self.measured:
             grad = self.params[name].grad
             if grad is not None and not grad.is_sparse:
                 self._watch({name: grad.detach()}, ops.all_finite([grad]))
@@ -342,15 +341,17 @@ class Engine:
     def _check(self) -> None:
         """Between steps: the regimes from the norms that are due, and the plan that follows from them."""
         names = self.controller.due()
-        if names:
-            sums = [self.summed.pop(name, None) for name in names]
-            norms = [torch.linalg.vector_norm(x).double().cpu() if x is not None else torch.zeros(()) for x in sums]
-            *shared, lr = from_rank_0([*map(float, norms), self.lr()], f"{self.prefix}.norms", self.process_set)
-            self.controller.observe(dict(zip(names, shared, strict=True)), lr)
+        all_names = list(self.controller.layers) if self.controller.whole_due else []
+        if names or all_names:
+            mine = [*self.watch.norms(names), *self.whole.norms(all_names), self.lr()]
+            *shared, lr = from_rank_0(mine, f"{self.prefix}.norms", self.process_set)
+            norms = dict(zip(names, shared, strict=False))
+            self.controller.observe(norms, lr, dict(zip(all_names, shared[len(names) :], strict=True)))
         if self.probe is not None and self.probe.complete:
             self._choose(self.probe)
         if self.controller.changed or self.planned != self.trainable():
-            self._replan()
+            self.replan()
+        self.expected = self.controller.micro_batches()
 
     def _choose(self, probe: Probe) -> None:
         """An Auto decides, on all ranks alike."""
@@ -360,7 +361,7 @@ class Engine:
         self.advice = advise(layers, choices, probe.measure(layers, choices))
         self.controller.choose({layer.name: layer.chosen for layer in self.advice})
 
-    # reports and state
+    # reports
 
     def bytes_per_step(self) -> dict[str, float]:
         """Bytes of each layer a step: as counted at the last, or what the spec says where that is a new one."""
@@ -370,52 +371,6 @@ class Engine:
             counted = name in self.sent and spec in (None, specs[name])
             found[name] = nbytes if counted else specs[name].bytes_per_step(layer.shape, layer.dtype, self.size)
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "rank": self.rank,
-            "size": self.size,
-            "controller": self.controller.state_dict(),
-            "residual": dict(self.residual),
-            "memory": {name: dict(memory) for name, memory in self.memory.items() if memory},
-            "summed": dict(self.summed),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up saved state. A residual is its rank's own: saved by another rank, it is not taken.
-
-        After a change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of
-        other entries than an Accordion's `norm` asks for now are not taken.
-        """
-        tensors = ("residual", "memory", "summed")
-        unknown = sorted({name for part in tensors for name in state[part]} - self.params.keys())
-        if unknown:
-            raise ValueError(f"state_dict holds compression state of unknown parameters: {', '.join(unknown)}")
-        self._join()
-        self.controller.load_state_dict(state["controller"])
-
-        def own(name: str, x: torch.Tensor) -> torch.Tensor:
-            return x.detach().to(self.params[name].device, copy=True)
-
-        self.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in state["memory"].items()}
-        watched = {name: self.controller.watched(name, self.params[name].numel()) for name in state["summed"]}
-        self.summed = {name: own(name, x) for name, x in state["summed"].items() if x.shape == (watched[name],)}
-        self.residual = {}
-        if state["rank"] == self.rank:
-            scale = self.size / state["size"]
-            self.residual = {name: own(name, x).mul_(scale) for name, x in state["residual"].items()}
-        self.reset()
-        self._replan()
-
-
-def kind(x: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return x.shape, x.dtype, x.device
-
-
-def owned(grad: torch.Tensor) -> bool:
-    """Whether the gradient has its memory for itself, as exchanges take it: contiguous, in fp32 or fp64."""
-    alone = grad.untyped_storage().nbytes() == grad.nbytes and not grad._is_view()
-    return alone and grad.is_contiguous() and grad.dtype in (torch.float32, torch.float64)
 
 
 def _hook(engine: weakref.ref[Engine], name: str) -> Callable[[torch.Tensor], None]:

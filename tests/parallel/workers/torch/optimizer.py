@@ -194,7 +194,7 @@ def test_bad_gradients_leave_no_trace(value, compression):
     train(net, optimizer, range(2))
     kept = {k: v.clone() for k, v in optimizer._hvd.residual.items()}
     factors = {k: m["q"].clone() for k, m in optimizer._hvd.memory.items() if m}
-    sums = {k: v.clone() for k, v in optimizer._hvd.summed.items()}
+    sums = {k: v.clone() for k, v in optimizer._hvd.watch.summed.items()}
     optimizer.zero_grad()
     loss = loss_of(net, 2) * (value if hvd.rank() == 0 else 1.0)
     loss.backward()
@@ -204,9 +204,9 @@ def test_bad_gradients_leave_no_trace(value, compression):
         assert torch.equal(residual, kept[name])
     for name, q in factors.items():
         assert torch.equal(optimizer._hvd.memory[name]["q"], q)
-    if sums and optimizer._hvd.summed:
+    if sums and optimizer._hvd.watch.summed:
         for name, x in sums.items():
-            assert torch.equal(optimizer._hvd.summed[name], x)
+            assert torch.equal(optimizer._hvd.watch.summed[name], x)
     train(net, optimizer, range(3, 5))
     assert all(torch.isfinite(e).all() for e in optimizer._hvd.residual.values())
 
