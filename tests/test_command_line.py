@@ -338,32 +338,57 @@ def measured(bandwidth: float, gamma: float, n: int = 2) -> Measured:
     return Measured(Link(0.0, bandwidth, 1e-3), n, {}, compression)
 
 
-def test_a_slow_link_pays_and_a_fast_one_does_not():
+def judgement(m: Measured, backward: float) -> Finding:
     its = typical.layers()
-    slow, fast = (typical.predicted(its, measured(bandwidth, 1e-9), 0.1) for bandwidth in (12.5e6, 1e12))
-    pays, not_here = typical.verdict(slow, 0.1), typical.verdict(fast, 0.1)
-    assert pays.verdict is Verdict.OK and "would pay" in pays.found
+    return typical.verdict(*(typical.predicted(its, m, seconds) for seconds in (backward, 0.0)), backward)
+
+
+def test_a_slow_link_pays_and_a_fast_one_does_not():
+    pays, not_here = (judgement(measured(bandwidth, 1e-9), 0.1) for bandwidth in (12.5e6, 1e12))
+    assert pays.verdict is Verdict.OK and pays.found.startswith("would pay:")
     assert not_here.verdict is Verdict.NOTE and "would not pay" in not_here.found
+
+
+def test_where_all_hides_behind_backward_it_depends_on_how_much_does():
+    wire = 4 * typical.PARAMETERS / 0.08  # 80 ms dense, of 100 that could hide it
+    depends = judgement(measured(wire, 1e-9), 0.1)
+    assert depends.verdict is Verdict.NOTE and "only where little hides" in depends.found
+    assert judgement(measured(wire, 1e-9), 0.0).found.startswith("would pay:")
+
+
+def test_times_in_the_verdict_are_those_of_the_cost_model():
+    m = measured(12.5e6, 0.0)
+    dense = 4 * typical.PARAMETERS / m.link.bandwidth + cost.constant(AllReduce, 2, m.link)
+    found = judgement(m, 0.0).found
+    best, its, all_dense, faster = re.search(
+        r"pay: (.*) takes ([\d,]+) ms .* dense ([\d,]+) ms, ([\d.]+) times", found
+    ).groups()
+    assert best in map(str, typical.CANDIDATES)
+    assert float(all_dense.replace(",", "")) == pytest.approx(1e3 * dense, abs=1)
+    assert float(faster) == pytest.approx(1e3 * dense / float(its), rel=0.02)
 
 
 def test_the_prediction_is_the_cost_models():
     its = typical.layers()
     m = measured(12.5e6, 1e-9)
-    rows = [line.split() for line in typical.prediction(its, typical.predicted(its, m, 0.0)).splitlines()[1:]]
+    hidden, bare = (typical.predicted(its, m, seconds) for seconds in (0.5, 0.0))
+    rows = [line.replace(",", "").split() for line in typical.prediction(its, hidden, bare).splitlines()[1:]]
     assert [row[0] for row in rows] == [str(spec) for spec in (Dense(), PowerSGD(4), TopK(0.01))]
-    dense = sum(Dense().bytes_per_step(x.shape, x.dtype, 2) for x in its)
-    assert float(rows[0][-1]) == pytest.approx(dense / 1e6, abs=0.01) and float(rows[0][-2]) == 0
-    alone = 1e3 * (dense / m.link.bandwidth + cost.constant(AllReduce, 2, m.link))
-    assert float(rows[0][-3].replace(",", "")) == pytest.approx(alone, rel=1e-3)
+    (_, more, unhidden, work, sent), powersgd, _ = rows
+    assert float(sent) == pytest.approx(4e-6 * typical.PARAMETERS, abs=0.01) and float(work) == 0
+    alone = 1e3 * (4 * typical.PARAMETERS / m.link.bandwidth + cost.constant(AllReduce, 2, m.link))
+    assert float(unhidden) == pytest.approx(alone, rel=1e-4)
+    assert alone - 500 <= float(more) < alone
     compressed = sum(x.numel for x in its if typical.choices([x], 2))
-    assert float(rows[1][-2]) == pytest.approx(1e3 * 1e-9 * compressed, abs=0.06)
-    assert float(rows[1][-1]) < 1 < float(rows[0][-1])
+    assert float(powersgd[3]) == pytest.approx(1e3 * 1e-9 * compressed, abs=0.06)
+    assert float(powersgd[4]) < 1
 
 
 def test_tensors_that_are_all_too_small():
     its = [x for x in typical.layers() if len(x.shape) == 1]
-    finding = typical.verdict(typical.predicted(its, Measured(Link(0.0, 1e6), 2, {}, {}), 0.1), 0.1)
-    assert finding.verdict is Verdict.NOTE and "too small" in finding.found
+    bare = typical.predicted(its, Measured(Link(0.0, 1e6), 2, {}, {}), 0.0)
+    assert len(typical.prediction(its, bare, bare).splitlines()) == 2  # dense alone
+    assert "would not pay" in typical.verdict(bare, bare, 0.0).found
 
 
 # check, as a whole

@@ -63,10 +63,11 @@ def between(
         return
     show("Ranks", [*ranks.together(seen), ranks.link(seen.measured, chosen)])
     if rank == 0:
-        advice = typical.predicted(network, seen.measured, backward)
-        size_of = typical.size_of(network) / 1e6
-        print(f"A network of ResNet-18's form: {size_of:,.3g} M parameters, backward {1e3 * backward:,.0f} ms")
-        print(f"{typical.prediction(network, advice)}\n{text([typical.verdict(advice, backward)])}\n", flush=True)
+        hidden, bare = (typical.predicted(network, seen.measured, seconds) for seconds in (backward, 0.0))
+        millions = typical.size_of(network) / 1e6
+        print(f"A network of ResNet-18's form: {millions:,.3g} M parameters, backward {1e3 * backward:,.0f} ms")
+        print(typical.prediction(network, hidden, bare))
+        print(text([typical.verdict(hidden, bare, backward)]), end="\n\n", flush=True)
 
 
 def machine(hosts: str) -> list[Finding]:

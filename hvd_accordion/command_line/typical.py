@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -66,36 +67,50 @@ def ready(its: Sequence[Layer], backward: float) -> dict[str, float]:
 
 
 def predicted(its: Sequence[Layer], measured: Measured, backward: float) -> Advice:
-    """What each candidate would cost where nothing but the computing hides what travels (auto.predicted)."""
+    """What each candidate would cost where all hides behind a backward pass of so many seconds that can; 0: nothing."""
     timed = replace(measured, ready=ready(its, backward))
     return advise(its, choices(its, measured.world_size), timed)
 
 
-def prediction(its: Sequence[Layer], advice: Advice) -> str:
+def prediction(its: Sequence[Layer], hidden: Advice, bare: Advice) -> str:
     """A row for dense and for each candidate: milliseconds that a step takes beyond its own computing, and of what."""
-    n = advice.measured.world_size
-    rows = [("compression", "ms a step more", "ms of compression", "MB sent per rank")]
-    for spec in (Dense(), *CANDIDATES):
-        taken = [spec if spec in row.costs else Dense() for row in advice]
+    n = bare.measured.world_size
+    rows: list[tuple[str, ...]] = [
+        ("compression", "ms a step more", "if nothing hides", "ms of compression", "MB sent per rank")
+    ]
+    for spec in (Dense(), *(s for s in CANDIDATES if str(s) in bare.step)):
+        taken = [spec if spec in row.costs else Dense() for row in bare]
         sent = sum(s.bytes_per_step(x.shape, x.dtype, n) for x, s in zip(its, taken, strict=True))
-        work = sum(row.costs[s].compression for row, s in zip(advice, taken, strict=True))
-        if str(spec) in advice.step:
-            rows.append((str(spec), f"{1e3 * advice.step[str(spec)]:,.1f}", f"{1e3 * work:,.1f}", f"{sent / 1e6:,.2f}"))
+        work = sum(row.costs[s].compression for row, s in zip(bare, taken, strict=True))
+        times = (f"{1e3 * seconds:,.1f}" for seconds in (hidden.step[str(spec)], bare.step[str(spec)], work))
+        rows.append((str(spec), *times, f"{sent / 1e6:,.2f}"))
     return table(rows)
 
 
-def verdict(advice: Advice, backward: float) -> Finding:
-    """Whether the best candidate makes backward and exchange together at least PAYS times as fast as dense."""
-    dense = advice.step[str(Dense())]
-    steps = {spec: advice.step[str(spec)] for spec in CANDIDATES if str(spec) in advice.step}
-    best = min(steps, key=lambda spec: steps[spec], default=None)
-    if best is None:
-        return Finding(Verdict.NOTE, "compression", "would not pay: every tensor of this network is too small for it")
-    faster = (backward + dense) / (backward + steps[best]) if backward + steps[best] else 1.0
-    times = (
-        f"{1e3 * (backward + steps[best]):,.0f} ms for backward and exchange, dense {1e3 * (backward + dense):,.0f} ms"
-    )
+def verdict(hidden: Advice, bare: Advice, backward: float) -> Finding:
+    """Whether compression makes backward and exchange together at least PAYS times as fast as dense.
+
+    How much hides behind backward, ranks that compute nothing can't see: on a CPU whose cores all compute, next to nothing.
+    """
+    (best, faster, times), (best_bare, faster_bare, times_bare) = (_best(x, backward) for x in (hidden, bare))
     if faster >= PAYS:
         return Finding(Verdict.OK, "compression", f"would pay: {best} takes {times}, {faster:.1f} times as fast")
-    advice_text = "compression=None is the fastest; Auto() comes to the same for each network by itself"
-    return Finding(Verdict.NOTE, "compression", f"would not pay here: {best} takes {times}", advice_text)
+    if faster_bare >= PAYS:
+        found = f"would pay only where little hides behind backward: {best_bare} then takes {times_bare}"
+        return Finding(
+            Verdict.NOTE, "compression", found, "compression=Auto() sees how much does, and chooses by layer"
+        )
+    advice = "leave compression=None; Auto() finds that out for each network by itself"
+    return Finding(Verdict.NOTE, "compression", f"would not pay here: {best} takes {times}", advice)
+
+
+def _best(advice: Advice, backward: float) -> tuple[str, float, str]:
+    """The best candidate, how many times as fast as dense it is, and both in words."""
+    steps = {str(spec): advice.step.get(str(spec), math.inf) for spec in CANDIDATES}
+    best = min(steps, key=lambda name: steps[name])
+    mine, dense = (backward + seconds for seconds in (steps[best], advice.step[str(Dense())]))
+    return (
+        best,
+        dense / mine if mine else 1.0,
+        f"{1e3 * mine:,.0f} ms for backward and exchange, dense {1e3 * dense:,.0f} ms",
+    )

@@ -109,9 +109,11 @@ def test_check(framework, transport):
     link = re.search(rf"([\d,]+) Mbit/s, ([\d.]+) ms a collective, 2 ranks, by {framework}", output)
     assert link and float(link[1].replace(",", "")) > 10 and 0 < float(link[2]) < 1000
     assert "the same versions and settings on all 2" in output and ": 2 of 2 ranks" in output
-    steps = re.findall(r"(Dense\(\)|PowerSGD\(rank=4\)|TopK\(ratio=0.01\)) +([\d.,]+) +([\d.,]+) +([\d.]+)", output)
+    steps = re.findall(
+        r"(Dense\(\)|PowerSGD\(rank=4\)|TopK\(ratio=0.01\)) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.]+)", output
+    )
     assert [step[0] for step in steps] == ["Dense()", "PowerSGD(rank=4)", "TopK(ratio=0.01)"]
-    assert float(steps[0][3]) == pytest.approx(4.0, rel=0.1)  # MB of a million floats, between two ranks
+    assert float(steps[0][4]) == pytest.approx(4.0, rel=0.1)  # MB of a million floats, between two ranks
     assert len(re.findall(r"would (?:not )?pay", output)) == 1
 
 
