@@ -1,0 +1,144 @@
+"""The experiments of the Accordion paper: the relaxed level alone, the critical one alone, and Accordion, seed by seed.
+
+python examples/pytorch/accordion_paper.py --scale smoke        # digits and Python's help on two ranks, minutes
+python examples/pytorch/accordion_paper.py --scale full --data FOLDER --np 4 --hosts a:1,b:1,c:1,d:1
+
+Each training runs under horovodrun. Results, logs and checkpoints go to build/paper/SCALE/, and so do table.md,
+results.json and curves.png. The same command again goes on where the last one was cut off: it skips what is complete, and a
+training goes on from its last epoch (one checkpoint per rank and epoch, on a disk that all hosts share or that stays with
+its rank). At full scale the table stands beside the figures of the authors' logs; each training takes 300 epochs (the
+LSTM 90) and, for the authors' rates, four ranks.
+
+Differences from the authors' code: residuals survive a change of level, and TopK has them; what it sums it averages; the LSTM
+is clipped after the exchange, not before it, and its words are the files' own in lower case; perplexity is that of the mean
+over words, not a mean over batches, which is about 1 % more; the batch-size runs take 0.1 as the rate of a batch of 512,
+which the authors' logs do not tell, and may shrink the batch again where the rate drops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))  # demo.py, which knows how to start and to stop ranks
+
+from accordion_paper import experiments, launch, picture, table, tasks  # noqa: E402
+from accordion_paper.experiments import Run  # noqa: E402
+
+LIMITS = {"full": None, "smoke": 300.0, "tiny": 100.0}  # seconds that one training may take
+METRICS = ("value", "floats", "sent_bytes", "dense_bytes", "seconds", "critical_fraction")
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--scale", choices=experiments.SCALES, default="smoke", help="the paper's, minutes, or seconds")
+parser.add_argument("--list", action="store_true", help="only name the trainings, and which are done")
+parser.add_argument("--only", metavar="GLOB", default="*", help="of names, which are EXPERIMENT/MODE/SEED")
+parser.add_argument("--seeds", type=int, nargs="+", default=[], help="by default 1 2 3; at scale tiny 1")
+parser.add_argument("--data", type=Path, metavar="PATH", help="the folder with CIFAR and WikiText-2, for --scale full")
+parser.add_argument("--np", type=int, help="ranks: by default 4 at full scale, else 2")
+parser.add_argument("--hosts", help="where they run, as horovodrun's -H")
+parser.add_argument(
+    "--epochs", type=int, help="instead of each schedule's own; milestones and intervals keep their shares"
+)
+parser.add_argument("--dense", action="store_true", help="train without compression too")
+parser.add_argument("--out", type=Path, help="the folder of results: by default build/paper/SCALE")
+parser.add_argument("--timeout", type=float, help="seconds for one training; by default 300, at full scale any")
+parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
+parser.add_argument("--train", metavar="NAME", help=argparse.SUPPRESS)  # what horovodrun starts on each rank
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        found = experiments.runs(args.scale, tuple(args.seeds), args.only, args.epochs, args.dense)
+        for run in () if args.list else found:
+            tasks.require_data(run, args.data)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if not found:
+        parser.error(f"--only {args.only!r} matches no training; --list names them")
+    ranks = args.np or experiments.RANKS[args.scale]
+    out = (args.out or ROOT / "build" / "paper" / args.scale).resolve()
+    if args.list:
+        for run in found:
+            print(f"{run.name}{'  done' if launch.finished(run, ranks, out) else ''}")
+        return
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit("accordion_paper: interrupted; the same command goes on from here"))
+    with launch.alone(out):
+        if args.mlflow_uri:
+            mlflow_experiment(args.mlflow_uri)
+        results: dict[Run, dict[str, Any]] = {}
+        for i, run in enumerate(found, 1):
+            if launch.finished(run, ranks, out) is None:
+                print(f"[{i}/{len(found)}] {run.name}", flush=True)
+                limit = args.timeout or LIMITS[args.scale]
+                launch.start(run, ranks, out, command(args, run, out), args.hosts, limit)
+            results[run] = launch.finished(run, ranks, out) or {}
+            report(results, out)
+        if args.mlflow_uri:
+            log(args.mlflow_uri, results, out)
+    print(f"\n{(out / 'table.md').read_text(encoding='utf-8')}\n{ranks} ranks; written to {out}")
+
+
+def command(args: argparse.Namespace, run: Run, out: Path) -> list[str]:
+    """What a rank runs: this file, with the arguments that say which training."""
+    words = [str(Path(__file__).resolve()), "--scale", args.scale, "--out", str(out), "--train", run.name]
+    for name in ("data", "epochs", "mlflow_uri"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value.resolve() if name == "data" else value)]
+    return words
+
+
+def train(args: argparse.Namespace) -> None:
+    """On each rank: the one training."""
+    from accordion_paper.training import train
+
+    seed = int(args.train.rsplit("/", 1)[1])
+    (run,) = experiments.runs(args.scale, (seed,), args.train, args.epochs, dense=True)
+    train(run, args.out, args.data, args.mlflow_uri, progress=True)
+
+
+def report(results: Mapping[Run, Mapping[str, Any]], out: Path) -> None:
+    """Writes the table, the picture and all numbers, as far as there are any."""
+    shown = list({run.experiment.name: run.experiment for run in results}.values())
+    (out / "table.md").write_text(table.markdown(table.cells(results), shown) + "\n", encoding="utf-8")
+    everything = {run.name: {key: result[key] for key in METRICS} for run, result in results.items()}
+    (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    picture.curves(results, shown).savefig(out / "curves.png", dpi=120)
+
+
+def mlflow_experiment(uri: str) -> str:
+    """MLflow's experiment of all runs, made here before two processes might."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    known = client.get_experiment_by_name("accordion_paper")
+    return known.experiment_id if known else client.create_experiment("accordion_paper")
+
+
+def log(uri: str, results: Mapping[Run, Mapping[str, Any]], out: Path) -> None:
+    """One MLflow run that holds what came of all trainings; each training has logged one of its own."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    mine = client.create_run(mlflow_experiment(uri), run_name="table").info.run_id
+    for (name, mode), cell in table.cells(results).items():
+        for key in ("value", "floats", "sent_bytes", "seconds"):
+            client.log_metric(mine, f"{name}/{mode}/{key}", getattr(cell, key))
+    for file in ("table.md", "results.json", "curves.png"):
+        client.log_artifact(mine, str(out / file))
+    client.set_terminated(mine)
+
+
+if __name__ == "__main__":
+    arguments = parser.parse_args()
+    if arguments.train:
+        train(arguments)
+    else:
+        main(arguments)

@@ -1,0 +1,31 @@
+"""The paper's count of what is sent: floats a step of one worker, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hvd_accordion.compression import CompressionSpec, PowerSGD, TopK
+from hvd_accordion.compression.base import size
+from hvd_accordion.compression.sparse import kept
+
+
+def floats(spec: CompressionSpec, shape: Sequence[int], ranks: int) -> int:
+    """Floats that one worker sends for one tensor, as the authors' code counts them.
+
+    A matrix is n = shape[0] by m = the rest. PowerSGD: min(n, m, r) (n + m); TopK: 2 k ranks, a value and an index for each
+    entry of each rank; everything else, and 1-D tensors under any spec, as many as there are elements.
+    """
+    count = size(shape)
+    if len(shape) < 2:
+        return count
+    if isinstance(spec, PowerSGD):
+        n, m = shape[0], count // shape[0]
+        return min(n, m, spec.rank) * (n + m)
+    if isinstance(spec, TopK):
+        return 2 * kept(spec.ratio, count) * ranks
+    return count
+
+
+def floats_a_step(layers: Iterable[tuple[CompressionSpec, Sequence[int]]], ranks: int) -> int:
+    """Of a whole model: pairs of a layer's level and its shape."""
+    return sum(floats(spec, shape, ranks) for spec, shape in layers)
