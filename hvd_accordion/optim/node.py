@@ -146,6 +146,10 @@ class Node:
 
     # state
 
+    def shared(self) -> Vectors:
+        """All that must be equal on all ranks, but for x."""
+        return [v for vectors in (*self.points.values(), self.h or []) for v in vectors]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but x: lists of tensors, plain numbers, and what the levels depend on."""
         kept = {kind: c for kind, c in self.channels.items() if kind != "dense"}

@@ -90,7 +90,7 @@ def katyusha(
         theta1 = min(math.sqrt(convexity / p) * theta2, theta2, 1 - theta2)
     if theta1 + theta2 > 1:
         raise ValueError(f"theta1 + theta2 must be at most 1, got {theta1!r} + {theta2!r}")
-    return Method(name, Katyusha(L1, mu, theta1, theta2, psi), True, shift_of(shift), True, p, seed)
+    return Method(name, Katyusha(L1, mu, theta1, theta2, psi), True, shift, True, p, seed)
 
 
 def descent(
@@ -118,11 +118,11 @@ def descent(
             )
         lr = 1 / checks.real("smoothness", smoothness, 0.0)
     p = probability(p, layers, specs, world_size, shift) if reduced else 0.0
-    return Method(name, Descent(checks.real("lr", lr, 0.0), psi), reduced, shift_of(shift), feeds_back, p, seed)
+    return Method(name, Descent(checks.real("lr", lr, 0.0), psi), reduced, shift, feeds_back, p, seed)
 
 
-def shift_of(shift: str) -> str:
-    return shift if shift == "none" else checks.choice("shift", shift, ("refresh", "learnt"))
+def check_shift(shift: str) -> None:
+    checks.choice("shift", shift, ("refresh", "learnt"))
 
 
 def probability(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from hvd_accordion import cluster
 from hvd_accordion.compression.feedback import Step
 from hvd_accordion.controller import Controller
 from hvd_accordion.ops import numpy as ops
+from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.optim import recipes
 from hvd_accordion.optim.iterates import Vectors
 from hvd_accordion.optim.node import Gradient, Node
@@ -40,7 +42,7 @@ class Simulated:
         self.x, self.sent_bytes = list(x), 0.0
         self.method = recipes.made(make, layers, policy, size)
         controllers = [Controller(layers, policy, size, steps_per_epoch, min_numel=1) for _ in range(size)]
-        self.nodes = [Node(self.method, ops, c, seed, rank, size) for rank, c in enumerate(controllers)]
+        self.nodes = [Node(self.method, cast(Ops, ops), c, seed, rank, size) for rank, c in enumerate(controllers)]
 
     def step(self, sampled: Sequence[Gradient], full: Sequence[Gradient]) -> None:
         """A round; each rank's `sampled` and `full` give its gradients at a point (see `Node.gradients`)."""

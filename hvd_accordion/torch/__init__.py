@@ -11,6 +11,17 @@ from hvd_accordion.mirror import mirror as _mirror
 __all__ = _mirror(_horovod, globals())
 
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer
+from hvd_accordion.torch.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
 from hvd_accordion.torch.state import broadcast_optimizer_state
 
-__all__ += ["DistributedOptimizer", "broadcast_optimizer_state"]
+__all__ += [
+    "ECLK",
+    "ECLSVRG",
+    "ECSGD",
+    "EF21",
+    "LSVRG",
+    "DistributedOptimizer",
+    "LKatyusha",
+    "broadcast_optimizer_state",
+    "estimate_smoothness",
+]

@@ -8,6 +8,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from hvd_accordion.torch.eclk import ErrorCompensated
 from hvd_accordion.torch.engine import Engine
 
 
@@ -61,8 +62,10 @@ def broadcast_optimizer_state(
 ) -> None:
     """Gives every rank the optimizer state of `root_rank`: Horovod's part, and regimes, factors and counts.
 
-    Residuals stay where they are: they are each rank's own.
+    Residuals stay where they are: they are each rank's own. So is all of an ECLK's state, of which nothing is sent.
     """
+    if isinstance(optimizer, ErrorCompensated):
+        return
     hvd.broadcast_optimizer_state(optimizer, root_rank, model)
     engine = getattr(optimizer, "_hvd", None)
     if isinstance(engine, Engine) and engine.active and engine.size > 1:

@@ -1,0 +1,99 @@
+"""What the shells of all frameworks have in common: one rank's method from its construction to its reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hvd_accordion import checks
+from hvd_accordion.collectives import Rounds
+from hvd_accordion.compression.feedback import Step
+from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.optim import recipes
+from hvd_accordion.optim.iterates import Vectors
+from hvd_accordion.optim.node import Gradient, Node
+from hvd_accordion.optim.watching import Share
+from hvd_accordion.plan import Compression, Layer
+from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.settings import check_logger
+
+Run = Callable[[Mapping[str, Rounds[Step]]], tuple[Mapping[str, Step], float]]  # exchanges -> answers, bytes sent
+
+
+class Training:
+    """A rank of a method on named layers.
+
+    Args:
+        layers: of `recipes.layer_of`, in the order of the parameters.
+        make: the method, see `recipes.made`.
+        rank, size: its place among the ranks.
+        share: gives numbers as rank 0 has them.
+        steps_per_epoch, logger: as `DistributedOptimizer`'s.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        layers: Sequence[Layer],
+        compression: Compression,
+        make: recipes.Make,
+        seed: int,
+        rank: int,
+        size: int,
+        share: Share,
+        steps_per_epoch: int | None,
+        logger: Logger | None,
+    ) -> None:
+        checks.integer("seed", seed, 0)
+        if steps_per_epoch is not None:
+            checks.integer("steps_per_epoch", steps_per_epoch, 1)
+        check_logger(logger)
+        policy = recipes.policies(compression, [layer.name for layer in layers])
+        self.method = recipes.made(make, layers, policy, size)
+        if logger is not None and rank == 0:
+            logger.start({"optimizer": self.method.name, "compression": str(compression), "world_size": size})
+        logger = logger if rank == 0 else None
+        self.controller = Controller(layers, policy, size, steps_per_epoch, logger, min_numel=1)
+        self.node = Node(self.method, ops, self.controller, seed, rank, size, share)
+        self.size = size
+        self._settings = {"method": repr(self.method), "compression": repr(policy), "seed": seed}
+        self._settings |= {"steps_per_epoch": steps_per_epoch}
+
+    def described(self, parameters: str) -> dict[str, str]:
+        """Everything in which ranks must agree, as text. `parameters`: a digest of x and of the node's shared tensors."""
+        layers = {f"parameter {i}": str(layer) for i, layer in enumerate(self.controller.layers.values())}
+        settings = {key: str(value) for key, value in self._settings.items()}
+        settings["step"] = str(self.controller.step)
+        return {**layers, **settings, "values of the parameters (see hvd.broadcast_parameters)": parameters}
+
+    def step(self, x: Vectors, sampled: Gradient, full: Gradient, run: Run) -> Vectors:
+        """x after a round; `run` carries out its exchanges, side by side."""
+        gx, gw = self.node.gradients(x, sampled, full)
+        begin = time.perf_counter()
+        answers, nbytes = run(self.node.messages(gx, gw))
+        return self.node.receive(x, answers, nbytes, time.perf_counter() - begin)
+
+    def end_epoch(self) -> None:
+        if self.controller.end_epoch():
+            self.node.watch.check()
+
+    def report(self) -> CompressionReport:
+        specs, layers = self.controller.specs(), self.controller.layers
+        sent = {n: specs[n].bytes_per_step(x.shape, x.dtype, self.size) for n, x in layers.items()}
+        return self.controller.report(sent)
+
+    @property
+    def stats(self) -> Stats:
+        return self.controller.stats
+
+    def check_closures(self, closure: Any, full_closure: Any) -> None:
+        """TypeError where one is missing that the method needs."""
+        if not callable(closure):
+            raise TypeError(f"closure must be a function that gives the loss of the current sample, got {closure!r}")
+        if self.method.reduced and not callable(full_closure):
+            raise TypeError(
+                "full_closure must be a function that gives the mean loss over all of this rank's data (the same as closure "
+                f"where that does), for {self.method.name} takes a full gradient whenever w has moved, got {full_closure!r}"
+            )

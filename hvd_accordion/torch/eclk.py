@@ -1,0 +1,223 @@
+"""ECLK and its siblings as torch optimizers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_accordion import checks
+from hvd_accordion.collectives import Rounds
+from hvd_accordion.compression.feedback import Step
+from hvd_accordion.controller import Logger
+from hvd_accordion.naming import Prefix
+from hvd_accordion.ops import torch as ops
+from hvd_accordion.optim import family, recipes, smoothness
+from hvd_accordion.optim.iterates import Vectors
+from hvd_accordion.optim.training import Training
+from hvd_accordion.plan import Compression
+from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.torch.agreement import from_rank_0, require_equal
+from hvd_accordion.torch.driver import Driver
+from hvd_accordion.torch.oracle import Closure, Oracle
+
+STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
+
+
+class ErrorCompensated(torch.optim.Optimizer):
+    """A method of `optim.family` on torch parameters.
+
+    Args:
+        make: the method, see `optim.recipes`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        compression: Compression,
+        make: recipes.Make,
+        seed: int,
+        *,
+        process_set: hvd.ProcessSet = hvd.global_process_set,
+        steps_per_epoch: int | None = None,
+        logger: Logger | None = None,
+    ) -> None:
+        super().__init__(params, {})
+        names, tensors = named(self.param_groups)
+        wide = ops.widen([p.detach() for p in tensors])
+        layers = [recipes.layer_of(n, p.shape, ops.dtype(p), str(p.device)) for n, p in zip(names, wide, strict=True)]
+        self._process_set, self._prefix = process_set, Prefix(process_set)
+        active = process_set.included()
+        rank, size = (process_set.rank(), process_set.size()) if active else (0, 1)
+        self._oracle = Oracle(tensors)
+        share = self._from_rank_0 if size > 1 else list
+        self._training = Training(
+            ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger if active else None
+        )
+        self._driver: Driver | None = None  # as long as ranks have not compared what they must have in common
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._training.method})"
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, full_closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """A round. Returns closure's loss at x.
+
+        Args:
+            closure: forward and backward on the sample of this step; is called at x, and at w again.
+            full_closure: forward and backward of the mean loss over all of this rank's data, which is called where w has
+                moved. The same function as `closure` where there is no sampling.
+
+        No `zero_grad` is needed. At w dropout draws as at x, and batch normalisation's statistics stay.
+        """
+        training, oracle = self._training, self._oracle
+        training.check_closures(closure, full_closure)
+        x = ops.widen([p.detach() for p in oracle.params])
+        if any(wide.data_ptr() == p.data_ptr() for wide, p in zip(x, oracle.params, strict=True)):
+            x = [v.clone() for v in x]
+        driver = self._driver or self._compared(x)
+        sampled = oracle.at(x, closure)  # type: ignore[arg-type]
+        full = sampled if full_closure in (None, closure) else oracle.at(x, full_closure)
+
+        def run(rounds: Mapping[str, Rounds[Step]]) -> tuple[dict[str, Step], float]:
+            try:
+                for name, exchange in rounds.items():
+                    driver.start(name, exchange)
+                done = driver.finish(True)
+            except BaseException:
+                driver.reset()
+                raise
+            return {name: step for name, (step, _) in done.items()}, sum(nbytes for _, nbytes in done.values())
+
+        oracle.place(training.step(x, sampled, full, run))
+        return oracle.loss
+
+    def _compared(self, x: Vectors) -> Driver:
+        """The driver, once all ranks are known to be alike: settings, and the values of all that they must share."""
+        if self._process_set.included():
+            digest = hashlib.blake2b(digest_size=8)
+            for v in [*x, *self._training.node.shared()]:
+                digest.update(v.cpu().numpy().tobytes())
+            require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
+        self._driver = Driver(str(self._prefix), self._process_set, (1 / self._training.size, 1.0))
+        return self._driver
+
+    def _from_rank_0(self, numbers: Any) -> list[float]:
+        return from_rank_0(numbers, f"{self._prefix}.norms", self._process_set)
+
+    @contextmanager
+    def solution(self) -> Iterator[None]:
+        """In this context the parameters hold the method's solution: y under ECLK and L-Katyusha, x under the others."""
+        found, params = self._training.node.solution, self._oracle.params
+        if found is None:
+            yield
+            return
+        x = [p.detach().clone() for p in params]
+        self._oracle.place(found)
+        try:
+            yield
+        finally:
+            self._oracle.place(x)
+
+    def end_epoch(self) -> None:
+        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
+        self._training.end_epoch()
+
+    def compression_report(self) -> CompressionReport:
+        """Per parameter: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        return self._training.report()
+
+    @property
+    def stats(self) -> Stats:
+        """Running totals of steps, bytes and seconds."""
+        return self._training.stats
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """RuntimeError after construction: a method is one of all its parameters."""
+        if hasattr(self, "_training"):
+            raise RuntimeError(f"{type(self).__name__} takes no more parameters: make a new one of all of them")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, but for x, which the parameters hold: save and load one file per rank."""
+        return {**super().state_dict(), STATE: self._training.node.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes up saved state; with the parameters as they were, the next steps are the same bit for bit."""
+        state_dict = dict(state_dict)
+        ours = state_dict.pop(STATE, None)
+        super().load_state_dict(state_dict)
+        if ours is not None:
+            self._training.node.load_state_dict(ours, lambda v: v.detach().clone())
+            self._driver = None  # ranks compare anew
+
+
+class ECLK(family.ECLK, ErrorCompensated):
+    __doc__ = family.ECLK.__doc__
+
+
+class LKatyusha(family.LKatyusha, ErrorCompensated):
+    __doc__ = family.LKatyusha.__doc__
+
+
+class ECSGD(family.ECSGD, ErrorCompensated):
+    __doc__ = family.ECSGD.__doc__
+
+
+class ECLSVRG(family.ECLSVRG, ErrorCompensated):
+    __doc__ = family.ECLSVRG.__doc__
+
+
+class LSVRG(family.LSVRG, ErrorCompensated):
+    __doc__ = family.LSVRG.__doc__
+
+
+class EF21(family.EF21, ErrorCompensated):
+    __doc__ = family.EF21.__doc__
+
+
+def estimate_smoothness(
+    closure: Closure,
+    params: Any,
+    iterations: int = 30,
+    seed: int = 0,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+) -> float:
+    """The smoothness constant L of the mean over the ranks of their losses: the Hessian's largest eigenvalue, at the
+    parameters of now, by power iteration on differences of gradients. Every rank must call it.
+
+    Exact where the curvature is largest there (a logistic regression at 0), else too small.
+
+    Args:
+        closure: forward and backward of the mean loss over all of this rank's data.
+        params: as an optimizer's.
+        iterations: at most, >= 1; two gradients each.
+    """
+    checks.integer("iterations", iterations, 1)
+    _, tensors = named(torch.optim.SGD(params, lr=0.0).param_groups)
+    oracle, prefix = Oracle(tensors), f"{Prefix(process_set)}.smoothness"
+    x = [v.clone() for v in ops.widen([p.detach() for p in tensors])]
+    local = oracle.at(x, closure)
+
+    def gradient(point: Vectors) -> Vectors:
+        own = [g.clone() for g in local(point)]
+        return hvd.grouped_allreduce(own, name=prefix, op=hvd.Average, process_set=process_set)
+
+    return smoothness.estimate(ops, x, gradient, iterations, seed)
+
+
+def named(groups: list[dict[str, Any]]) -> tuple[list[str], list[torch.nn.Parameter]]:
+    """Names and parameters that need gradients; parameters without a name are numbered."""
+    names: list[str] = []
+    tensors: list[torch.nn.Parameter] = []
+    for group in groups:
+        given = group.get("param_names") or [None] * len(group["params"])
+        for name, p in zip(given, group["params"], strict=True):
+            if p.requires_grad:
+                names.append(name or str(len(tensors)))
+                tensors.append(p)
+    return names, tensors
