@@ -538,3 +538,8 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 def test_a_run_without_epochs():
     run = run_report.Run("id", "name", "RUNNING", {}, {"loss": {0: 1.0}}, {})
     assert "no traffic to report" in run_report.text(run)
+
+
+def test_a_run_that_did_not_come_to_its_end():
+    run = run_report.Run("id", "name", "RUNNING", {}, {"layer/a/norm": {0: 1.0}, "sent_bytes": {0: 1e6}}, {})
+    assert "No table of layers" in run_report.text(run)

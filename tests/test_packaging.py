@@ -127,6 +127,8 @@ def test_there_a_check_tells_what_is_missing_and_a_report_what_it_needs(elsewher
     assert checked.returncode == 1 and not checked.stderr, checked.stderr
     broken = [line.split()[1] for line in checked.stdout.splitlines() if line.startswith("broken")]
     assert broken == ["Horovod", "framework"]
+    ranks = run(elsewhere / "hvd-accordion", "check", env={"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"})
+    assert ranks.returncode == 1 and "not measured: torch and horovod not installed" in ranks.stdout, ranks.stderr
     reported = run(elsewhere / "hvd-accordion", "report", "x")
     assert reported.returncode == 2 and "pip install hvd_accordion[mlflow]" in reported.stderr
 

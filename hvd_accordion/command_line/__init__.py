@@ -17,7 +17,8 @@ Horovod's settings, cores and threads, whether hosts' names can be resolved. Sta
     horovodrun -np 2 -H host1:1,host2:1 python -m hvd_accordion check
 
 it also compares the ranks, measures the link between them and tells for a network of ResNet-18's form what gradients would
-take dense, under PowerSGD and under TopK, and whether compression would pay. Exit status 1 if something is broken."""
+take dense, under PowerSGD and under TopK, and whether compression would pay. The ranks are idle then: beside a training
+everything takes longer, dense gradients most of all. Exit status 1 if something is broken."""
 
 REPORT = """\
 Tables of a finished run that MLflowLogger wrote: its parameters, traffic by epoch, regimes and compression of each layer;

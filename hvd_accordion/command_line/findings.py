@@ -13,8 +13,6 @@ class Verdict(str, Enum):
     SLOW = "slow"  # works, but not as it could
     BROKEN = "broken"
 
-    __str__ = str.__str__
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -30,9 +28,9 @@ def text(findings: Iterable[Finding]) -> str:
     """A line for each finding, and one more for each advice."""
     lines = []
     for x in findings:
-        lines.append(f"{x.verdict.value:<8}{x.subject:<26}{x.found}".rstrip())
+        lines.append(f"{x.verdict.value:<8}{x.subject:<30}{x.found}".rstrip())
         if x.advice:
-            lines.append(f"{'':34}-> {x.advice}")
+            lines.append(f"{'':38}-> {x.advice}")
     return "\n".join(lines)
 
 

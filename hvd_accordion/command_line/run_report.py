@@ -165,6 +165,8 @@ def text(run: Run) -> str:
     parts.append(epochs(run.metrics))
     if run.windows:
         parts.append(layers(run.windows))
+    elif any(key.startswith("layer/") for key in run.metrics):
+        parts.append("No table of layers: MLflowLogger writes regimes.json when the run ends, and this one has none.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,6 +7,8 @@ import time
 import pytest
 from launcher import horovodrun, marked, worker
 
+from hvd_accordion.command_line import typical
+
 pytestmark = pytest.mark.parallel
 
 
@@ -99,7 +101,7 @@ def test_torch_and_tensorflow_come_to_the_same_weights(tmp_path):
     worker("tensorflow/parity_tensorflow", ranks=2, PARITY=str(tmp_path))
 
 
-CHECK = ["-m", "hvd_accordion", "check", "--parameters", "1e6"]
+CHECK = ["-m", "hvd_accordion", "check", "--parameters", "1e5"]
 
 
 @pytest.mark.parametrize(("framework", "transport"), [("torch", "gloo"), ("tensorflow", "mpi")])
@@ -113,7 +115,9 @@ def test_check(framework, transport):
         r"(Dense\(\)|PowerSGD\(rank=4\)|TopK\(ratio=0.01\)) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.]+)", output
     )
     assert [step[0] for step in steps] == ["Dense()", "PowerSGD(rank=4)", "TopK(ratio=0.01)"]
-    assert float(steps[0][4]) == pytest.approx(4.0, rel=0.1)  # MB of a million floats, between two ranks
+    assert float(steps[0][4]) == pytest.approx(
+        4e-6 * typical.size_of(typical.layers(100_000)), abs=0.01
+    )  # MB, of two ranks
     assert len(re.findall(r"would (?:not )?pay", output)) == 1
 
 
