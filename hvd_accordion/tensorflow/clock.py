@@ -18,6 +18,17 @@ from hvd_accordion.tensorflow.agreement import root
 from hvd_accordion.tensorflow.state import State
 
 Told = tuple[np.ndarray, ...]
+# type and rank of what Python tells the graph, as `Clock.follow` takes it
+TOLD = (
+    (tf.int64, 0),
+    (tf.int32, 1),
+    (tf.bool, 1),
+    (tf.bool, 0),
+    (tf.bool, 1),
+    (tf.int64, 0),
+    (tf.float64, 0),
+    (tf.string, 0),
+)
 
 
 class Clock:
@@ -39,6 +50,11 @@ class Clock:
     def adaptive(self) -> list[str]:
         return [layer.name for layer in self.controller.adaptive]
 
+    @property
+    def _all(self) -> list[str]:
+        """Layers that make up the whole model's norm, if that counts."""
+        return [] if self.controller.batch is None else list(self.controller.layers)
+
     def summed(self, accordion: Any) -> dict[str, tf.Variable]:
         """Layer name -> sum of its averaged gradients, of the layers that this Accordion decides."""
         mine = [name for name in self.adaptive if self.controller.policy[name] is accordion]
@@ -50,44 +66,46 @@ class Clock:
 
     # in the graph
 
-    def tick(self, sent: tf.Tensor, learning_rate: Any) -> None:
-        """A step has ended."""
-        state = self.state
+    def tick(self, sent: tf.Tensor, learning_rate: Any, steps: Any) -> None:
+        """An update of so many steps has ended."""
+        state, steps = self.state, tf.cast(steps, tf.int64)
         state.sent_bytes.assign_add(sent)
-        step, of_epoch = state.step.assign_add(1), state.step_of_epoch.assign_add(1)
-        wake = self._wakes(step, of_epoch)
+        state.updates.assign_add(1)
+        step, of_epoch = state.step.assign_add(steps), state.step_of_epoch.assign_add(steps)
+        wake = self._wakes(step, of_epoch, steps)
         if not wake:
             return
 
         def awake() -> tf.Tensor:
             numbers = [*self._norms(), tf.cast(learning_rate, tf.float64)]
             shared = self._from_rank_0(tf.stack(numbers))
-            kinds = [tf.int64, tf.int32, tf.bool, tf.bool, tf.string]
-            counts = [state.step.read_value(), state.sent_bytes.read_value(), state.journal.read_value()]
-            told = tf.numpy_function(self._woken, [*counts, shared], kinds)
-            for tensor, rank in zip(told, (0, 1, 1, 1, 0), strict=True):
+            counts = [v.read_value() for v in (state.step, state.updates, state.sent_bytes, state.journal)]
+            told = tf.numpy_function(self._woken, [*counts, steps, shared], [dtype for dtype, _ in TOLD])
+            for tensor, (_, rank) in zip(told, TOLD, strict=True):
                 tensor.set_shape([None] * rank)
             self.follow(*told)
             return tf.constant(True)
 
         tf.cond(tf.reduce_any(tf.stack(wake)), awake, lambda: tf.constant(False))
 
-    def _wakes(self, step: tf.Tensor, of_epoch: tf.Tensor) -> list[tf.Tensor]:
-        """When there may be something to decide: at a window's end, and after its first step, for the learning rate."""
-        controller, wakes = self.controller, []
-        for accordion in controller.accordions:
-            if accordion.unit == "epochs":
-                wakes.append(tf.equal(of_epoch, 1))
-                if controller.steps_per_epoch is None:  # to complain that nobody counts
-                    wakes.append(tf.equal(of_epoch, control.MAX_STEPS_OF_EPOCH + 1))
+    def _wakes(self, step: tf.Tensor, of_epoch: tf.Tensor, steps: tf.Tensor) -> list[tf.Tensor]:
+        """When there may be something to decide: at a window's end, and after its first update, for the learning rate."""
+        controller, wakes, most = self.controller, [], control.MAX_STEPS_OF_EPOCH
+        for rule in controller.rules:
+            if rule.unit == "epochs":
+                wakes.append(tf.equal(of_epoch, steps))
             else:
-                wakes += [tf.equal(step % accordion.interval, 0), tf.equal((step - 1) % accordion.interval, 0)]
+                wakes += [tf.equal(step % rule.interval, 0), tf.equal((step - steps) % rule.interval, 0)]
+            if rule.needs_epochs and controller.steps_per_epoch is None:  # to complain that nobody counts
+                wakes.append((of_epoch > most) & (of_epoch - steps <= most))
         if controller.steps_per_epoch is not None:
             wakes.append(of_epoch >= controller.steps_per_epoch)
         return wakes
 
     def _norms(self) -> list[tf.Tensor]:
-        summed = [self.state.summed.get(self.numbers[name]) for name in self.adaptive]
+        state, numbers = self.state, self.numbers
+        summed = [state.summed.get(numbers[name]) for name in self.adaptive]
+        summed += [state.summed_whole.get(numbers[name]) for name in self._all]
         return [tf.constant(0.0, tf.float64) if x is None else tf.norm(tf.cast(x, tf.float64)) for x in summed]
 
     def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
@@ -96,15 +114,27 @@ class Clock:
         where = {"process_set": self.process_set, "ignore_name_scope": True}
         return hvd.broadcast(numbers, root(self.process_set), name=f"{self.name}.norms", **where)
 
-    def follow(self, of_epoch: Any, levels: Any, measured: Any, emptied: Any, journal: Any) -> None:
+    def follow(
+        self,
+        of_epoch: Any,
+        levels: Any,
+        measured: Any,
+        measures_whole: Any,
+        emptied: Any,
+        passes: Any,
+        lr_scale: Any,
+        journal: Any,
+    ) -> None:
         """Writes what the controller told into the variables."""
         state = self.state
         state.step_of_epoch.assign(of_epoch)
         state.levels.assign(levels)
         state.measured.assign(measured)
+        state.measures_whole.assign(measures_whole)
+        state.passes.assign(passes)
+        state.lr_scale.assign(lr_scale)
         state.journal.assign(journal)
-        for i, accordion in enumerate(self.controller.accordions):
-            sums = self.summed(accordion)
+        for i, sums in enumerate([*map(self.summed, self.controller.accordions), state.summed_whole]):
 
             def empty(sums: dict[str, tf.Variable] = sums) -> tf.Tensor:
                 for x in sums.values():
@@ -120,10 +150,10 @@ class Clock:
         self.look()
         self.follow(*self.told([]))
 
-    def _woken(self, step: int, sent: float, journal: bytes, numbers: np.ndarray) -> Told:
-        """Called from the graph: norms of the adaptive layers and the learning rate, as rank 0 has them."""
+    def _woken(self, step: int, updates: int, sent: float, journal: bytes, of_update: int, numbers: np.ndarray) -> Told:
+        """Called from the graph: norms and the learning rate, as rank 0 has them."""
         *norms, learning_rate = map(float, numbers)
-        ended = self._catch_up(int(step), float(sent), journal)
+        ended = self._catch_up(int(step), int(updates), float(sent), journal, int(of_update))
         if self.controller.wants_lr:
             self.controller.observe_lr(learning_rate)
         if ended:
@@ -133,7 +163,7 @@ class Clock:
     def look(self) -> None:
         """Makes the controller know what the variables do."""
         state = self.state
-        self._catch_up(int(state.step), float(state.sent_bytes), state.journal.numpy())
+        self._catch_up(int(state.step), int(state.updates), float(state.sent_bytes), state.journal.numpy())
 
     def end_epoch(self, learning_rate: float) -> None:
         """Ends an epoch from outside of the graph, unless it has ended by itself; on all ranks."""
@@ -143,34 +173,41 @@ class Clock:
             *norms, learning_rate = self._from_rank_0(tf.stack(numbers)).numpy().tolist()
             self.follow(*self.told(self._observe(norms, learning_rate)))
 
-    def _catch_up(self, step: int, sent: float, journal: bytes) -> bool:
+    def _catch_up(self, step: int, updates: int, sent: float, journal: bytes, of_update: int = 1) -> bool:
         """Tells whether an epoch has ended by its number of steps."""
         if journal and (journal != self._journal or step < self.controller.step):  # variables were restored
             self.controller.load_state_dict(json.loads(journal))
             self._journal = journal
-        steps = step - self.controller.step
-        return steps > 0 and self.controller.advance(sent - self.controller.stats.sent_bytes, 0.0, steps)
+        stats, steps = self.controller.stats, step - self.controller.step
+        if steps <= 0:
+            return False
+        return self.controller.advance(sent - stats.sent_bytes, 0.0, steps, updates - stats.updates, of_update)
 
     def _observe(self, norms: Sequence[float], learning_rate: float) -> list[Any]:
-        """A check, if one is due. Returns the Accordions whose sums were looked at."""
-        due = self.controller.due()
-        looked = {id(self.controller.policy[name]) for name in due}
-        if due:
-            found = dict(zip(self.adaptive, norms, strict=True))
-            self.controller.observe({name: found[name] for name in due}, learning_rate)
-        return [a for a in self.controller.accordions if id(a) in looked]
+        """A check, if one is due. Returns the rules whose sums were looked at."""
+        controller, adaptive = self.controller, self.adaptive
+        due, whole_due = controller.due(), controller.whole_due
+        looked = {id(controller.policy[name]) for name in due} | ({id(controller.batch)} if whole_due else set())
+        if due or whole_due:
+            found = dict(zip(adaptive, norms, strict=False))
+            whole = dict(zip(self._all, norms[len(adaptive) :], strict=True))
+            controller.observe({name: found[name] for name in due}, learning_rate, whole)
+        return [rule for rule in controller.rules if id(rule) in looked]
 
     def told(self, looked: Sequence[Any]) -> Told:
         """What the variables are to hold now."""
         controller = self.controller
         levels = [controller.regime(name) is not Regime.CRITICAL for name in self.adaptive]
         measured = [a.measures(controller.epoch) for a in controller.accordions]
-        emptied = [any(a is other for other in looked) for a in controller.accordions]
+        emptied = [any(rule is other for other in looked) for rule in [*controller.accordions, controller.batch]]
         self._journal = json.dumps(controller.state_dict()).encode()
         return (
             np.array(controller.step_of_epoch, np.int64),
             np.array(levels, np.int32),
             np.array(measured, bool),
+            np.array(controller.measures_whole, bool),
             np.array(emptied, bool),
+            np.array(controller.passes, np.int64),
+            np.array(controller.lr_scale, np.float64),
             np.array(self._journal, object),
         )

@@ -48,7 +48,7 @@ class Engine:
         self.rank, self.size = state.me
         self.numbers: dict[str, str] = {}  # of a layer in the state
         self.group_of: dict[str, int] = {}  # where the user gave groups of variables
-        self.entries: dict[str, tf.Tensor] = {}  # of a layer, which are watched; missing: all
+        self.entries: dict[tuple[str, int], tf.Tensor] = {}  # of a layer, if so many are watched: which; missing: all
         self.kinds: dict[str, int] = {}
         self.traffic: dict[tuple[str, CompressionSpec], float] = {}  # of a layer under a spec, as traced
         self.clock = Clock(controller, state, self.numbers, prefix, self.process_set)
@@ -62,16 +62,21 @@ class Engine:
         adaptive = self.clock.adaptive
         for layer in layers:
             key = self.numbers[layer.name] = str(len(self.numbers))
-            wide = wide_of(layer)
             self._keep(layer, self._specs(layer))
             if layer.name in adaptive:
-                size = self.controller.watched(layer.name, layer.numel)
-                self.state.summed[key] = variable(tf.zeros(size, wide), wide)
-                if size < layer.numel:
-                    seed, summed = self.settings.seed, self.state.summed[key]
-                    self.entries[layer.name] = sampling.entries(ops, layer.name, layer.numel, size, seed, summed)
+                self.state.summed[key] = self._watch(layer, self.controller.watched(layer.name, layer.numel))
+            if self.controller.batch is not None:
+                self.state.summed_whole[key] = self._watch(layer, self.controller.watched_of_whole(layer.numel))
             self.state.slice_bytes[key] = variable(0.0, tf.float64)
         self.clock.begin()
+
+    def _watch(self, layer: Layer, size: int) -> tf.Variable:
+        """Room for the sum of so many of the layer's entries."""
+        summed = variable(tf.zeros(size, wide_of(layer)), wide_of(layer))
+        if size < layer.numel and (layer.name, size) not in self.entries:
+            seed, count = self.settings.seed, layer.numel
+            self.entries[layer.name, size] = sampling.entries(ops, layer.name, count, size, seed, summed)
+        return summed
 
     def _keep(self, layer: Layer, specs: tuple[CompressionSpec, ...]) -> None:
         """Makes what exchanges under these specs keep of the layer, where it is not there yet."""
@@ -153,20 +158,20 @@ class Engine:
 
     # a step
 
-    def __call__(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any) -> list[Any]:
-        """The averaged gradients; None where no rank has one.
+    def __call__(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any, steps: Any = 1) -> list[Any]:
+        """The averaged gradients; None where no rank has one. `steps`: micro-batches of which they are the means.
 
         ValueError where one is not what its layer was planned for.
         """
         for name, grad in zip(names, grads, strict=True):
             self._check(self.controller.layers[name], grad)
         if not tf.executing_eagerly():
-            return self._reduce(names, grads, learning_rate)
+            return self._reduce(names, grads, learning_rate, steps)
         function = self._functions.get(names)
         if function is None:  # as one graph: its parts run side by side
             function = tf.function(partial(self._reduce, names), reduce_retracing=True, autograph=False)
             self._functions[names] = function
-        return function(grads, tf.convert_to_tensor(learning_rate))
+        return function(grads, tf.convert_to_tensor(learning_rate), tf.cast(steps, tf.int64))
 
     def _check(self, layer: Layer, grad: Any) -> None:
         if grad is None:
@@ -181,19 +186,19 @@ class Engine:
                 f"got {grad.dtype.name} {tuple(shape)}"
             )
 
-    def _reduce(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any) -> list[Any]:
+    def _reduce(self, names: tuple[str, ...], grads: Sequence[Any], learning_rate: Any, steps: Any) -> list[Any]:
         given = {name: g for name, g in zip(names, grads, strict=True) if self.kinds[name] != NONE}
         number = self._signatures[names]
         if self.size == 1:
-            means, sent = self._alone(given), tf.constant(0.0, tf.float64)
+            means, sent = self._alone(given, steps), tf.constant(0.0, tf.float64)
         elif self.plain is not None:
             means, sent = self._plainly(given, f"{self.prefix}.{number}")
         else:
-            means, sent = self._compressed(given, f"{self.prefix}.{number}")
-        self.clock.tick(sent, learning_rate)
+            means, sent = self._compressed(given, steps, f"{self.prefix}.{number}")
+        self.clock.tick(sent, learning_rate, steps)
         return [means.get(name, given.get(name)) for name in names]  # what is empty stays as it is
 
-    def _compressed(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], tf.Tensor]:
+    def _compressed(self, given: dict[str, Any], steps: Any, prefix: str) -> tuple[dict[str, Any], tf.Tensor]:
         state = self.state
         state.claim()
         step, levels = state.step.read_value(), state.levels.read_value()
@@ -218,7 +223,7 @@ class Engine:
             return ok
 
         tf.cond(ok, keep, lambda: ok)  # a step with NaN or Inf leaves no trace
-        self._measure(means, ok)
+        self._measure(means, ok, steps)
         if self.settings.op == hvd.Sum:
             means = {name: mean * self.size for name, mean in means.items()}
         layers = self.controller.layers
@@ -303,24 +308,31 @@ class Engine:
             sent.append(nbytes)
         return joined, flags, sent
 
-    def _measure(self, means: dict[str, tf.Tensor], ok: tf.Tensor) -> None:
-        """Adds the watched entries to the window's sums, if the step was sound."""
+    def _measure(self, means: dict[str, tf.Tensor], ok: tf.Tensor, steps: Any) -> None:
+        """Adds the watched entries to the window's sums, each as often as it stands for a step, if all was sound."""
         controller, state = self.controller, self.state
         measured = state.measured.read_value()
         for i, accordion in enumerate(controller.accordions):
-            watched = {name: x for name, x in self.clock.summed(accordion).items() if name in means}
+            self._add(self.clock.summed(accordion), means, ok & measured[i], steps)
+        if controller.batch is not None:
+            numbers = {name: state.summed_whole.get(self.numbers[name]) for name in means}
+            whole = {name: summed for name, summed in numbers.items() if summed is not None}
+            self._add(whole, means, ok & state.measures_whole.read_value(), steps)
 
-            def add(watched: dict[str, tf.Variable] = watched) -> tf.Tensor:
-                for name, summed in watched.items():
-                    summed.assign_add(tf.cast(self._watched(name, means[name]), summed.dtype))
-                return ok
+    def _add(self, sums: dict[str, tf.Variable], means: dict[str, tf.Tensor], really: tf.Tensor, steps: Any) -> None:
+        def add() -> tf.Tensor:
+            for name, summed in sums.items():
+                if name in means:
+                    seen = tf.cast(self._watched(name, means[name], summed.shape[0]), summed.dtype)
+                    summed.assign_add(seen * tf.cast(steps, summed.dtype))
+            return really
 
-            tf.cond(ok & measured[i], add, lambda: ok)
+        tf.cond(really, add, lambda: really)
 
-    def _watched(self, name: str, mean: tf.Tensor) -> tf.Tensor:
+    def _watched(self, name: str, mean: tf.Tensor, size: int) -> tf.Tensor:
         """The entries of a layer of which its norm is made, as a vector."""
         flat = tf.reshape(mean, (-1,))
-        return ops.take(flat, self.entries[name]) if name in self.entries else flat
+        return ops.take(flat, self.entries[name, size]) if (name, size) in self.entries else flat
 
     def _count(self, part: Part, spec: CompressionSpec, nbytes: float) -> None:
         """Shares the bytes among the layers as their own specs would have it."""
@@ -328,11 +340,12 @@ class Engine:
         for layer, share in zip(part.layers, predicted, strict=True):
             self.traffic[layer.name, spec] = nbytes * share / sum(predicted)
 
-    def _alone(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _alone(self, given: dict[str, Any], steps: Any) -> dict[str, Any]:
         """One rank: gradients stay as they are; norms are watched all the same."""
-        dense = {x.name: self._gradient(x, given[x.name]) for x in self._dense(given) if x.name in self.clock.adaptive}
+        names = self.controller.layers if self.controller.batch is not None else self.clock.adaptive
+        dense = {x.name: self._gradient(x, given[x.name]) for x in self._dense(given) if x.name in names}
         if dense:
-            self._measure(dense, ops.all_finite(list(dense.values())))
+            self._measure(dense, ops.all_finite(list(dense.values())), steps)
         return given
 
     def _plainly(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], tf.Tensor]:

@@ -11,6 +11,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.auto import Advice, advice_of
+from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.controller import Controller, Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
@@ -40,6 +41,7 @@ class GradientExchange(tf.Module):
         logger: told on rank 0 of what happened, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
+        batch_size: a `DistributedOptimizer`'s, which can wait with an update; an exchange by itself, or on a tape, can't.
         op, gradient_predivide_factor, groups, sparse_as_dense, process_set, scale_local_gradients: as Horovod's.
 
     Raises ValueError or TypeError for arguments out of range; at the first exchange, on every rank the same, where ranks
@@ -55,6 +57,7 @@ class GradientExchange(tf.Module):
         logger: Logger | None = None,
         seed: int = 0,
         min_compress_numel: int = MIN_NUMEL,
+        batch_size: AccordionBatchSize | None = None,
         op: Any = hvd.Average,
         gradient_predivide_factor: float = 1.0,
         groups: int | list[list[Any]] | None = None,
@@ -78,10 +81,13 @@ class GradientExchange(tf.Module):
             steps_per_epoch,
             seed,
             min_compress_numel,
+            batch_size,
         )
         plain = compression is None or is_horovods(compression)
+        if plain and batch_size is not None:
+            plain, compression = False, plain_spec(compression)
         if not plain:
-            check_op(op, (hvd.Average, hvd.Sum), compression)
+            check_op(op, (hvd.Average, hvd.Sum), compression, batch_size)
         policy = plain_spec(compression) if plain else translated(compression)
         assign(policy, [], strict=False)  # a value of a wrong type shows at once
         # in plain objects: attributes that are dicts or lists would count as parts of a checkpoint
@@ -136,7 +142,7 @@ class GradientExchange(tf.Module):
         rank, size = (settings.process_set.rank(), settings.process_set.size()) if self.active else (0, 1)
         logger = asked.logger if self.active and rank == 0 else None
         steps, small = settings.steps_per_epoch, settings.min_compress_numel
-        controller = Controller(layers, policy, size, steps, logger, small)
+        controller = Controller(layers, policy, size, steps, logger, small, settings.batch_size)
         self.state = State(rank, size)
         if logger is not None:
             logger.start(
@@ -146,14 +152,17 @@ class GradientExchange(tf.Module):
         return Engine(controller, self.state, settings, plain, self._prefix)
 
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], steps: Any = None) -> list[Any]:
         """The averages over the ranks of the gradients of `variables`, eagerly or in a graph; None where all have None.
 
         Args:
             gradients: tensors, IndexedSlices or None, one for each variable.
+            steps: with `batch_size`, of how many micro-batches they are the means.
 
         Raises ValueError where there are more or fewer, TypeError for variables that are no floats.
         """
+        if steps is None and self.settings.batch_size is not None:
+            raise ValueError("batch_size needs a DistributedOptimizer: an exchange by itself can't wait with an update")
         averaged, variables = list(gradients), list(variables)
         if len(averaged) != len(variables):
             raise ValueError(f"gradients must be as many as variables, got {len(averaged)} for {len(variables)}")
@@ -173,13 +182,28 @@ class GradientExchange(tf.Module):
         given = [averaged[i] for i in mine]
         if names:
             self._engine.agree(names, given, lambda: self._described(variables))
-            for i, mean in zip(mine, self._engine(names, given, self._learning_rate()), strict=True):
+            means = self._engine(names, given, self._learning_rate(), 1 if steps is None else steps)
+            for i, mean in zip(mine, means, strict=True):
                 averaged[i] = mean
         if not self._asked.scale_local_gradients:
             return averaged
         # Horovod divides the others by the number of ranks: so do those that stay
         size = self.settings.process_set.size()
         return [divided(g, size) if known.is_local(v) else g for v, g in zip(variables, averaged, strict=True)]
+
+    def micro_batches(self) -> tf.Tensor:
+        """int64, of which the update to come is made."""
+        assert self._engine is not None
+        step, of_epoch, passes = (
+            getattr(self.state, name).read_value() for name in ("step", "step_of_epoch", "passes")
+        )
+        limits = self._engine.controller.limits(step, of_epoch, passes)
+        return tf.maximum(tf.reduce_min(tf.stack([tf.cast(x, tf.int64) for x in limits])), 1)
+
+    def lr_scale(self, micro_batches: tf.Tensor) -> tf.Tensor:
+        """float64, of an update of so many; to be asked before its exchange, which may change the size of batches."""
+        full = tf.cast(self.state.passes.read_value(), tf.float64)
+        return self.state.lr_scale.read_value() * (tf.cast(micro_batches, tf.float64) / full)
 
     def _learning_rate(self) -> tf.Tensor:
         rate = self._asked.learning_rate
@@ -230,13 +254,23 @@ class GradientExchange(tf.Module):
         self._engine.clock.look()
         return self._engine.controller.stats
 
-    def broadcast(self, root_rank: int) -> None:
-        """Gives every rank what `root_rank` has restored: levels, factors, norms and counts, but no residual."""
+    def broadcast(self, root_rank: int, count: tf.Variable | None = None, sums: Sequence[tf.Variable] = ()) -> None:
+        """Gives every rank what `root_rank` has restored: levels, factors, norms and counts, but no residual.
+
+        Args:
+            count: of micro-batches that wait; where it is another than on `root_rank`, `sums` of those are taken, too.
+        """
         if self._engine is None or not self.active or self.settings.process_set.size() == 1:
             return
         process_set, name = self.settings.process_set, f"{self._prefix}.state"
         for i, v in enumerate(self.state.shared()):
             v.assign(send(v.read_value(), root_rank, f"{name}.{i}", process_set))
+        theirs = [send(v.read_value(), root_rank, f"{name}.sums.{i}", process_set) for i, v in enumerate(sums)]
+        if count is not None:
+            waiting = send(count.read_value(), root_rank, f"{name}.count", process_set)
+            if int(waiting) != int(count):
+                for v, value in zip([count, *sums], [waiting, *theirs], strict=True):
+                    v.assign(value)
         journal = self.state.journal.numpy()
         self.state.journal.assign(hvd.broadcast_object(journal, root_rank, name=name, process_set=process_set))
 

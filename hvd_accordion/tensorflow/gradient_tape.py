@@ -31,6 +31,7 @@ def DistributedGradientTape(
     steps_per_epoch: int | None = None,
     learning_rate: Any = None,
     seed: int = 0,
+    batch_size: None = None,
 ) -> tf.GradientTape:
     """A tape like `gradtape` whose `gradient()` gives averages over the ranks, compressed on the way.
 
@@ -43,6 +44,7 @@ def DistributedGradientTape(
             `GradientExchange`, which holds the settings and the state.
         device_dense, device_sparse: where exchanges run, such as "/cpu:0".
         steps_per_epoch, learning_rate, seed: as `GradientExchange`'s.
+        batch_size: ValueError unless None: a tape can't skip an update, a `DistributedOptimizer` can.
 
     What compression keeps from step to step belongs to the sources: every tape on the same sources with the same
     arguments continues where the last one ended, as long as the first source lives. To save it, to read its report, or
@@ -52,6 +54,11 @@ def DistributedGradientTape(
     """
     if not isinstance(gradtape, tf.GradientTape):
         raise TypeError(f"gradtape must be a tf.GradientTape, got {gradtape!r}")
+    settings = compression.settings if isinstance(compression, GradientExchange) else None
+    if batch_size is not None or (settings is not None and settings.batch_size is not None):
+        raise ValueError(
+            "batch_size must be None for a tape, which can't skip an update: pass it to DistributedOptimizer"
+        )
     groups = groups_of(num_groups, groups)
     base = type(gradtape)
     kind = type(base.__name__, (_Distributed, base), {})

@@ -12,6 +12,9 @@ import tensorflow as tf
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
+COUNTS = ("step", "step_of_epoch", "updates", "sent_bytes")
+SINGLES = (*COUNTS, "passes", "lr_scale", "levels", "measured", "measures_whole")  # equal on all ranks
+
 
 class State(tf.Module):
     """Variables by the number of their layer, in the order in which the exchange got to know it.
@@ -27,13 +30,18 @@ class State(tf.Module):
         self.owner = variable([rank, size], tf.int32)
         self.step = variable(0, tf.int64)
         self.step_of_epoch = variable(0, tf.int64)
+        self.updates = variable(0, tf.int64)
         self.sent_bytes = variable(0.0, tf.float64)
+        self.passes = variable(1, tf.int64)  # micro-batches of a full batch, and what its learning rate is scaled by
+        self.lr_scale = variable(1.0, tf.float64)
         self.levels = variable(np.zeros(0), tf.int32, [None])  # of each adaptive layer: 0 critical, 1 relaxed
         self.measured = variable(np.zeros(0), tf.bool, [None])  # whether each Accordion's gradients are summed now
+        self.measures_whole = variable(False, tf.bool)  # whether those of all layers are
         self.journal = variable("", tf.string)  # what the controller knows, as JSON
         self.residual: dict[str, tf.Variable] = {}
         self.memory: dict[str, dict[str, tf.Variable]] = {}
         self.summed: dict[str, tf.Variable] = {}  # watched entries of the averaged gradients since the window's start
+        self.summed_whole: dict[str, tf.Variable] = {}  # the same of all layers, for the norm of the whole model
         self.slice_bytes: dict[str, tf.Variable] = {}  # of each layer with IndexedSlices, at its last exchange
 
     def claim(self) -> None:
@@ -53,14 +61,19 @@ class State(tf.Module):
 
     def forget(self, key: str, *kinds: str) -> None:
         """Lets go of what a layer kept, of `kinds` or of all."""
-        for kept in kinds or ("residual", "memory", "summed"):  # a checkpoint can't follow what is taken out of a dict
+        for kept in kinds or (
+            "residual",
+            "memory",
+            "summed",
+            "summed_whole",
+        ):  # a checkpoint can't follow what is taken out of a dict
             setattr(self, kept, {k: v for k, v in getattr(self, kept).items() if k != key})
 
     def shared(self) -> list[tf.Variable]:
         """Those that are equal on all ranks, but for the journal, which no collective can carry."""
-        counts = [self.step, self.step_of_epoch, self.sent_bytes, self.levels, self.measured]
+        counts = [getattr(self, name) for name in SINGLES]
         memory = [v for own in self.memory.values() for v in own.values()]
-        return [*counts, *memory, *self.summed.values()]
+        return [*counts, *memory, *self.summed.values(), *self.summed_whole.values()]
 
     def arrays(self) -> Arrays:
         """All of it as numpy arrays, for a file format that knows nothing else."""
@@ -77,7 +90,7 @@ class State(tf.Module):
             if name not in arrays:
                 continue
             saved = np.asarray(arrays[name])
-            if name.startswith("summed.") and saved.shape != v.shape:
+            if name.startswith(("summed.", "summed_whole.")) and saved.shape != v.shape:
                 saved = np.zeros(v.shape)
             if not v.shape.is_compatible_with(saved.shape):
                 raise ValueError(
@@ -88,9 +101,8 @@ class State(tf.Module):
             self.journal.assign(np.asarray(arrays["journal"]).tobytes())
 
     def _named(self) -> dict[str, tf.Variable]:
-        singles = ("owner", "step", "step_of_epoch", "sent_bytes", "levels", "measured")
-        found = {name: getattr(self, name) for name in singles}
-        for group in ("residual", "summed", "slice_bytes"):
+        found = {name: getattr(self, name) for name in ("owner", *SINGLES)}
+        for group in ("residual", "summed", "summed_whole", "slice_bytes"):
             found |= {f"{group}.{key}": v for key, v in getattr(self, group).items()}
         for key, own in self.memory.items():
             found |= {f"memory.{key}.{part}": v for part, v in own.items()}

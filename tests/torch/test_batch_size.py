@@ -238,7 +238,7 @@ def test_norms_weigh_each_update_by_its_micro_batches():
     net = network()
     optimizer = made(net, rule(norm="exact"), torch.optim.SGD(net.parameters(), lr=0.0), steps_per_epoch=STEPS)
     batch, norms = optimizer._hvd.controller.batch, []
-    for epoch in range(3):
+    for _ in range(3):
         for step in range(STEPS):
             optimizer.zero_grad()
             loss_of(net, step).backward()

@@ -1,4 +1,4 @@
-"""backward_passes_per_step: gradients that add up locally before they are exchanged."""
+"""Gradients of several backward passes, added up locally before they are exchanged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hvd_accordion.tensorflow.state import outside, variable
 
 
 class LocalSums(tf.Module):
-    """Gradients of several backward passes, added up locally.
+    """Sums of gradients, kept in fp32 at least.
 
     Args:
-        passes: that make a sum.
-        average: divide it by them.
+        passes: the most that make a sum.
+        average: divide it by their number.
         sparse_as_dense: take IndexedSlices, as dense gradients.
     """
 
@@ -28,7 +28,7 @@ class LocalSums(tf.Module):
     def build(self, variables: Sequence[Any], keys: Sequence[str]) -> None:
         """Makes room for the gradients of these variables, under these keys, where there is more than one pass."""
         if self.passes > 1:
-            dtypes = [tf.as_dtype(v.dtype) for v in variables]
+            dtypes = [tf.float64 if tf.as_dtype(v.dtype) == tf.float64 else tf.float32 for v in variables]
             for v, key, dtype in zip(variables, keys, dtypes, strict=True):
                 self.sums[key] = outside(lambda v=v, dtype=dtype: variable(tf.zeros(v.shape, dtype), dtype))
 
@@ -36,24 +36,26 @@ class LocalSums(tf.Module):
         """For a file: what is under way."""
         return {"count": self.count, **{f"sum.{key}": v for key, v in self.sums.items()}} if self.passes > 1 else {}
 
-    def added(self, grads: list[Any], variables: list[Any], keys: list[str]) -> tuple[list[Any], tf.Tensor]:
-        """The sums (or means) with these gradients added, and whether this was the last pass.
+    def add(self, grads: list[Any], keys: list[str]) -> tf.Tensor:
+        """Adds these gradients; returns how many times that was done since the sums were cleared.
 
         ValueError for IndexedSlices that must not become dense.
         """
         count = self.count.assign_add(1)
-        found: list[Any] = []
-        for grad, v, key in zip(grads, variables, keys, strict=True):
+        for grad, key in zip(grads, keys, strict=True):
             if isinstance(grad, tf.IndexedSlices) and not self.sparse_as_dense:
                 raise ValueError(
-                    "IndexedSlices are not supported when `backward_passes_per_step` > 1 and `sparse_as_dense` is False."
+                    "IndexedSlices are not supported when gradients of several passes are added up "
+                    "(`backward_passes_per_step` > 1, `batch_size`) and `sparse_as_dense` is False."
                 )
-            if grad is None:
-                found.append(None)
-                continue
-            total = tf.convert_to_tensor(self.sums[key].assign_add(tf.cast(tf.convert_to_tensor(grad), v.dtype)))
-            found.append(total / self.passes if self.average else total)
-        return found, count >= self.passes
+            if grad is not None:
+                self.sums[key].assign_add(tf.cast(tf.convert_to_tensor(grad), self.sums[key].dtype))
+        return tf.convert_to_tensor(count)
+
+    def total(self, variable: Any, key: str, count: tf.Tensor) -> tf.Tensor:
+        """The sum (or mean) of `count` gradients of a variable, in its type."""
+        total = self.sums[key].read_value()
+        return tf.cast(total / tf.cast(count, total.dtype) if self.average else total, variable.dtype)
 
     def clear(self) -> None:
         self.count.assign(0)

@@ -13,6 +13,7 @@ from horovod.tensorflow.keras.callbacks import BestModelCheckpoint
 
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.keras.optimizer import _Distributed
+from hvd_accordion.tensorflow.keras.rates import innermost, learning_rate_of
 from hvd_accordion.tensorflow.variables import value_of
 
 __all__ = [
@@ -90,7 +91,9 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
         with tf.device(self.device or None):
             broadcast_variables([v for key, v in unique.items() if key not in self._local], self.root_rank)
             for optimizer in optimizers:
-                optimizer._hvd.broadcast(self.root_rank)
+                sums = optimizer._hvd_sums
+                count = sums.count if sums.passes > 1 else None
+                optimizer._hvd.broadcast(self.root_rank, count, list(sums.sums.values()))
         self.broadcast_done = True
 
 
@@ -213,14 +216,3 @@ def optimizers_of(model: keras.Model) -> list[Any]:
         several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         found.update((id(one), one) for one in several if isinstance(one, _Distributed))
     return list(found.values())
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer whose rate and velocity count."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
-
-
-def learning_rate_of(optimizer: Any) -> float:
-    return float(tf.convert_to_tensor(optimizer.learning_rate))

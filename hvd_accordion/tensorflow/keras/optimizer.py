@@ -13,12 +13,14 @@ import tensorflow as tf
 
 from hvd_accordion import checks
 from hvd_accordion.auto import Advice
+from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.controller import Logger
 from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import groups_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.keras.aggregation import LocalSums
+from hvd_accordion.tensorflow.keras.rates import innermost, scaled_rate
 from hvd_accordion.tensorflow.keras.saving import SavedState
 from hvd_accordion.tensorflow.variables import trainable_of
 
@@ -43,6 +45,7 @@ def DistributedOptimizer(
     logger: Logger | None = None,
     seed: int = 0,
     min_compress_numel: int = MIN_NUMEL,
+    batch_size: AccordionBatchSize | None = None,
 ) -> keras.optimizers.Optimizer:
     """An optimizer that averages gradients over the ranks, compressed, before it applies them.
 
@@ -69,6 +72,13 @@ def DistributedOptimizer(
         logger: told on rank 0 of what happened, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
+        batch_size: an `AccordionBatchSize`. A micro-batch a call, exchanged and applied with the last of a batch; the others
+            only add up and count as iterations. The rate is scaled for that update alone, in the graph, whether it is a
+            number or a schedule; the velocity of Keras's SGD, which contains the rate, stays as it is. Micro-batches left
+            over at the end of an epoch make a smaller batch: known beforehand with `steps_per_epoch`, else applied by
+            `end_epoch` (a callback's, after the validation). `compression=None` is `Dense()` then. Not with
+            `backward_passes_per_step`, nor with Keras's `gradient_accumulation_steps`. The sums take as much memory as the
+            gradients.
 
     The result also has `end_epoch`, `compression_report`, `advice`, `stats` and `register_local_var`.
 
@@ -98,7 +108,10 @@ def DistributedOptimizer(
         "logger": logger,
         "seed": seed,
         "min_compress_numel": min_compress_numel,
+        "batch_size": batch_size,
     }
+    if batch_size is not None and getattr(innermost(optimizer), "gradient_accumulation_steps", None):
+        raise ValueError("the optimizer's gradient_accumulation_steps must be None with batch_size")
     base = type(optimizer)
     if base.__module__ == "horovod._keras":
         base, arguments = base.__mro__[1], {**arguments, **taken_over(optimizer, compression)}
@@ -164,9 +177,11 @@ class _Distributed:
         self._hvd = GradientExchange(
             learning_rate=lambda: itself().learning_rate, optimizer=type(self).__name__, **self._hvd_arguments
         )
-        settings = self._hvd.settings
-        self._hvd_sums = LocalSums(settings.backward_passes_per_step, self._hvd_average, settings.sparse_as_dense)
+        settings, batch = self._hvd.settings, self._hvd.settings.batch_size
+        passes = settings.backward_passes_per_step if batch is None else batch.factor
+        self._hvd_sums = LocalSums(passes, self._hvd_average or batch is not None, settings.sparse_as_dense)
         self.compression_state = SavedState(self._hvd, self._hvd_sums)  # Keras saves what it finds in attributes
+        self._hvd_given: set[str] = set()  # keys of the variables that have had a gradient to add up
         self._hvd_loss_scaled = False
 
     def build(self, variables: Any) -> None:
@@ -195,34 +210,64 @@ class _Distributed:
             with tf.name_scope(self.name):
                 self.build(variables)
             self.built = True
-        if self._hvd_sums.passes == 1:
+        sums, batch = self._hvd_sums, self._hvd.settings.batch_size
+        if sums.passes == 1:
             self._averaged_and_applied(grads, variables)
             return
-        sums, last = self._hvd_sums.added(grads, variables, [self._hvd.key(v) for v in variables])
+        keys = [self._hvd.key(v) for v in variables]
+        self._hvd_given.update(key for g, key in zip(grads, keys, strict=True) if g is not None)
+        count = sums.add(grads, keys)
+        last = count >= (sums.passes if batch is None else self._hvd.micro_batches())
 
         def step() -> tf.Tensor:
-            self._averaged_and_applied(sums, variables)
-            self._hvd_sums.clear()
+            self._apply_sums(variables, count)
             return last
 
         def wait() -> tf.Tensor:
-            self._iterations.assign_add(1)
+            innermost(self)._iterations.assign_add(1)
             return last
 
         tf.cond(last, step, wait)
 
-    def _averaged_and_applied(self, grads: list[Any], variables: list[Any]) -> None:
+    def _apply_sums(self, variables: list[Any], count: tf.Tensor) -> None:
+        """An update from the sums of `count` passes."""
+        sums, given = self._hvd_sums, self._hvd_given
+        keys = [self._hvd.key(v) for v in variables]
+        totals = [sums.total(v, key, count) if key in given else None for v, key in zip(variables, keys, strict=True)]
+        self._averaged_and_applied(totals, variables, None if self._hvd.settings.batch_size is None else count)
+        sums.clear()
+
+    def _averaged_and_applied(self, grads: list[Any], variables: list[Any], count: tf.Tensor | None = None) -> None:
+        """`count`: of micro-batches, where an AccordionBatchSize wants to know."""
+        scale = None if count is None else self._hvd.lr_scale(count)
+        means = self._averaged(grads, variables, count)
+        with scaled_rate(self, scale):
+            super().apply(means, variables)  # type: ignore[misc]
+
+    def _averaged(self, grads: list[Any], variables: list[Any], count: tf.Tensor | None) -> list[Any]:
         with tf.device(self._hvd_device or None):
-            means = self._hvd(grads, variables)
-        super().apply(means, variables)  # type: ignore[misc]
+            return self._hvd(grads, variables, count)
 
     def register_local_var(self, var: Any) -> None:
         """The gradient of this variable stays the rank's own."""
         self._hvd.register_local(var)
 
     def end_epoch(self) -> None:
-        """An epoch is over: needed where no callback of this package, no `steps_per_epoch` tells. On every rank."""
+        """An epoch is over: needed where no callback of this package, no `steps_per_epoch` tells. On every rank.
+
+        Micro-batches that wait for others are exchanged and applied.
+        """
+        if self._hvd.settings.batch_size is not None and int(self._hvd_sums.count) > 0:
+            self._apply_leftovers()
         self._hvd.end_epoch()
+
+    def _apply_leftovers(self) -> None:
+        iterations = innermost(self)._iterations
+        counted = int(iterations)
+        iterations.assign(counted - 1)  # the last micro-batch has been counted, and is again by its update
+        self._hvd_given = self._hvd_given or set(self._hvd_sums.sums)  # restored, with no step since
+        self._apply_sums(self._trainable_variables, self._hvd_sums.count.read_value())
+        iterations.assign(counted)
 
     def advice(self) -> Advice:
         """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table."""
@@ -253,11 +298,10 @@ def called_by_loss_scale_optimizer() -> bool:
 class _LossScaled(_Distributed):
     """Exchanges gradients without their scale, so that residuals don't depend on it; what overflows does so on all ranks."""
 
-    def _averaged_and_applied(self, grads: list[Any], variables: list[Any]) -> None:
+    def _averaged(self, grads: list[Any], variables: list[Any], count: tf.Tensor | None) -> list[Any]:
         scale = tf.convert_to_tensor(self.dynamic_scale)  # a power of two: nothing is rounded
-        with tf.device(self._hvd_device or None):
-            means = self._hvd([scaled(g, 1 / scale) for g in grads], variables)
-        super(_Distributed, self).apply([scaled(mean, scale) for mean in means], variables)  # type: ignore[misc]
+        means = super()._averaged([scaled(g, 1 / scale) for g in grads], variables, count)
+        return [scaled(mean, scale) for mean in means]
 
 
 def scaled(gradient: Any, factor: tf.Tensor) -> Any:
