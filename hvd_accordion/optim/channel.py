@@ -54,7 +54,9 @@ class Channel:
             zeros = self.ops.zeros_like(mine)
             residual = [self.residual.get(name, zero) for name, zero in zip(names, zeros, strict=True)]
         memory = [self.memory.get(name, {}) for name in names]
-        seeds = tuple(f"{self.kind}.{name}" for name in names)  # other random entries than another kind's
+        # seeds by kind and place: other random entries than another kind's, the same whatever a framework calls a variable
+        places = {name: i for i, name in enumerate(self.controller.layers)}
+        seeds = tuple(f"{self.kind}.{places[name]}" for name in names)
         ctx = Context(seeds, group.layers[0].dtype, self.controller.step, self.seed, self.rank, self.size)
         return exchange(group.spec, self.ops, mine, residual, memory, ctx)
 

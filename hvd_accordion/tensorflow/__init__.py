@@ -13,6 +13,7 @@ __all__ = _mirror(_horovod, globals())
 
 from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables, broadcast_variables
 from hvd_accordion.tensorflow.distributed_optimizer import DistributedOptimizer
+from hvd_accordion.tensorflow.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.gradient_tape import (
     DistributedGradientTape,
@@ -20,10 +21,17 @@ from hvd_accordion.tensorflow.gradient_tape import (
 )
 
 __all__ += [
+    "ECLK",
+    "ECLSVRG",
+    "ECSGD",
+    "EF21",
+    "LSVRG",
     "DistributedGradientTape",
     "DistributedOptimizer",
     "GradientExchange",
+    "LKatyusha",
     "PartialDistributedGradientTape",
     "broadcast_global_variables",
     "broadcast_variables",
+    "estimate_smoothness",
 ]

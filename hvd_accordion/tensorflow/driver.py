@@ -42,10 +42,11 @@ class Driver:
                 ok, answer = request.sound(), True
             else:
                 nbytes += sum(sent(type(request), n_bytes(x), size) for x in payload(request))
-                answer = self._carry_out(request, f"{self.prefix}.{name}.{count}")
+                answer = self.carry_out(request, f"{self.prefix}.{name}.{count}")
                 count += 1
 
-    def _carry_out(self, request: Request, name: str) -> Any:
+    def carry_out(self, request: Request, name: str) -> Any:
+        """The result of one collective."""
         where = {"name": name, "process_set": self.process_set, "ignore_name_scope": True}
         if isinstance(request, AllReduce):
             return self._allreduce(request.tensors, where)

@@ -1,0 +1,224 @@
+"""ECLK and its siblings over TensorFlow's variables, eagerly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_accordion import checks
+from hvd_accordion.controller import Logger
+from hvd_accordion.naming import Prefix
+from hvd_accordion.ops import tensorflow as ops
+from hvd_accordion.optim import family, recipes, smoothness
+from hvd_accordion.optim.iterates import Vectors
+from hvd_accordion.optim.training import Training
+from hvd_accordion.plan import Compression
+from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.tensorflow.agreement import from_rank_0, require_equal
+from hvd_accordion.tensorflow.variables import names_of, value_of
+from hvd_accordion.tensorflow.waves import Waves
+
+Closure = Callable[[], Any]
+
+
+class ErrorCompensated:
+    """A method of `optim.family` on tf.Variable or keras.Variable.
+
+    Args:
+        make: the method, see `optim.recipes`.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Any],
+        compression: Compression,
+        make: recipes.Make,
+        seed: int,
+        *,
+        process_set: hvd.ProcessSet = hvd.global_process_set,
+        steps_per_epoch: int | None = None,
+        logger: Logger | None = None,
+    ) -> None:
+        self.variables = [value_of(v) for v in params]
+        if not self.variables or not all(hasattr(v, "assign") for v in self.variables):
+            raise ValueError(f"params must be variables, at least one, got {params!r}")
+        wide = self._x()
+        names = names_of(list(params))
+        layers = [recipes.layer_of(n, tuple(v.shape), v.dtype.name) for n, v in zip(names, wide, strict=True)]
+        self._process_set, self._prefix = process_set, Prefix(process_set)
+        active = process_set.included()
+        rank, size = (process_set.rank(), process_set.size()) if active else (0, 1)
+        share = self._from_rank_0 if size > 1 else list
+        self._training = Training(
+            ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger if active else None
+        )
+        self._waves: Waves | None = None  # as long as ranks have not compared what they must have in common
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._training.method})"
+
+    def step(self, closure: Closure, full_closure: Closure | None = None) -> Any:
+        """A round. Returns closure's loss at x.
+
+        Args:
+            closure: the loss of the sample of this step, in terms of the variables; may be a tf.function. It is called at
+                x, and at w again: what is random in it must be the same then (`tf.random.stateless_*`), and batch
+                normalisation must not be in training mode.
+            full_closure: the mean loss over all of this rank's data, called where w has moved. The same function as
+                `closure` where there is no sampling.
+        """
+        self._training.check_closures(closure, full_closure)
+        x = self._x()
+        waves = self._waves or self._compared(x)
+        losses: list[Any] = []
+
+        def gradient(asked: Closure) -> Callable[[Vectors], Vectors]:
+            def at(point: Vectors) -> Vectors:
+                self._place(point)
+                loss, found = gradients(asked, self.variables)
+                if point is x:
+                    losses.append(loss)
+                return found
+
+            return at
+
+        sampled = gradient(closure)
+        full = sampled if full_closure in (None, closure) else gradient(full_closure)
+        try:
+            x = self._training.step(x, sampled, full, waves.run)
+        finally:
+            self._place(x)
+        return losses[0]
+
+    def _x(self) -> Vectors:
+        return ops.widen([v.read_value() for v in self.variables])
+
+    def _place(self, point: Vectors) -> None:
+        for v, value in zip(self.variables, point, strict=True):
+            v.assign(tf.cast(value, v.dtype))
+
+    def _compared(self, x: Vectors) -> Waves:
+        """What runs exchanges, once all ranks are known to be alike: settings, and the values of all that they must share."""
+        if self._process_set.included():
+            digest = hashlib.blake2b(digest_size=8)
+            for v in [*x, *self._training.node.shared()]:
+                digest.update(v.numpy().tobytes())
+            require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
+        self._waves = Waves(str(self._prefix), self._process_set)
+        return self._waves
+
+    def _from_rank_0(self, numbers: Any) -> list[float]:
+        return from_rank_0(numbers, f"{self._prefix}.norms", self._process_set)
+
+    @contextmanager
+    def solution(self) -> Iterator[None]:
+        """In this context the variables hold the method's solution: y under ECLK and L-Katyusha, x under the others."""
+        found = self._training.node.solution
+        if found is None:
+            yield
+            return
+        x = [v.read_value() for v in self.variables]
+        self._place(found)
+        try:
+            yield
+        finally:
+            self._place(x)
+
+    def end_epoch(self) -> None:
+        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
+        self._training.end_epoch()
+
+    def compression_report(self) -> CompressionReport:
+        """Per variable: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        return self._training.report()
+
+    @property
+    def stats(self) -> Stats:
+        """Running totals of steps, bytes and seconds."""
+        return self._training.stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, but for x, as dicts of numpy arrays and numbers: save and load one file per rank."""
+        return tf.nest.map_structure(
+            lambda v: v.numpy() if tf.is_tensor(v) else v, self._training.node.state_dict(), expand_composites=False
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up saved state; with the variables as they were, the next steps are the same bit for bit."""
+        self._training.node.load_state_dict(state, tf.convert_to_tensor)
+        self._waves = None  # ranks compare anew
+
+
+def gradients(closure: Closure, variables: Sequence[tf.Variable]) -> tuple[Any, Vectors]:
+    """The loss and its gradients, dense, zeros where there are none."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(variables)
+        loss = closure()
+    found = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return loss, ops.widen([tf.convert_to_tensor(g) for g in found])
+
+
+class ECLK(family.ECLK, ErrorCompensated):
+    __doc__ = family.ECLK.__doc__
+
+
+class LKatyusha(family.LKatyusha, ErrorCompensated):
+    __doc__ = family.LKatyusha.__doc__
+
+
+class ECSGD(family.ECSGD, ErrorCompensated):
+    __doc__ = family.ECSGD.__doc__
+
+
+class ECLSVRG(family.ECLSVRG, ErrorCompensated):
+    __doc__ = family.ECLSVRG.__doc__
+
+
+class LSVRG(family.LSVRG, ErrorCompensated):
+    __doc__ = family.LSVRG.__doc__
+
+
+class EF21(family.EF21, ErrorCompensated):
+    __doc__ = family.EF21.__doc__
+
+
+def estimate_smoothness(
+    closure: Closure,
+    params: Sequence[Any],
+    iterations: int = 30,
+    seed: int = 0,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+) -> float:
+    """The smoothness constant L of the mean over the ranks of their losses: the Hessian's largest eigenvalue, at the
+    variables' values of now, by power iteration on differences of gradients. Every rank must call it.
+
+    Exact where the curvature is largest there (a logistic regression at 0), else too small.
+
+    Args:
+        closure: the mean loss over all of this rank's data.
+        params: the variables.
+        iterations: at most, >= 1; two gradients each.
+    """
+    checks.integer("iterations", iterations, 1)
+    variables, prefix = [value_of(v) for v in params], f"{Prefix(process_set)}.smoothness"
+    x = ops.widen([v.read_value() for v in variables])
+
+    def place(point: Vectors) -> None:
+        for v, value in zip(variables, point, strict=True):
+            v.assign(tf.cast(value, v.dtype))
+
+    def gradient(point: Vectors) -> Vectors:
+        place(point)
+        _, own = gradients(closure, variables)
+        where = {"name": prefix, "process_set": process_set, "ignore_name_scope": True}
+        return hvd.grouped_allreduce(own, op=hvd.Average, **where)
+
+    try:
+        return smoothness.estimate(ops, x, gradient, iterations, seed)
+    finally:
+        place(x)
