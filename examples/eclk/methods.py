@@ -1,0 +1,132 @@
+"""The methods that are compared, with their settings, and what a round of each sends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from eclk.problems import Problem, Vectors
+from hvd_accordion import Dense, RandomK, TopK, plan
+from hvd_accordion.compression import CompressionSpec
+from hvd_accordion.optim import family, recipes
+from hvd_accordion.plan import Layer
+
+KATYUSHA = ("ECLK", "L-Katyusha")
+CLASSES = {"ECLK": "ECLK", "L-Katyusha": "LKatyusha", "EC-LSVRG": "ECLSVRG", "EF21": "EF21", "EC-GD": "ECSGD"}
+RATIOS = {"breast": 1 / 30, "mnist": 0.01, "multinomial": 0.01}  # share of the entries that TopK and RandomK send
+
+# Settings instead of the defaults, by problem and method: those of the grid below that came to 1e-10 (multinomial: 1e-6) in
+# the fewest rounds with ten nodes (multinomial: four) and seed 0. `--tune` searches again. `step` is in units of 1/L.
+TUNED: dict[str, dict[str, dict[str, float]]] = {}
+GRIDS = {
+    "katyusha": {
+        "smoothness_factor": (0.25, 0.5, 1.0, 4.0),
+        "theta1": (0.02, 0.035, 0.05, 0.1, 0.2, 0.35),
+        "p": (0.03, 0.1, 0.33),
+    },
+    "descent": {"step": (1.9, 1.5, 1.0, 0.5, 0.25, 0.1)},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table. `settings`: of the method, None for its defaults."""
+
+    method: str
+    compression: CompressionSpec
+    shift: str = "none"
+    settings: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def key(self) -> str:
+        kind = " RandomK" if isinstance(self.compression, RandomK) else ""
+        return f"{self.method}{kind}{' learnt' if self.shift == 'learnt' and self.method == 'ECLK' else ''}"
+
+    @property
+    def label(self) -> str:
+        default = self.method in KATYUSHA and not self.settings
+        return f"{self.key}, untuned" if default else self.key
+
+    def tuned(self, settings: Mapping[str, float]) -> Entry:
+        return replace(self, settings=tuple(sorted(settings.items())))
+
+    @property
+    def grid(self) -> Iterator[dict[str, float]]:
+        axes = dict(GRIDS["katyusha" if self.method in KATYUSHA else "descent"])
+        if self.method == "L-Katyusha":
+            axes["p"] = (1.0,)  # a dense message anyway
+        return (dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values()))
+
+
+def entries(problem: str) -> list[Entry]:
+    """Those of a problem's table: the defaults of the accelerated methods first, then each method tuned."""
+    ratio = RATIOS[problem.split("-")[0]]
+    top = TopK(ratio, algorithm="allgather")  # "auto" sends sums in two hops from four ranks on: another compressor
+    kinds = [
+        Entry("ECLK", top, "refresh"),
+        Entry("ECLK", top, "learnt"),
+        Entry("ECLK", RandomK(ratio), "refresh"),
+        Entry("L-Katyusha", Dense()),
+        Entry("EC-LSVRG", top, "refresh"),
+        Entry("EF21", top, "learnt"),
+        Entry("EC-GD", top),
+    ]
+    best = TUNED.get(problem, {})
+    return kinds[:1] + kinds[3:4] + [kind.tuned(best.get(kind.key, {})) for kind in kinds]
+
+
+def arguments(entry: Entry, problem: Problem, seed: int) -> dict[str, Any]:
+    """Of the method's class, but for the parameters."""
+    found: dict[str, Any] = {"smoothness": problem.smoothness, "l1": problem.l1, "seed": seed, **dict(entry.settings)}
+    if entry.method in KATYUSHA:
+        found["strong_convexity"] = problem.ridge
+    elif "step" in found:
+        found["lr"] = found.pop("step") / found.pop("smoothness")
+    if entry.method in ("ECLK", "EC-LSVRG"):
+        found["shift"] = entry.shift
+    if entry.method != "L-Katyusha":
+        found["compression"] = entry.compression
+    return found
+
+
+def on(entry: Entry, shell: type) -> Any:
+    """The method's class over something else than a framework's optimizer: called with (x, compression, make, seed)."""
+    return type(entry.method, (getattr(family, CLASSES[entry.method]), shell), {})
+
+
+class Counted:
+    """What a node sends, counted as the papers do."""
+
+    def __init__(self, x: Vectors, compression: CompressionSpec, make: recipes.Make, seed: int, size: int) -> None:
+        layers = [recipes.layer_of(str(i), v.shape, "float64") for i, v in enumerate(x)]
+        specs = [plan.level(layer, compression, 0, size, 1) for layer in layers]
+        self.method = make(layers, specs, size)
+        self.dense = 32.0 * sum(layer.numel for layer in layers)
+        self.compressed = sum(bits(spec, layer, size) for spec, layer in zip(specs, layers, strict=True))
+
+    def bits(self, step: int) -> float:
+        """In the round of this step: the compressed message; that of the learnt shift; the dense one where w has moved."""
+        total = self.compressed if self.method.feeds_back else 0.0
+        if self.method.shift == "learnt":
+            total += self.compressed if step else self.dense
+        elif self.method.shift == "refresh" and (step == 0 or self.method.coin(step - 1)):
+            total += self.dense
+        return total
+
+
+def bits(spec: CompressionSpec, layer: Layer, size: int) -> float:
+    """Of one message, counted as the papers do: 32 for a value, ceil(log2 d) for where it stands.
+
+    TopK K (32 + ceil log2 d), RandomK 32 K, dense 32 d; any other spec: what it really hands over.
+    """
+    d = layer.numel
+    if not spec.lossy:
+        return 32.0 * d
+    if isinstance(spec, RandomK):
+        return 32.0 * round(spec.delta(layer.shape) * d)
+    if isinstance(spec, TopK) and not spec.in_two_steps(size):
+        return round(spec.delta(layer.shape) * d) * (32.0 + math.ceil(math.log2(d)))
+    return 8.0 * sum(nbytes for _, nbytes in spec.messages(layer.shape, layer.dtype, size))

@@ -1,0 +1,125 @@
+"""A method on a problem from the start to the tolerance: on simulated nodes, or whatever else makes rounds."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from eclk.methods import Counted, Entry, arguments, on
+from eclk.optimum import minimum
+from eclk.problems import Problem, Vectors, breast_cancer, mnist, multinomial
+from hvd_accordion.optim import recipes
+from hvd_accordion.optim.simulated import Simulated
+
+LOOK = 10  # rounds from one evaluation of P to the next
+PROBLEMS = {
+    "breast": functools.partial(breast_cancer, ridge=1e-3),
+    "breast-l1": functools.partial(breast_cancer, ridge=1e-3, l1=5e-3, name="breast cancer, L1+L2"),
+    "mnist": functools.partial(mnist, ridge=1e-2),
+    "mnist-l1": functools.partial(mnist, ridge=1e-2, l1=1e-3, name="MNIST, L1+L2"),
+    "multinomial": functools.partial(multinomial, ridge=1e-2),
+}
+
+
+@functools.cache
+def prepared(name: str, nodes: int, ridge: float | None = None) -> tuple[Problem, float]:
+    """The problem and its minimum."""
+    problem = PROBLEMS[name](nodes, **({} if ridge is None else {"ridge": ridge}))
+    return problem, minimum(problem)[0]
+
+
+class Cluster(Protocol):
+    """Nodes that run a method."""
+
+    def round(self) -> None: ...
+
+    def solution(self) -> Vectors: ...
+
+
+class Nodes(Simulated):
+    """`Simulated` as the shell of a method's class."""
+
+    def __init__(self, x: Vectors, compression: Any, make: recipes.Make, seed: int, size: int) -> None:
+        super().__init__(make, x, compression, size, seed)
+
+
+class InOneProcess:
+    """Simulated nodes, one for each of the problem's."""
+
+    def __init__(self, entry: Entry, problem: Problem, seed: int) -> None:
+        self.nodes = on(entry, Nodes)(problem.start(), size=problem.nodes, **arguments(entry, problem, seed))
+        self.oracles = problem.oracles()
+
+    def round(self) -> None:
+        self.nodes.step(self.oracles, self.oracles)
+
+    def solution(self) -> Vectors:
+        return self.nodes.solution
+
+
+@dataclass
+class Outcome:
+    """What came of a run. `points`: (round, kilobits that a node sent so far, P - P*) at each look."""
+
+    data: str
+    method: str
+    compressor: str
+    shift: str
+    settings: dict[str, float]
+    label: str
+    rounds: int = 0
+    kilobits: float = 0.0
+    seconds: float = 0.0
+    reached: bool = False
+    suboptimality: float = math.inf
+    points: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "points"}
+
+
+def follow(
+    entry: Entry, problem: Problem, best: float, cluster: Cluster, tolerance: float, cap: int, seed: int
+) -> Outcome:
+    """Rounds until P - P* <= tolerance, `cap` of them at most; looked at every ten rounds, seconds without the looking."""
+    shift = entry.shift if entry.method != "EF21" else "-"
+    found = Outcome(
+        problem.name, entry.method, str(entry.compression), shift.replace("none", "-"), dict(entry.settings), entry.label
+    )
+    counted = on(entry, Counted)(problem.start(), size=problem.nodes, **arguments(entry, problem, seed))
+    first = found.suboptimality = problem.value(problem.start()) - best
+    found.points.append((0, 0.0, first))
+    while found.rounds < cap and not found.reached and found.suboptimality <= 100 * first:  # NaN ends it too
+        begin = time.perf_counter()
+        cluster.round()
+        found.seconds += time.perf_counter() - begin
+        found.kilobits += counted.bits(found.rounds) / 1000
+        found.rounds += 1
+        if found.rounds % LOOK == 0 or found.rounds == cap:
+            found.suboptimality = problem.value(cluster.solution()) - best
+            found.points.append((found.rounds, found.kilobits, found.suboptimality))
+            found.reached = found.suboptimality <= tolerance
+    return found
+
+
+def simulate(
+    entry: Entry, name: str, nodes: int, tolerance: float, cap: int, seed: int = 0, ridge: float | None = None
+) -> Outcome:
+    problem, best = prepared(name, nodes, ridge)
+    return follow(entry, problem, best, InOneProcess(entry, problem, seed), tolerance, cap, seed)
+
+
+def tune(entry: Entry, name: str, nodes: int, tolerance: float, cap: int, ridge: float | None = None) -> Outcome | None:
+    """The best of the entry's grid by rounds, None where none came to the tolerance within `cap`."""
+    best: Outcome | None = None
+    for settings in entry.grid:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # much of a grid diverges
+            found = simulate(entry.tuned(settings), name, nodes, tolerance, cap, 0, ridge)
+        if found.reached and (best is None or found.rounds < best.rounds):
+            best, cap = found, found.rounds
+    return best
