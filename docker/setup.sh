@@ -12,8 +12,8 @@ root=$(dirname "$here")
 constraints=$here/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-# system packages: an MPI, a compiler, the benchmarks' network (iproute2), and python3-venv where the interpreter is Debian's own
-packages=(build-essential cmake openmpi-bin libopenmpi-dev openssh-client iproute2)
+# system packages: an MPI, a compiler, the network of benchmarks and tests (iproute2, openssh-server), and python3-venv where the interpreter is Debian's own
+packages=(build-essential cmake openmpi-bin libopenmpi-dev openssh-client openssh-server iproute2)
 interpreter=$(readlink -f "$(command -v "${PYTHON:-python3}")")
 case $interpreter in
   /usr/bin/*) version=$(basename "$interpreter"); packages+=("$version-venv" "$version-dev") ;;
