@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pytorch"
 
 
 @pytest.fixture(scope="session")
-def paper() -> ModuleType:
+def paper() -> Iterator[ModuleType]:
     """The program accordion_paper.py; its parts are modules of the package accordion_paper."""
     for name in ("torch", "matplotlib", "mlxtend", "tqdm"):
         pytest.importorskip(name)
