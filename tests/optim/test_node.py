@@ -1,0 +1,135 @@
+"""One rank's state: checkpoints, regimes, the warning of divergence, whose gradients are asked for."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+
+from hvd_accordion import QSGD, Accordion, PowerSGD, TopK
+
+TOP = TopK(0.1, algorithm="allgather")
+FAMILY = [
+    ("ECLK", {"compression": TOP, "smoothness": 1.0, "strong_convexity": 0.3}),
+    ("ECLK", {"compression": TOP, "smoothness": 1.0, "shift": "learnt"}),
+    ("ECLK", {"compression": PowerSGD(1), "smoothness": 2.0, "l1": 0.1}),
+    ("ECLK", {"compression": QSGD(3), "smoothness": 1.0}),
+    ("ECLK", {"compression": Accordion(PowerSGD(2), PowerSGD(1), interval=4, unit="steps"), "smoothness": 2.0}),
+    ("LKatyusha", {"smoothness": 1.0}),
+    ("ECSGD", {"compression": TOP, "lr": 0.1}),
+    ("ECLSVRG", {"compression": TOP, "lr": 0.1, "shift": "learnt"}),
+    ("EF21", {"compression": PowerSGD(1), "lr": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), FAMILY)
+def test_resumed_steps_are_the_same_bit_for_bit(methods, quadratic, name, arguments):
+    def made():
+        return methods[name]([np.zeros((16, 12))], size=2, seed=3, **arguments)
+
+    def run(method, rounds):
+        for _ in range(rounds):
+            method.step(oracles, oracles)
+
+    oracles = quadratic.oracles()
+    first = made()
+    run(first, 7)
+    x, saved = [v.copy() for v in first.x], [copy.deepcopy(node.state_dict()) for node in first.nodes]
+    run(first, 20)
+
+    second = made()
+    second.x = x
+    for node, state in zip(second.nodes, saved, strict=True):
+        node.load_state_dict(state, np.copy)
+    run(second, 20)
+    assert np.array_equal(first.x[0], second.x[0])
+    for one, other in zip(first.nodes, second.nodes, strict=True):
+        assert one.step == other.step == 27
+        for kind in one.points:
+            assert np.array_equal(one.points[kind][0], other.points[kind][0])
+        for layer, residual in one.channels["fed"].residual.items():
+            assert np.array_equal(residual, other.channels["fed"].residual[layer])
+
+
+def test_state_of_another_rank_is_refused(methods, quadratic):
+    method = methods["ECLK"]([np.zeros((16, 12))], TOP, size=2, smoothness=1.0)
+    method.step(quadratic.oracles(), quadratic.oracles())
+    with pytest.raises(ValueError, match=r"saved by rank 0, this is rank 1: save and load one file per rank"):
+        method.nodes[1].load_state_dict(method.nodes[0].state_dict(), np.copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "remedy"),
+    [
+        ("ECLK", {"compression": TOP, "smoothness": 0.01, "theta1": 0.1}, "raise smoothness or smoothness_factor"),
+        ("ECLSVRG", {"compression": TOP, "lr": 30.0}, "lower lr"),
+    ],
+)
+def test_divergence_warns_once_and_names_the_remedy(methods, quadratic, name, arguments, remedy):
+    method = methods[name]([np.zeros((16, 12))], size=1, **arguments)
+    oracles = quadratic.oracles()[:1]
+    with warnings.catch_warnings(record=True) as seen, np.errstate(all="ignore"):
+        warnings.simplefilter("always")
+        for _ in range(100):
+            method.step(oracles, oracles)
+    told = [str(w.message) for w in seen if "diverges" in str(w.message)]
+    assert len(told) == 1
+    assert remedy in told[0]
+    assert method.method.name in told[0]
+
+
+def test_what_converges_is_not_warned_of(methods, quadratic):
+    method = methods["ECLK"]([np.full((16, 12), 1e-9)], TOP, size=2, smoothness=1.0, strong_convexity=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            method.step(quadratic.oracles(), quadratic.oracles())
+
+
+def test_accordion_changes_the_level_of_each_layer_by_itself(methods):
+    """A layer whose gradient dies away is critical, one whose gradient stays is not; all ranks agree."""
+    fading, steady = np.ones((8, 8)), np.full((8, 8), 1e-9)
+    centres = np.random.default_rng(0).normal(size=(2, 2, 8, 8))
+    oracles = [lambda x, c=c: [fading * (x[0] - c[0]), steady * (x[1] - c[1])] for c in centres]
+    policy = Accordion(TopK(0.5, algorithm="allgather"), TOP, eta=0.5, interval=10, unit="steps")
+    method = methods["ECLSVRG"]([np.zeros((8, 8)), np.zeros((8, 8))], policy, size=2, lr=0.3, p=0.3)
+    seen = []
+    for _ in range(60):
+        method.step(oracles, oracles)
+        specs = [node.controller.specs() for node in method.nodes]
+        assert specs[0] == specs[1]
+        seen.append({name: spec.ratio for name, spec in specs[0].items()})
+    assert seen[5] == {"0": 0.5, "1": 0.5}  # critical until there is something to compare
+    assert seen[25]["1"] == 0.1
+    assert seen[25]["0"] == 0.5
+    assert np.array_equal(method.nodes[0].points["w"][0], method.nodes[1].points["w"][0])
+
+
+def test_gradients_are_asked_for_where_they_are_needed(methods, quadratic):
+    """`full` at w where w has moved; `sampled` at x and, with the same sample, at w; never at w where both are the same."""
+    method = methods["ECLK"]([np.ones((16, 12))], TOP, size=1, smoothness=1.0, p=0.2)
+    asked = []
+
+    def recorded(kind):
+        def oracle(x):
+            asked.append((kind, x[0].copy()))
+            return quadratic.oracles()[0](x)
+
+        return oracle
+
+    sampled, full = recorded("sampled"), recorded("full")
+    moved = True
+    for _ in range(30):
+        asked.clear()
+        x, w = method.x[0].copy(), method.nodes[0].points.get("w", [np.ones((16, 12))])[0].copy()
+        method.step([sampled], [full])
+        expected = [("full", w)] * moved + [("sampled", x), ("sampled", w)]
+        assert [kind for kind, _ in asked] == [kind for kind, _ in expected]
+        assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(asked, expected, strict=True))
+        moved = method.method.coin(method.nodes[0].step - 1)
+    asked.clear()
+    for _ in range(10):
+        method.step([full], [full])
+    assert 10 <= len(asked) < 20
