@@ -211,8 +211,8 @@ class Controller:
         self._silence["steps"] = self.step
         if self._needs_epochs and self.epoch == 0 and self.step_of_epoch > MAX_STEPS_OF_EPOCH:
             raise ValueError(
-                f"steps_per_epoch is None and end_epoch() was not called in {MAX_STEPS_OF_EPOCH} steps, but the Accordion's "
-                "interval counts epochs, so every layer would stay critical for ever: pass steps_per_epoch=len(loader), "
+                f"steps_per_epoch is None and end_epoch() was not called in {MAX_STEPS_OF_EPOCH} steps, but an Accordion "
+                "counts epochs and would leave its first regime, or learning rate, never: pass steps_per_epoch=len(loader), "
                 'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
             )
         self._fall_due([rule for rule in self.rules if rule.unit == "steps" and self.step % rule.interval == 0])
@@ -352,7 +352,7 @@ class Controller:
 def _warn_of_no_epochs(silence: Mapping[str, Any]) -> None:
     if silence["steps"] and not silence["counted"]:
         log.warning(
-            "Accordion's interval counts epochs, but in %d steps neither steps_per_epoch nor end_epoch() told of one: every "
-            "layer stayed critical",
+            "An Accordion counts epochs, but in %d steps neither steps_per_epoch nor end_epoch() told of one: it never left "
+            "its first regime, or learning rate",
             silence["steps"],
         )

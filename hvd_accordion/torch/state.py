@@ -71,4 +71,7 @@ def broadcast_optimizer_state(
     if isinstance(engine, Engine) and engine.active and engine.size > 1:
         mine = {key: part for key, part in saved(engine).items() if key != "residual"}
         shared = hvd.broadcast_object(mine, root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set)
-        load(engine, {**shared, "rank": engine.rank, "size": engine.size, "residual": engine.residual})
+        own = {"rank": engine.rank, "size": engine.size, "residual": engine.residual}
+        if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
+            own["accumulated"] = mine["accumulated"]
+        load(engine, {**shared, **own})

@@ -26,9 +26,27 @@ def test_optimizer(ranks, transport):
     worker("torch/optimizer", ranks, transport, timeout=300)
 
 
+@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (4, "mpi")])
+def test_eclk(ranks, transport):
+    worker("torch/eclk", ranks, transport, timeout=300)
+
+
+def test_eclk_in_tensorflow():
+    worker("tensorflow/eclk", ranks=2, timeout=300)
+    worker("tensorflow/eclk", ranks=4, timeout=400, only="trajectory and (eclk-topk or eclk-powersgd)")
+
+
 def test_norms():
     worker("torch/norms", ranks=2)
     worker("tensorflow/keras_norms", ranks=2, timeout=300)
+
+
+def test_batch_size():
+    worker("torch/batch_size", ranks=2)
+
+
+def test_keras_batch_size():
+    worker("tensorflow/keras_batch_size", ranks=2, timeout=300)
 
 
 def test_auto():

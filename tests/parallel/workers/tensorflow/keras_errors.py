@@ -8,7 +8,7 @@ from keras_common import BATCH, compiled, data, fit, flat, loss, model, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion import Accordion, PowerSGD, TopK
+from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
 
 
 def error_of(run):
@@ -44,6 +44,13 @@ def test_compression_on_one_rank_only():
 def test_different_accordions():
     message = error_of(lambda: trained(compression=mine(Accordion(eta=0.4), Accordion(eta=0.5))))
     assert "eta=0.4" in message and "eta=0.5" in message
+
+
+def test_different_batch_sizes():
+    rules = AccordionBatchSize(16, 64, warmup=3), AccordionBatchSize(16, 64)
+    assert "warmup=3" in error_of(lambda: trained(batch_size=mine(*rules)))
+    message = error_of(lambda: trained(batch_size=AccordionBatchSize(15, 60)))
+    assert f"small must be a multiple of the {hvd.size()} ranks, got 15" in message
 
 
 def test_different_shapes_and_numbers_of_variables():

@@ -5,7 +5,7 @@ import torch
 from common import model, sgd
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import Accordion, PowerSGD, TopK
+from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
 
 
 def error_of(build):
@@ -50,6 +50,19 @@ def test_different_accordions():
 def test_different_norms():
     message = error_of(lambda: build(compression=mine(Accordion(norm="exact"), Accordion())))
     assert "norm='exact'" in message and "norm='sampled'" in message
+
+
+def test_different_batch_sizes():
+    small, large = 4 * hvd.size(), 16 * hvd.size()
+    message = error_of(lambda: build(batch_size=mine(AccordionBatchSize(small, large), None)))
+    assert "batch_size" in message and "None" in message
+    rules = AccordionBatchSize(small, large, lr_drop=0.4), AccordionBatchSize(small, large)
+    assert "lr_drop=0.4" in error_of(lambda: build(batch_size=mine(*rules)))
+
+
+def test_a_small_batch_that_ranks_cannot_share():
+    message = error_of(lambda: build(batch_size=AccordionBatchSize(hvd.size() + 1, 8 * (hvd.size() + 1))))
+    assert f"small must be a multiple of the {hvd.size()} ranks, got {hvd.size() + 1}" in message
 
 
 def test_different_shapes():
