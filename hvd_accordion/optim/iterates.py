@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from hvd_accordion.collectives import Tensor
 from hvd_accordion.ops.protocol import Ops
@@ -100,6 +100,3 @@ class Descent:
     def advance(self, ops: Ops, x: Vectors, points: Points, d: Vectors, refresh: bool) -> tuple[Vectors, Points]:
         moved = self.psi.prox(ops, each(lambda x, d: x - d, x, d), self.lr)
         return moved, {"w": x if refresh else points["w"]}
-
-
-Iterates: TypeAlias = Any  # Katyusha or Descent
