@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup check demo demo-tf ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras dist clean
+.PHONY: help setup check demo demo-tf demo-eclk ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(STAMP)    ## five trainings on two ranks: table, picture (build/demo/) a
 
 demo-tf: $(STAMP) ## the same with Keras on TensorFlow (build/demo-keras/)
 	$(BIN)/python examples/demo.py --framework keras
+
+demo-eclk: $(STAMP) ## error compensated Katyusha on logistic regression, ten simulated nodes (build/eclk/)
+	$(BIN)/python examples/eclk_logistic_regression.py --simulate 10 --mlflow-uri sqlite:///mlflow.db
 
 ui: $(STAMP)      ## MLflow's page on the runs of the demo
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db

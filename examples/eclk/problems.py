@@ -77,7 +77,7 @@ class Problem:
 
     def gradients(self, x: Vectors) -> list[Vectors]:
         """Of f^tau, the mean over the rows of node tau plus the ridge, for each tau."""
-        nodes, rows, d = self.features.shape
+        nodes, rows = self.features.shape[:2]
         scores = self._scores(x)
         if self.classes == 2:
             slopes = -self.targets / (1 + np.exp(self.targets * scores)) / rows

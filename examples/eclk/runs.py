@@ -88,7 +88,12 @@ def follow(
     """Rounds until P - P* <= tolerance, `cap` of them at most; looked at every ten rounds, seconds without the looking."""
     shift = entry.shift if entry.method != "EF21" else "-"
     found = Outcome(
-        problem.name, entry.method, str(entry.compression), shift.replace("none", "-"), dict(entry.settings), entry.label
+        problem.name,
+        entry.method,
+        str(entry.compression),
+        shift.replace("none", "-"),
+        dict(entry.settings),
+        entry.label,
     )
     counted = on(entry, Counted)(problem.start(), size=problem.nodes, **arguments(entry, problem, seed))
     first = found.suboptimality = problem.value(problem.start()) - best
@@ -113,13 +118,22 @@ def simulate(
     return follow(entry, problem, best, InOneProcess(entry, problem, seed), tolerance, cap, seed)
 
 
-def tune(entry: Entry, name: str, nodes: int, tolerance: float, cap: int, ridge: float | None = None) -> Outcome | None:
-    """The best of the entry's grid by rounds, None where none came to the tolerance within `cap`."""
+def tune(
+    entry: Entry, name: str, nodes: int, tolerance: float, cap: int, seed: int = 0, ridge: float | None = None
+) -> Outcome:
+    """The one of the entry's grid that takes the fewest rounds, then kilobits; where none comes there, the nearest."""
     best: Outcome | None = None
     for settings in entry.grid:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # much of a grid diverges
-            found = simulate(entry.tuned(settings), name, nodes, tolerance, cap, 0, ridge)
-        if found.reached and (best is None or found.rounds < best.rounds):
-            best, cap = found, found.rounds
+            found = simulate(entry.tuned(settings), name, nodes, tolerance, cap, seed, ridge)
+        if best is None or rank(found) < rank(best):
+            best = found
+        if best.reached:
+            cap = best.rounds
+    assert best is not None
     return best
+
+
+def rank(found: Outcome) -> tuple[float, float]:
+    return (found.rounds, found.kilobits) if found.reached else (math.inf, found.suboptimality)
