@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hvd_accordion import checks
+from hvd_accordion.caretaker import Caretaker
 from hvd_accordion.records import LayerRecord, MetricValue, layer_metrics, metric_key, metric_values, save_artifacts
 
 log = logging.getLogger("hvd_accordion")
@@ -35,7 +36,7 @@ class MLflowLogger:
 
     An MLflow run that is active when the optimizer starts is joined and left open. Otherwise a run is created
     and ended by `finish`, by the end of a `with` block or when Python exits: FINISHED, or FAILED after an
-    uncaught exception.
+    uncaught exception. Where the process is killed, a small process of its own marks the run FAILED.
 
     An exiting Python runs no thread pools any more, and direct uploads to S3 and the like need them: with an
     artifact store like that call `finish` or use `with`.
@@ -80,6 +81,7 @@ class MLflowLogger:
         self._client: Any = None
         self._run_id: str | None = None
         self._owns_run = False
+        self._caretaker: Caretaker | None = None
         self._experiment_id = "0"
         self._epochs: dict[int, tuple[float, float]] = {}  # bytes sent and dense
         self._windows: dict[int, dict[str, LayerRecord]] = {}
@@ -147,6 +149,8 @@ class MLflowLogger:
         if not self._done.wait(self._timeout):
             self._abandoned = True  # the worker ends after the call that it hangs in
             self._lose(0, f"no answer within {self._timeout:g} s, {self.dropped} values not sent")
+        if self._caretaker is not None:
+            self._caretaker.dismiss()
 
     def __enter__(self) -> MLflowLogger:
         return self
@@ -269,6 +273,8 @@ class MLflowLogger:
             tags = resolve_tags(self._tags)
             run = self._client.create_run(self._experiment_id, tags=tags, run_name=self._run_name)
             self._run_id = run.info.run_id
+            if not self._abandoned:
+                self._caretaker = Caretaker(self._client.tracking_uri, run.info.run_id)
 
     def _send_params(self, params: Mapping[str, str]) -> None:
         """Log parameters. MLflow never changes a parameter: one that the run already has keeps its value."""
