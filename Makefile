@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup check demo demo-tf demo-eclk ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras dist clean
+.PHONY: help setup check demo demo-tf demo-eclk ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ bench-parts: $(STAMP) ## what hides behind backward, memory, selection of entrie
 
 bench-keras: $(STAMP) ## step time under Keras's fit; two ranks, unshaped link
 	$(BIN)/python examples/benchmarks/keras_fit.py
+
+image:            ## the container image hvd-accordion, by Docker, Podman or buildah
+	bash docker/image.sh build
+
+test-image: image ## all tests in the container
+	bash docker/image.sh run make test
 
 dist: $(STAMP)    ## source archive and wheel (dist/), their metadata checked
 	$(BIN)/python -m build

@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# setup.sh VENV: all that the project needs on Debian 12, in the order in which it is needed: system packages, a virtual
-# environment, torch, TensorFlow, MLflow, Horovod built for them, the project itself (editable). Safe to run again.
+# setup.sh VENV [UPTO]: all that the project needs on Debian 12, in the order in which it is needed: system packages, a virtual
+# environment, torch, TensorFlow, Horovod built for them, MLflow and the tools, the project itself (editable). Safe to run
+# again. UPTO ends it early, so that an image can keep what seldom changes in layers of their own: `frameworks` after Horovod,
+# `dependencies` before the project, of which it needs no more than setup.cfg.
 #
-# TORCH_INDEX_URL   where pip looks for torch (else: PyTorch's CPU wheels on a machine without a GPU, if they can be reached)
-# PYTHON            the interpreter to build the environment from (python3)
+# TORCH_INDEX_URL          where pip looks for torch (else: PyTorch's CPU wheels on a machine without a GPU, if they can be reached)
+# HOROVOD_GPU_OPERATIONS   such as NCCL: a set-up for GPUs, whether or not there is one where it is made
+# PYTHON                   the interpreter to build the environment from (python3)
 set -euo pipefail
 
 venv=$1
+upto=${2:-project}
+case $upto in
+  frameworks | dependencies | project) ;;
+  *) echo "setup: UPTO must be frameworks, dependencies or project, got $upto" >&2; exit 2 ;;
+esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 constraints=$here/constraints.txt
@@ -38,7 +46,7 @@ pip --upgrade "setuptools<81" wheel
 # torch: its wheel first and alone, so that an index with nothing but torch in it is enough
 torch=$(grep '^torch==' "$constraints")
 index=${TORCH_INDEX_URL:-}
-if [ -z "$index" ] && ! command -v nvidia-smi >/dev/null; then
+if [ -z "$index" ] && [ -z "${HOROVOD_GPU_OPERATIONS:-}" ] && ! command -v nvidia-smi >/dev/null; then
   index=$("$python" - <<'PY'
 import urllib.request
 url = "https://download.pytorch.org/whl/cpu"
@@ -53,12 +61,32 @@ fi
 if ! "$python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null; then
   pip --no-deps ${index:+--index-url "$index"} "$torch"
 fi
-# TensorFlow: the CPU build unless a GPU is there
-tensorflow=tensorflow-cpu
-if command -v nvidia-smi >/dev/null; then tensorflow=tensorflow; fi
+# TensorFlow: the CPU build unless a GPU is there; an image has no CUDA for it but what comes with it
+tensorflow="tensorflow-cpu"
+if [ -n "${HOROVOD_GPU_OPERATIONS:-}" ]; then
+  tensorflow="tensorflow[and-cuda]"
+elif command -v nvidia-smi >/dev/null; then
+  tensorflow=tensorflow
+fi
 pip torch "$tensorflow" "cmake<4" cffi cloudpickle psutil pyyaml packaging
 
 wheel=$("$here/build_horovod.sh" "$python" | tail -n 1)
 "$python" -c "import horovod" 2>/dev/null || "$python" -m pip install -q --no-deps "$wheel"
+[ "$upto" != frameworks ] || exit 0
 
-pip --no-build-isolation -e "$root[mlflow,test,examples]"
+extras=(mlflow test examples)
+if [ "$upto" = dependencies ]; then
+  "$python" - "$root/setup.cfg" "${extras[@]}" >"$venv/dependencies.txt" <<'PY'
+import configparser
+import sys
+
+file, *extras = sys.argv[1:]
+config = configparser.ConfigParser()
+config.read(file)
+for extra in extras:
+    print(config["options.extras_require"][extra])
+PY
+  pip -r "$venv/dependencies.txt"
+  exit 0
+fi
+pip --no-build-isolation -e "${root}[$(IFS=,; echo "${extras[*]}")]"

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# image.sh build: builds docker/Dockerfile.  image.sh run [COMMAND...]: runs the command in the image (else what the image says).
+# By Docker or Podman where an engine answers; elsewhere, as root on Debian, by buildah, on a base that debootstrap makes from
+# this machine's own package mirror (about 8 GB below WORK).
+#
+# IMAGE             its name (hvd-accordion)
+# DOCKERFILE        another one than docker/Dockerfile
+# ENGINE            docker, podman or buildah (else the first of them that works)
+# BASE_IMAGE        what to build on (else the Dockerfile's own; with buildah debootstrap's)
+# TORCH_INDEX_URL   where pip looks for torch (docker/setup.sh)
+# WORK              buildah's folder (~/.cache/hvd-accordion-image)
+# Podman and buildah see pip's settings on this machine, its certificates and its folders of wheels, for the time of the build.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+image=${IMAGE:-hvd-accordion}
+dockerfile=${DOCKERFILE:-$root/docker/Dockerfile}
+work=${WORK:-$HOME/.cache/hvd-accordion-image}
+
+engine=${ENGINE:-}
+for name in docker podman; do
+  if [ -z "$engine" ] && "$name" info >/dev/null 2>&1; then engine=$name; fi
+done
+engine=${engine:-buildah}
+
+buildah() { TMPDIR=$work/tmp command buildah --storage-driver overlay --root "$work/root" --runroot "$work/run" "$@"; }
+isolation=(--isolation=chroot --network=host) # needs no more than root: no engine, no network of its own, no cgroups
+
+prepare_buildah() {
+  mkdir -p "$work/tmp"
+  if ! command -v buildah >/dev/null || { [ -z "${BASE_IMAGE:-}" ] && ! command -v debootstrap >/dev/null; }; then
+    echo "image: installing buildah and debootstrap"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah debootstrap runc >/dev/null
+  fi
+}
+
+# Debian 12 at its smallest, as an image; the mirror that it came from stays out of it
+base_image() {
+  local base=localhost/debian:bookworm container mirror
+  buildah inspect --type image "$base" >/dev/null 2>&1 && { echo "$base"; return; }
+  mirror=$(sed -n 's/^deb \(\S*\) bookworm main$/\1/p' "$work/sources.list")
+  rm -rf "$work/base"
+  debootstrap --variant=minbase bookworm "$work/base" "$mirror" >"$work/debootstrap.log"
+  for suite in debian:bookworm debian:bookworm-updates debian-security:bookworm-security; do
+    echo "deb http://deb.debian.org/${suite%:*} ${suite#*:} main"
+  done >"$work/base/etc/apt/sources.list"
+  rm -rf "$work"/base/etc/{resolv.conf,hostname} "$work"/base/var/{cache/apt/archives/*.deb,lib/apt/lists/*,log/*.log}
+  container=$(buildah from scratch)
+  buildah add -q "$container" "$work/base" / >/dev/null
+  buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+  buildah commit -q --rm "$container" "$base" >/dev/null
+  rm -rf "$work/base"
+  echo "$base"
+}
+
+# sources.list, pip.conf and `mounts` from the settings of this machine: what they name is mounted below /run/host
+host_settings() {
+  local line key value part path folder
+  mkdir -p "$work"
+  # shellcheck disable=SC2016  # apt fills these in
+  apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 2>/dev/null |
+    sed -n 's|/ bookworm| bookworm|; / bookworm\S* main$/p' | sort -u >"$work/sources.list"
+  [ -s "$work/sources.list" ] || echo "deb http://deb.debian.org/debian bookworm main" >"$work/sources.list"
+  mounts=(-v "$work/pip.conf:/run/host/pip.conf:ro")
+  echo "[global]" >"$work/pip.conf"
+  while IFS= read -r line; do
+    [[ $line =~ ^(global|:env:)\.(cert|index-url|extra-index-url|find-links|constraint|default-timeout)=\'(.*)\'$ ]] || continue
+    key=${BASH_REMATCH[2]} value=
+    for part in ${BASH_REMATCH[3]}; do
+      path=${part#file://}
+      if [ "${path:0:1}" = / ]; then
+        folder=$path
+        # the pages of an index point to its files by paths that leave their own folder
+        [ "$path" = "$part" ] || folder=$(dirname "$path")
+        [ -e "$folder" ] || continue
+        mounts+=(-v "$(realpath "$folder"):/run/host$folder:ro")
+        part=${part/"$path"//run/host$path}
+      fi
+      value="$value $part"
+    done
+    grep -q "^$key =" "$work/pip.conf" || [ -z "$value" ] || echo "$key =$value" >>"$work/pip.conf"
+  done < <(python3 -m pip config list 2>/dev/null)
+}
+
+build() {
+  local arguments=(-f "$dockerfile" -t "$image") base=${BASE_IMAGE:-}
+  arguments+=(--label "org.opencontainers.image.version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/hvd_accordion/__init__.py")")
+  [ -z "${TORCH_INDEX_URL:-}" ] || arguments+=(--build-arg "TORCH_INDEX_URL=$TORCH_INDEX_URL")
+  if [ "$engine" != docker ]; then
+    host_settings
+    arguments+=(--format docker "${mounts[@]}" --build-arg PIP_CONFIG_FILE=/run/host/pip.conf) # OCI's format has no health check
+  fi
+  if [ "$engine" = buildah ]; then
+    prepare_buildah
+    [ -n "$base" ] || { base=$(base_image); arguments+=(-v "$work/sources.list:/etc/apt/sources.list:ro"); }
+  fi
+  [ -z "$base" ] || arguments+=(--build-arg "BASE_IMAGE=$base")
+  case $engine in
+    buildah) buildah bud "${isolation[@]}" --layers "${arguments[@]}" "$root" ;;
+    *) "$engine" build "${arguments[@]}" "$root" ;;
+  esac
+}
+
+run() {
+  if [ "$engine" != buildah ]; then
+    exec "$engine" run --rm --shm-size=1g "$image" "$@"
+  fi
+  local container status=0 command=("$@")
+  [ $# -gt 0 ] || command=(make demo) # buildah runs no entry point and no default command
+  container=$(buildah from "localhost/$image")
+  buildah run "${isolation[@]}" --hostname localhost "$container" -- "${command[@]}" || status=$?
+  buildah rm "$container" >/dev/null
+  return "$status"
+}
+
+case ${1:-} in
+  build) build ;;
+  run) shift; run "$@" ;;
+  *) sed -n '2p' "${BASH_SOURCE[0]}"; exit 2 ;;
+esac
