@@ -30,6 +30,15 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
         "EF21": {"step": 1.9},
         "EC-GD": {"step": 0.5},
     },
+    "breast-l1": {
+        "ECLK": {"smoothness_factor": 0.25, "theta1": 0.05, "p": 0.33},
+        "ECLK learnt": {"smoothness_factor": 0.25, "theta1": 0.1, "p": 0.1},
+        "ECLK RandomK": {"smoothness_factor": 0.25, "theta1": 0.1, "p": 0.33},
+        "L-Katyusha": {"smoothness_factor": 0.1, "theta1": 0.1, "p": 1.0},
+        "EC-LSVRG": {"step": 1.9, "p": 0.03},
+        "EF21": {"step": 1.9},
+        "EC-GD": {"step": 0.5},
+    },
     "mnist": {
         "ECLK": {"smoothness_factor": 0.25, "theta1": 0.2, "p": 0.05},
         "ECLK learnt": {"smoothness_factor": 0.25, "theta1": 0.2, "p": 0.03},

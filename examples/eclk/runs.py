@@ -23,6 +23,14 @@ PROBLEMS = {
     "mnist-l1": functools.partial(mnist, ridge=1e-2, l1=1e-3, name="MNIST, L1+L2"),
     "multinomial": functools.partial(multinomial, ridge=1e-2),
 }
+CAPS = {
+    "breast": 12_000,
+    "breast-l1": 12_000,
+    "mnist": 6_000,
+    "mnist-l1": 6_000,
+    "multinomial": 3_000,
+}  # rounds at most
+TOLERANCES = dict.fromkeys(PROBLEMS, 1e-10) | {"multinomial": 1e-6}
 
 
 @functools.cache
