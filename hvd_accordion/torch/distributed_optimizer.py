@@ -177,6 +177,11 @@ class _Reports:
         """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
         self._hvd.end_epoch()
 
+    @property
+    def completes_batch(self) -> bool:
+        """Whether the `step()` of the backward pass that comes next, or has just run, updates the parameters."""
+        return self._hvd.completes_batch
+
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
         return self._hvd.controller.report(self._hvd.bytes_per_step())
@@ -258,11 +263,6 @@ def _compressed(
                     loss = closure()
                 engine.synchronize()
                 return loss
-
-        @property
-        def completes_batch(self) -> bool:
-            """Whether the `step()` of the backward pass that comes next, or has just run, updates the parameters."""
-            return not self._hvd.waiting if self._hvd.synchronized else self._hvd.due
 
         def end_epoch(self) -> None:
             """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank.

@@ -157,12 +157,17 @@ class Engine:
         """Whether micro-batches wait for others."""
         return self.sums.count > 0
 
+    @property
+    def completes_batch(self) -> bool:
+        """Whether the next step of the optimizer updates the parameters."""
+        return not self.waiting if self.synchronized else self.due
+
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
+        self.synchronized = False
         if self.size == 1:
             return
         begin = time.perf_counter()
-        self.synchronized = False
         if self.passes[name] <= 0:
             raise AssertionError(TOO_MANY_PASSES)
         self.passes[name] -= 1

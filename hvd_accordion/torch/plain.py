@@ -12,6 +12,8 @@ from hvd_accordion.controller import Controller
 class PlainEngine:
     """Wraps Horovod's `synchronize`. `spec` has the cost of what Horovod sends."""
 
+    completes_batch = True  # every step is an update
+
     def __init__(self, controller: Controller, spec: CompressionSpec, synchronize: Callable[[], None]) -> None:
         self.controller, self.spec, self._synchronize = controller, spec, synchronize
         self._sent = sum(self.bytes_per_step().values())

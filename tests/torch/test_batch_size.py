@@ -169,6 +169,21 @@ def test_grad_scaler():
         scaler.step(optimizer)
 
 
+def test_a_step_left_out_after_an_overflow_loses_no_later_micro_batch():
+    net = network()
+    optimizer = made(net, rule(warmup=0), steps_per_epoch=8)
+    for step in range(4 * 8):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        if step == 19:  # completes the first large batch; as a GradScaler does that found Inf
+            optimizer.synchronize()
+            continue
+        assert optimizer.completes_batch is (step < 16 or step % 4 == 3)
+        optimizer.step()
+    assert (optimizer.stats.steps, optimizer.stats.updates) == (32, 16 + 4)
+    assert hvd.DistributedOptimizer(torch.optim.SGD(network().parameters(), lr=LR)).completes_batch
+
+
 def test_all_groups_rates_are_scaled_and_a_scheduler_sees_its_own():
     net, other = network(), network()
 
