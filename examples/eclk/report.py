@@ -80,13 +80,13 @@ def picture(outcomes: Sequence[Outcome], xlabel: str, place: int) -> Figure:
         axes.set_ylim(bottom=min(f.suboptimality for f in outcomes if f.data == name) / 3)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5 if columns > 1 else 3, frameon=False)
     return figure
 
 
 def draw(axes: Axes, found: Outcome, kinds: Sequence[str], place: int) -> object:
     colour = LINES[kinds.index(found.label.removesuffix(", untuned")) % len(LINES)]
-    points = [(p[place], p[2]) for p in found.points[1:] if p[2] > 0]  # at 0 rounds there is no place on the axis
+    points = [(p[place], p[2]) for p in found.points[2:] if p[2] > 0]  # nothing is to be seen in the first rounds
     style = "--" if found.label.endswith(", untuned") else "-"
     (line,) = axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.8)
     if found.reached:
