@@ -17,7 +17,7 @@ FOLDER = Path(os.environ["LOGS"])
 
 def test_mlflow_holds_what_was_counted(monkeypatch):
     monkeypatch.chdir(FOLDER)
-    uri = f"sqlite:///{FOLDER}/mlflow.db"
+    uri = os.environ.get("TEST_TRACKING_URI") or f"sqlite:///{FOLDER}/mlflow.db"
     logger = MLflowLogger(tracking_uri=uri, experiment_name="e", run_name="r") if hvd.rank() == 0 else None
     net = model()
     compression = Accordion(critical=TopK(0.1), relaxed=TopK(0.01), interval=1)
