@@ -11,6 +11,7 @@
 # WORK              buildah's folder (~/.cache/hvd-accordion-image)
 # Podman and buildah see pip's settings on this machine, its certificates and its folders of wheels, for the time of the build.
 set -euo pipefail
+shopt -s inherit_errexit
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 image=${IMAGE:-hvd-accordion}
@@ -45,7 +46,10 @@ base_image() {
   for suite in debian:bookworm debian:bookworm-updates debian-security:bookworm-security; do
     echo "deb http://deb.debian.org/${suite%:*} ${suite#*:} main"
   done >"$work/base/etc/apt/sources.list"
-  rm -rf "$work"/base/etc/{resolv.conf,hostname} "$work"/base/var/{cache/apt/archives/*.deb,lib/apt/lists/*,log/*.log}
+  # as in Debian's own image: packages don't stay behind once they are unpacked
+  echo 'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin || true"; };' \
+    >"$work/base/etc/apt/apt.conf.d/docker-clean"
+  rm -rf "$work"/base/etc/{resolv.conf,hostname} "$work"/base/var/{cache/apt/archives/*.deb,cache/apt/*.bin,lib/apt/lists/*,log/*.log}
   container=$(buildah from scratch)
   buildah add -q "$container" "$work/base" / >/dev/null
   buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
