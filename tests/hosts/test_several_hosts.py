@@ -29,7 +29,9 @@ pytestmark = [
 @pytest.mark.parametrize(("count", "transport"), [(2, "gloo"), (4, "mpi")])
 def test_training(bring_up, count, transport):
     hosts = bring_up(count)
-    job = hosts.launch([*PYTEST, str(WORKERS / "training.py")], transport, TEST_HOSTS=str(count))
+    # Horovod's ranks talk once a cycle, sent or not: few cycles, or a slow machine counts too much of that
+    settings = {"TEST_HOSTS": str(count), "HOROVOD_CYCLE_TIME": "20"}
+    job = hosts.launch([*PYTEST, str(WORKERS / "training.py")], transport, **settings)
     ended = hosts.await_end(job, 150)
     assert ended.status == 0, ended.output
     assert len(re.findall(r"\b3 passed", ended.output)) == count, ended.output
