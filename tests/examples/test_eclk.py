@@ -78,7 +78,7 @@ def test_rounds_grow_with_the_root_of_kappa(breast, ec_lsvrg):
     assert all(outcome.reached for outcome in found)
     assert found[1].rounds <= 4 * found[0].rounds
     assert found[2].rounds <= 4 * found[1].rounds
-    easy = breast("EC-LSVRG", ridge=1e-2)
+    easy = breast("EC-LSVRG", {"step": 1.9, "p": 0.1}, ridge=1e-2)  # 1 / p must not outweigh so small a kappa
     assert easy.reached
     assert not ec_lsvrg.reached
     assert ec_lsvrg.rounds >= 8 * easy.rounds
