@@ -26,7 +26,6 @@ HOROVODRUN = Path(sys.executable).parent / "horovodrun"
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", ""))
 
 # A cut link shows only by silence. These give it so many seconds, instead of the minutes that they have by default.
-GLOO_TIMEOUT = 8  # of a collective of Horovod's
 KEEPALIVE = {  # of Open MPI's daemons: 2 s of silence, then two questions, 2 s each
     "OMPI_MCA_oob_tcp_keepalive_time": "2",
     "OMPI_MCA_oob_tcp_keepalive_intvl": "2",
@@ -53,7 +52,7 @@ PasswordAuthentication no
 PermitRootLogin prohibit-password
 PermitUserRC no
 ClientAliveInterval 2
-ClientAliveCountMax 3
+ClientAliveCountMax 5
 """
 # Gives a process a host's name, and the names of all of them
 NAMED = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
@@ -87,7 +86,6 @@ class Hosts:
             "TF_ENABLE_ONEDNN_OPTS": "0",
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{self.folder}:{os.environ['PATH']}",  # the folder's ssh
-            "HOROVOD_GLOO_TIMEOUT_SECONDS": str(GLOO_TIMEOUT),
             "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
             "OMPI_MCA_btl": "tcp,self",  # as between machines: memory can't be shared
             "OMPI_MCA_btl_tcp_if_include": "eth0",

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from ssh_hosts import GLOO_TIMEOUT
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 WORKERS = Path(__file__).parent / "workers"
+GLOO_TIMEOUT = 10  # seconds; of a collective, and of the ranks' first meeting
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "--color=no", "-p", "no:cacheprovider", "-c", "/dev/null"]
 LOST = {
     "gloo": r"horovod.common.exceptions.HorovodInternalError: ",
@@ -45,7 +45,8 @@ def test_a_cut_link_ends_the_training_and_fails_its_run(bring_up, transport, tmp
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     client.search_experiments()
     hosts = bring_up(2)
-    job = hosts.launch([sys.executable, str(WORKERS / "cut_off.py")], transport, TEST_FOLDER=str(tmp_path))
+    settings = {"TEST_FOLDER": str(tmp_path), "HOROVOD_GLOO_TIMEOUT_SECONDS": str(GLOO_TIMEOUT)}
+    job = hosts.launch([sys.executable, str(WORKERS / "cut_off.py")], transport, **settings)
     run_id = await_file(tmp_path / "run", job, hosts)
     assert client.get_run(run_id).info.status == "RUNNING"
 
