@@ -21,7 +21,8 @@ RATIOS = {"breast": 1 / 30, "mnist": 0.01, "multinomial": 0.01}  # share of the 
 # with ten nodes, multinomial with four. `--tune` searches again. `step` is lr in units of 1/L. What was decided by hand:
 # ECLK's p on breast cancer and under multinomial, where the grid's takes fewer rounds (0.33: a tenth, 0.1: a third), but
 # more bits; and no smoothness_factor below 0.25 for ECLK: now and then it takes fewer rounds yet, and with the next seed
-# three times as many. EC-GD gets nowhere with any; step 1 shows it soonest.
+# three times as many. EC-GD gets nowhere with any; step 1 shows it soonest. On MNIST ECLK under "refresh" takes between 1,080
+# and over 3,000 rounds by the seed, under "learnt" 1,400 to 1,560.
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "breast": {
         "ECLK": {"smoothness_factor": 0.25, "theta1": 0.05, "p": 0.25},
