@@ -36,7 +36,8 @@ class ECLK:
         l1, l2: of the part that is not in the closures, >= 0; taken through its prox.
         shift: "refresh" sends grad f^tau(w) dense whenever w has moved; "learnt" sends no gradient dense but the first.
         lr: eta / L1, in place of `smoothness`, where nobody knows one; needs theta1.
-        smoothness_factor: c in L1 = c smoothness, > 0. Default: 1, and 4 under RandomK.
+        smoothness_factor: c in L1 = c smoothness, > 0. Default: 1, and 4 under RandomK. Where all directions curve about as
+            much and little travels it must be larger, up to about 1/(10 delta); a warning says so when it diverges.
         seed: of the coin and everything random in compression; the global generators are left alone.
         process_set: the ranks that take part.
         steps_per_epoch, logger: as `DistributedOptimizer`'s; epochs matter to an Accordion and to the logger.
