@@ -60,7 +60,7 @@ base_image() {
 
 # sources.list, pip.conf and `mounts` from the settings of this machine: what they name is mounted below /run/host
 host_settings() {
-  local line key value part path folder
+  local line key value part path folder target
   mkdir -p "$work"
   # shellcheck disable=SC2016  # apt fills these in
   apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 2>/dev/null |
@@ -78,8 +78,9 @@ host_settings() {
         # the pages of an index point to its files by paths that leave their own folder
         [ "$path" = "$part" ] || folder=$(dirname "$path")
         [ -e "$folder" ] || continue
-        mounts+=(-v "$(realpath "$folder"):/run/host$folder:ro")
-        part=${part/"$path"//run/host$path}
+        target=/run/host/$((${#mounts[@]} / 2)) # what is mounted leaves an empty folder in the image: let its name tell nothing
+        mounts+=(-v "$(realpath "$folder"):$target:ro")
+        part=${part/"$folder"/"$target"}
       fi
       value="$value $part"
     done
