@@ -69,7 +69,8 @@ def train(
                 "seconds": seconds,
                 "sent_bytes": optimizer.stats.sent_bytes,
                 "dense_bytes": optimizer.stats.dense_bytes,
-                "small": optimizer.stats.updates - updates == work.steps,  # batches, all of the epoch
+                # batches, but for a large one that was under way when the rate dropped
+                "small": 2 * (optimizer.stats.updates - updates) > work.steps,
             }
         )
         record["regimes"].append({r.name: r.regime for r in optimizer.compression_report() if r.regime})
