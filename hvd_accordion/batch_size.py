@@ -23,8 +23,10 @@ class AccordionBatchSize(Rule):
 
     The loader yields micro-batches of `small` / ranks examples on each rank, always. While the model is critical each of
     them makes an update; else large / small of them add up locally, and their mean is exchanged and applied as one.
-    `Accordion`'s rule decides: the norm changed by `eta` or more since the last check (either way) is critical, so is
-    everything up to the first comparison, and from a drop of the learning rate until the next check.
+    `Accordion`'s rule decides when it grows: a norm that changed by `eta` or more since the last check (either way) is
+    critical, so is everything up to the first comparison. Once large it stays so, whatever the norm does, as in the published
+    runs: larger batches at a larger rate change the norm by themselves. What makes it small again, until the next check, is
+    a drop of the learning rate, or a norm that is not finite.
 
     Learning rate. An update of k micro-batches is made at the user's own rate times lr_scale(epoch) k / (large / small),
     where lr_scale goes linearly from 1 in the epoch in which the batch grew to large / small `warmup` epochs later
@@ -101,8 +103,10 @@ class AccordionBatchSize(Rule):
             lr: the user's learning rate now.
             epoch: the first one in which a larger batch counts, from 0.
         """
-        before = self.passes
+        before, stays = self.passes, math.isfinite(norm) and not self._dropped(lr)
         self._decide({WHOLE: norm}, lr)
+        if before > 1 and stays:
+            self.regimes[WHOLE] = Regime.RELAXED
         if self.passes > before:
             self.grown = epoch
         return self.regime(WHOLE)

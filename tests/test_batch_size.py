@@ -50,15 +50,15 @@ def test_small_until_two_windows_have_been_compared():
     assert batch.observe(3.0, 0.1, 11) is RELAXED and batch.passes == 8
 
 
-@pytest.mark.parametrize("norm", [0.5, 1.5, 0.0, 9.0, math.nan, math.inf])
-def test_a_large_change_shrinks_the_batch_and_the_rate_at_once(norm):
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_shrinks_the_batch_and_the_rate_at_once(norm):
     batch = grown()
     assert batch.observe(norm, 0.1, 30) is CRITICAL
     assert (batch.passes, batch.lr_scale(30), batch.lr_scale(99)) == (1, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("norm", [0.51, 1.49])
-def test_a_small_change_neither_shrinks_nor_starts_another_warm_up(norm):
+@pytest.mark.parametrize("norm", [0.0, 0.51, 1.49, 2.5, 9.0])
+def test_whatever_a_large_batch_does_to_the_norm_it_neither_shrinks_nor_warms_up_again(norm):
     batch = grown()
     assert batch.observe(norm, 0.1, 30) is RELAXED
     assert (batch.passes, batch.lr_scale(30)) == (8, 8.0)
@@ -73,10 +73,12 @@ def test_a_drop_of_the_rate_shrinks_it_until_the_next_check_after_which_it_warms
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12), st.floats(0.01, 2))
-def test_decides_as_an_accordion_does_of_one_layer(norms, eta):
+def test_grows_when_an_accordion_of_one_layer_first_relaxes(norms, eta):
     batch, accordion = rule(eta=eta), Accordion(eta=eta)
+    relaxed = False
     for i, norm in enumerate(norms):
-        assert batch.observe(norm, 0.1, i) is accordion.observe({"w": norm}, 0.1)["w"]
+        relaxed = relaxed or accordion.observe({"w": norm}, 0.1)["w"] is RELAXED
+        assert batch.observe(norm, 0.1, i) is (RELAXED if relaxed else CRITICAL)
 
 
 def test_state_survives_json():
@@ -84,7 +86,7 @@ def test_state_survives_json():
     other = rule()
     other.load_state_dict(json.loads(json.dumps(batch.state_dict())))
     assert (other.passes, other.lr_scale(22), other.lr) == (8, batch.lr_scale(22), 0.1)
-    assert other.observe(1.6, 0.1, 30) is CRITICAL
+    assert other.observe(1.6, 0.04, 30) is CRITICAL
 
 
 @pytest.mark.parametrize(
