@@ -133,3 +133,28 @@ def test_gradients_are_asked_for_where_they_are_needed(methods, quadratic):
     for _ in range(10):
         method.step([full], [full])
     assert 10 <= len(asked) < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "first", "later"),
+    [
+        ("ECLK", {"smoothness": 1.0, "p": 0.2}, {"fed", "dense"}, {"fed"}),
+        ("ECLK", {"smoothness": 1.0, "shift": "learnt"}, {"fed", "dense"}, {"fed", "learnt"}),
+        ("ECSGD", {"lr": 0.1}, {"fed"}, {"fed"}),
+        ("EF21", {"lr": 0.1}, {"dense"}, {"learnt"}),
+    ],
+)
+def test_a_round_sends_one_message_and_a_dense_one_where_w_has_moved(methods, quadratic, name, arguments, first, later):
+    method = methods[name]([np.ones((16, 12))], TOP, size=2, **arguments)
+    oracles, sent, node = quadratic.oracles(), [], method.nodes[0]
+    messages = node.messages
+    node.messages = lambda *gradients: sent.append(messages(*gradients)) or sent[-1]
+    moved = []
+    for _ in range(40):
+        moved.append(node.moved)
+        method.step(oracles, oracles)
+    kinds = [sorted(message.split(".")[0] for message in round_) for round_ in sent]
+    dense = name == "ECLK" and "shift" not in arguments
+    assert kinds[0] == sorted(first)
+    assert kinds[1:] == [sorted(later | ({"dense"} if dense and m else set())) for m in moved[1:]]
+    assert not dense or 1 < sum(moved) < 20
