@@ -27,7 +27,7 @@ def test_one_command(paper, tmp_path, monkeypatch, capsys):
     assert result["sent_bytes"] > 0 and result["seconds"] > 0
     shapes = [(500, 32), *2 * [(128, 32), (128, 32), (128,), (128,)], (500,)]
     steps = 2 * -(
-        -(6000 // 64 - 1) // 30
+        -(6000 // 32 - 1) // 30
     )  # up to the first comparison, which ends the second epoch here, all is critical
     dense = [floats for shape in shapes if len(shape) == 1 for floats in shape]
     sparse = [2 * 2 * math.ceil(0.99 * math.prod(shape)) for shape in shapes if len(shape) == 2]

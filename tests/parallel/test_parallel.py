@@ -126,8 +126,10 @@ CHECK = ["-m", "hvd_accordion", "check", "--parameters", "1e5"]
 def test_check(framework, transport):
     output = horovodrun([sys.executable, *CHECK, "--framework", framework], 2, transport)
     assert output.count("Software") == 1 and "Nothing is broken." in output  # rank 0 alone prints
-    link = re.search(rf"([\d,]+) Mbit/s, ([\d.]+) ms a collective, 2 ranks, by {framework}", output)
-    assert link and float(link[1].replace(",", "")) > 10 and 0 < float(link[2]) < 1000
+    # the machine's own memory, on a busy machine, may seem to take no longer for more bytes
+    speed = r"(?:([\d,]+) Mbit/s|too fast to be told)"
+    link = re.search(rf"{speed}, ([\d.]+) ms a collective, 2 ranks, by {framework}", output)
+    assert link and float((link[1] or "inf").replace(",", "")) > 10 and 0 < float(link[2]) < 1000, output
     assert "the same versions and settings on all 2" in output and ": 2 of 2 ranks" in output
     steps = re.findall(
         r"(Dense\(\)|PowerSGD\(rank=4\)|TopK\(ratio=0.01\)) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.]+)", output
