@@ -97,3 +97,25 @@ class Training:
                 "full_closure must be a function that gives the mean loss over all of this rank's data (the same as closure "
                 f"where that does), for {self.method.name} takes a full gradient whenever w has moved, got {full_closure!r}"
             )
+
+
+class Reports:
+    """What an optimizer of any framework tells of its `Training`."""
+
+    _training: Training
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._training.method})"
+
+    def end_epoch(self) -> None:
+        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
+        self._training.end_epoch()
+
+    def compression_report(self) -> CompressionReport:
+        """Per parameter: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        return self._training.report()
+
+    @property
+    def stats(self) -> Stats:
+        """Running totals of steps, bytes and seconds."""
+        return self._training.stats

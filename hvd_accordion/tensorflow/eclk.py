@@ -16,9 +16,8 @@ from hvd_accordion.naming import Prefix
 from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.optim import family, recipes, smoothness
 from hvd_accordion.optim.iterates import Vectors
-from hvd_accordion.optim.training import Training
+from hvd_accordion.optim.training import Reports, Training
 from hvd_accordion.plan import Compression
-from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.tensorflow.agreement import from_rank_0, require_equal
 from hvd_accordion.tensorflow.variables import names_of, value_of
 from hvd_accordion.tensorflow.waves import Waves
@@ -26,7 +25,7 @@ from hvd_accordion.tensorflow.waves import Waves
 Closure = Callable[[], Any]
 
 
-class ErrorCompensated:
+class ErrorCompensated(Reports):
     """A method of `optim.family` on tf.Variable or keras.Variable.
 
     Args:
@@ -58,9 +57,6 @@ class ErrorCompensated:
             ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger if active else None
         )
         self._waves: Waves | None = None  # as long as ranks have not compared what they must have in common
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._training.method})"
 
     def step(self, closure: Closure, full_closure: Closure | None = None) -> Any:
         """A round. Returns closure's loss at x.
@@ -128,19 +124,6 @@ class ErrorCompensated:
             yield
         finally:
             self._place(x)
-
-    def end_epoch(self) -> None:
-        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
-        self._training.end_epoch()
-
-    def compression_report(self) -> CompressionReport:
-        """Per variable: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
-        return self._training.report()
-
-    @property
-    def stats(self) -> Stats:
-        """Running totals of steps, bytes and seconds."""
-        return self._training.stats
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, but for x, as dicts of numpy arrays and numbers: save and load one file per rank."""

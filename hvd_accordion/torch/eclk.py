@@ -18,9 +18,8 @@ from hvd_accordion.naming import Prefix
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.optim import family, recipes, smoothness
 from hvd_accordion.optim.iterates import Vectors
-from hvd_accordion.optim.training import Training
+from hvd_accordion.optim.training import Reports, Training
 from hvd_accordion.plan import Compression
-from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.torch.agreement import from_rank_0, require_equal
 from hvd_accordion.torch.driver import Driver
 from hvd_accordion.torch.oracle import Closure, Oracle
@@ -28,7 +27,7 @@ from hvd_accordion.torch.oracle import Closure, Oracle
 STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
 
 
-class ErrorCompensated(torch.optim.Optimizer):
+class ErrorCompensated(Reports, torch.optim.Optimizer):
     """A method of `optim.family` on torch parameters.
 
     Args:
@@ -59,9 +58,6 @@ class ErrorCompensated(torch.optim.Optimizer):
             ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger if active else None
         )
         self._driver: Driver | None = None  # as long as ranks have not compared what they must have in common
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._training.method})"
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, full_closure: Closure | None = None) -> Any:  # type: ignore[override]
@@ -122,19 +118,6 @@ class ErrorCompensated(torch.optim.Optimizer):
             yield
         finally:
             self._oracle.place(x)
-
-    def end_epoch(self) -> None:
-        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
-        self._training.end_epoch()
-
-    def compression_report(self) -> CompressionReport:
-        """Per parameter: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
-        return self._training.report()
-
-    @property
-    def stats(self) -> Stats:
-        """Running totals of steps, bytes and seconds."""
-        return self._training.stats
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """RuntimeError after construction: a method is one of all its parameters."""
