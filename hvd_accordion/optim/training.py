@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hvd_accordion import checks
@@ -103,6 +104,22 @@ class Reports:
     """What an optimizer of any framework tells of its `Training`."""
 
     _training: Training
+    _x: Callable[[], Vectors]  # copies of what its parameters hold
+    _place: Callable[[Vectors], None]  # puts a point there
+
+    @contextmanager
+    def solution(self) -> Iterator[None]:
+        """In this context the parameters hold the method's solution: y under ECLK and L-Katyusha, x under the others."""
+        found = self._training.node.solution
+        if found is None:
+            yield
+            return
+        x = self._x()
+        self._place(found)
+        try:
+            yield
+        finally:
+            self._place(x)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._training.method})"

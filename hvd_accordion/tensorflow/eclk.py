@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -50,12 +49,13 @@ class ErrorCompensated(Reports):
         names = names_of(list(params))
         layers = [recipes.layer_of(n, tuple(v.shape), v.dtype.name) for n, v in zip(names, wide, strict=True)]
         self._process_set, self._prefix = process_set, Prefix(process_set)
-        active = process_set.included()
-        rank, size = (process_set.rank(), process_set.size()) if active else (0, 1)
+        if not process_set.included():
+            raise ValueError(
+                f"process_set must include this rank, got {process_set}: only its members make the optimizer"
+            )
+        rank, size = process_set.rank(), process_set.size()
         share = self._from_rank_0 if size > 1 else list
-        self._training = Training(
-            ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger if active else None
-        )
+        self._training = Training(ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger)
         self._waves: Waves | None = None  # as long as ranks have not compared what they must have in common
 
     def step(self, closure: Closure, full_closure: Closure | None = None) -> Any:
@@ -100,30 +100,15 @@ class ErrorCompensated(Reports):
 
     def _compared(self, x: Vectors) -> Waves:
         """What runs exchanges, once all ranks are known to be alike: settings, and the values of all that they must share."""
-        if self._process_set.included():
-            digest = hashlib.blake2b(digest_size=8)
-            for v in [*x, *self._training.node.shared()]:
-                digest.update(v.numpy().tobytes())
-            require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
+        digest = hashlib.blake2b(digest_size=8)
+        for v in [*x, *self._training.node.shared()]:
+            digest.update(v.numpy().tobytes())
+        require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
         self._waves = Waves(str(self._prefix), self._process_set)
         return self._waves
 
     def _from_rank_0(self, numbers: Any) -> list[float]:
         return from_rank_0(numbers, f"{self._prefix}.norms", self._process_set)
-
-    @contextmanager
-    def solution(self) -> Iterator[None]:
-        """In this context the variables hold the method's solution: y under ECLK and L-Katyusha, x under the others."""
-        found = self._training.node.solution
-        if found is None:
-            yield
-            return
-        x = [v.read_value() for v in self.variables]
-        self._place(found)
-        try:
-            yield
-        finally:
-            self._place(x)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, but for x, as dicts of numpy arrays and numbers: save and load one file per rank."""

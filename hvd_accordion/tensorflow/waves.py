@@ -22,8 +22,7 @@ class Waves:
 
     def __init__(self, prefix: str, process_set: Any) -> None:
         self.prefix, self.process_set = prefix, process_set
-        size = process_set.size() if process_set.included() else 1
-        self._driver = Driver(prefix, process_set, (1 / size, 1.0))
+        self._driver = Driver(prefix, process_set, (1 / process_set.size(), 1.0))
         self._traced: dict[Wave, Callable[..., Any]] = {}
 
     def run(self, rounds: Mapping[str, Rounds[Step]]) -> tuple[dict[str, Step], float]:

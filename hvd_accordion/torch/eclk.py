@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import horovod.torch as hvd
@@ -50,13 +49,14 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         wide = ops.widen([p.detach() for p in tensors])
         layers = [recipes.layer_of(n, p.shape, ops.dtype(p), str(p.device)) for n, p in zip(names, wide, strict=True)]
         self._process_set, self._prefix = process_set, Prefix(process_set)
-        active = process_set.included()
-        rank, size = (process_set.rank(), process_set.size()) if active else (0, 1)
+        if not process_set.included():
+            raise ValueError(
+                f"process_set must include this rank, got {process_set}: only its members make the optimizer"
+            )
+        rank, size = process_set.rank(), process_set.size()
         self._oracle = Oracle(tensors)
         share = self._from_rank_0 if size > 1 else list
-        self._training = Training(
-            ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger if active else None
-        )
+        self._training = Training(ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger)
         self._driver: Driver | None = None  # as long as ranks have not compared what they must have in common
 
     @torch.no_grad()
@@ -72,9 +72,7 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         """
         training, oracle = self._training, self._oracle
         training.check_closures(closure, full_closure)
-        x = ops.widen([p.detach() for p in oracle.params])
-        if any(wide.data_ptr() == p.data_ptr() for wide, p in zip(x, oracle.params, strict=True)):
-            x = [v.clone() for v in x]
+        x = self._x()
         driver = self._driver or self._compared(x)
         sampled = oracle.at(x, closure)  # type: ignore[arg-type]
         full = sampled if full_closure in (None, closure) else oracle.at(x, full_closure)
@@ -94,30 +92,21 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
 
     def _compared(self, x: Vectors) -> Driver:
         """The driver, once all ranks are known to be alike: settings, and the values of all that they must share."""
-        if self._process_set.included():
-            digest = hashlib.blake2b(digest_size=8)
-            for v in [*x, *self._training.node.shared()]:
-                digest.update(v.cpu().numpy().tobytes())
-            require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
+        digest = hashlib.blake2b(digest_size=8)
+        for v in [*x, *self._training.node.shared()]:
+            digest.update(v.cpu().numpy().tobytes())
+        require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
         self._driver = Driver(str(self._prefix), self._process_set, (1 / self._training.size, 1.0))
         return self._driver
 
     def _from_rank_0(self, numbers: Any) -> list[float]:
         return from_rank_0(numbers, f"{self._prefix}.norms", self._process_set)
 
-    @contextmanager
-    def solution(self) -> Iterator[None]:
-        """In this context the parameters hold the method's solution: y under ECLK and L-Katyusha, x under the others."""
-        found, params = self._training.node.solution, self._oracle.params
-        if found is None:
-            yield
-            return
-        x = [p.detach().clone() for p in params]
-        self._oracle.place(found)
-        try:
-            yield
-        finally:
-            self._oracle.place(x)
+    def _x(self) -> Vectors:
+        return [v.clone() for v in ops.widen([p.detach() for p in self._oracle.params])]
+
+    def _place(self, point: Vectors) -> None:
+        self._oracle.place(point)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """RuntimeError after construction: a method is one of all its parameters."""
