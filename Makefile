@@ -58,8 +58,9 @@ bench-keras: $(STAMP) ## step time under Keras's fit; two ranks, unshaped link
 image:            ## the container image hvd-accordion, by Docker, Podman or buildah
 	bash docker/image.sh build
 
-test-image: image ## all tests in the container
+test-image: image ## all tests in the container; those of several hosts as its root
 	bash docker/image.sh run make test
+	bash docker/image.sh privileged python -m pytest tests/hosts tests/benchmarks/test_hosts.py
 
 dist: $(STAMP)    ## source archive and wheel (dist/), their metadata checked
 	$(BIN)/python -m build

@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# image.sh build: builds docker/Dockerfile.  image.sh run [COMMAND...]: runs the command in the image (else what the image says).
+# image.sh build                  builds docker/Dockerfile
+# image.sh run [COMMAND...]       runs the command in the image (else what the image says)
+# image.sh privileged COMMAND...  the same as root of a container that may make networks of its own
+# image.sh able                   whether there is an engine: if not, says why and fails
+#
 # By Docker or Podman where an engine answers; elsewhere, as root on Debian, by buildah, on a base that debootstrap makes from
 # this machine's own package mirror (about 8 GB below WORK).
 #
@@ -23,6 +27,20 @@ for name in docker podman; do
   if [ -z "$engine" ] && "$name" info >/dev/null 2>&1; then engine=$name; fi
 done
 engine=${engine:-buildah}
+
+able() {
+  [ "$engine" = buildah ] || return 0
+  if [ "$(id -u)" != 0 ]; then
+    echo "image: neither docker nor podman answers, and buildah needs root"
+  elif ! command -v buildah >/dev/null && ! grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release; then
+    echo "image: neither docker nor podman answers, and there is no buildah, nor a Debian 12 to install it on"
+  elif ! unshare --mount true 2>/dev/null; then
+    echo "image: neither docker nor podman answers, and buildah may not mount here"
+  else
+    return 0
+  fi
+  return 1
+}
 
 buildah() { TMPDIR=$work/tmp command buildah --storage-driver overlay --root "$work/root" --runroot "$work/run" "$@"; }
 isolation=(--isolation=chroot --network=host) # needs no more than root: no engine, no network of its own, no cgroups
@@ -107,20 +125,29 @@ build() {
   esac
 }
 
-run() {
+run() { # `options` are for the engine
   if [ "$engine" != buildah ]; then
-    exec "$engine" run --rm --shm-size=1g "$image" "$@"
+    exec "$engine" run --rm --shm-size=1g "${options[@]}" "$image" "$@"
   fi
   local container status=0 command=("$@")
   [ $# -gt 0 ] || command=(make demo) # buildah runs no entry point and no default command
   container=$(buildah from "localhost/$image")
-  buildah run "${isolation[@]}" --hostname localhost "$container" -- "${command[@]}" || status=$?
+  buildah run "${isolation[@]}" --hostname localhost "${options[@]}" "$container" -- "${command[@]}" || status=$?
   buildah rm "$container" >/dev/null
   return "$status"
 }
 
+options=()
 case ${1:-} in
-  build) build ;;
-  run) shift; run "$@" ;;
-  *) sed -n '2p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  able) able ;;
+  build) able >&2; build ;;
+  run) shift; able >&2; run "$@" ;;
+  privileged)
+    shift
+    able >&2
+    options=(--user root)
+    if [ "$engine" = buildah ]; then options+=(--cap-add all); else options+=(--privileged); fi
+    run "$@"
+    ;;
+  *) sed -n '2,5p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
+
+import pytest
 
 # TensorFlow reads them once, when it is imported; ranks that tests/parallel starts inherit them
 os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_for_good():
+    """Keeps the collector, which Keras calls for every new session, from walking through all that imports made."""
+    gc.collect()
+    gc.freeze()

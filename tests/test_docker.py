@@ -164,7 +164,7 @@ def test_a_host_keeps_its_private_key_and_publishes_its_public_one_once(tmp_path
     [
         ("hosts.sh", ["stop"], "serve or train"),
         ("setup.sh", ["venv", "half"], "UPTO must be frameworks, dependencies or project, got half"),
-        ("image.sh", [], "image.sh build"),
+        ("image.sh", ["push"], "image.sh build"),
     ],
 )
 def test_scripts_refuse_what_they_do_not_know(script, arguments, message):
@@ -172,16 +172,20 @@ def test_scripts_refuse_what_they_do_not_know(script, arguments, message):
     assert done.returncode == 2 and message in done.stdout + done.stderr
 
 
+def commands(folder: Path, **scripts: str) -> str:
+    """A PATH on which these stand before all others."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 @pytest.mark.parametrize("engine", ["docker", "podman"])
 def test_image_is_built_by_the_engine_that_answers(engine, tmp_path):
     log = tmp_path / "log"
-    for name in ("docker", "podman"):
-        path = tmp_path / name
-        answer = f'[ {name} = {engine} ] || exit 1; [ "$1" = info ] || printf "%s\\n" {name} "$@" >>"$LOG"'
-        path.write_text(f"#!/bin/sh\n{answer}\n", encoding="utf-8")
-        path.chmod(0o755)
+    answer = '[ {0} = {1} ] || exit 1; [ "$1" = info ] || printf "%s\\n" {0} "$@" >>"$LOG"'
     environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": commands(tmp_path, **{name: answer.format(name, engine) for name in ("docker", "podman")}),
         "LOG": str(log),
         "ENGINE": "",
         "IMAGE": "some-image",
@@ -200,3 +204,22 @@ def test_image_is_built_by_the_engine_that_answers(engine, tmp_path):
     assert bash("image.sh", "run", "make", "test", **environment).returncode == 0
     run = log.read_text(encoding="utf-8").splitlines()
     assert run[:2] == [engine, "run"] and run[-3:] == ["some-image", "make", "test"]
+    assert "--privileged" not in run
+    log.unlink()
+    assert bash("image.sh", "privileged", "make", "test", **environment).returncode == 0
+    run = log.read_text(encoding="utf-8").splitlines()
+    assert run[:2] == [engine, "run"] and run[-6:] == ["--user", "root", "--privileged", "some-image", "make", "test"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "why"),
+    [({"id": "echo 1000"}, "needs root"), ({"id": "echo 0", "buildah": "", "unshare": "exit 1"}, "may not mount")],
+    ids=["an ordinary user", "a closed sandbox"],
+)
+def test_where_there_is_no_engine_image_says_so_before_it_begins(missing, why, tmp_path):
+    path = commands(tmp_path, docker="exit 1", podman="exit 1", **missing)
+    for order in (["able"], ["build"], ["run", "true"], ["privileged", "true"]):
+        done = bash("image.sh", *order, PATH=path, ENGINE="", WORK=str(tmp_path / "work"))
+        said = done.stdout if order == ["able"] else done.stderr
+        assert done.returncode == 1 and f"neither docker nor podman answers, and buildah {why}" in said
+    assert not (tmp_path / "work").exists()

@@ -1,16 +1,30 @@
+import gc
+
 import pytest
 import tensorflow as tf
+from subsets import registered
 
 import hvd_accordion.tensorflow as hvd
 
 
 @pytest.fixture(scope="session", autouse=True)
-def horovod():
+def process_sets(request):
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(2)
-    hvd.init(process_sets="dynamic")
-    yield
+    yield registered(hvd, request.session)
     hvd.shutdown()
+
+
+@pytest.fixture
+def first(process_sets):
+    """A process set of rank 0 alone."""
+    return process_sets["first"]
+
+
+@pytest.fixture
+def others(process_sets):
+    """A process set of all ranks but 0, where they are several; else of all."""
+    return process_sets["others"]
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +33,7 @@ def fresh_names():
     import keras
 
     keras.backend.clear_session()
+    gc.freeze()  # TensorFlow keeps the graphs of the tests before: no collection need walk through them again
     keras.config.set_dtype_policy("float32")
     yield
     keras.config.set_dtype_policy("float32")

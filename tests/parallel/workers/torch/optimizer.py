@@ -462,10 +462,9 @@ def test_takes_over_what_horovod_wrapped():
     assert torch.allclose(flat(net), joined_reference(5, passes=2), atol=1e-6)
 
 
-def test_process_set():
-    half = hvd.add_process_set([0])
+def test_process_set(first):
     net = model()
-    optimizer = wrap(net, process_set=half)
+    optimizer = wrap(net, process_set=first)
     train(net, optimizer, range(2))
     if hvd.rank() == 0:
         assert optimizer.stats.steps == 2 and optimizer.stats.sent_bytes == 0
@@ -473,22 +472,15 @@ def test_process_set():
     plain = sgd(alone)
     train(alone, plain, range(2))
     assert torch.equal(flat(net), flat(alone)), "one rank exchanges with nobody; the others step by themselves"
-    hvd.barrier()
-    hvd.remove_process_set(half)
 
 
-def test_process_set_of_some():
-    ranks = list(range(1, hvd.size()))
-    some = hvd.add_process_set(ranks) if len(ranks) > 1 else hvd.global_process_set
+def test_process_set_of_some(others):
     net = model()
     for compression in (LOSSY, TopK(0.05), BF16(), Accordion(interval=2, unit="steps")):
-        train(net, wrap(net, process_set=some, compression=compression), range(4))
-    if some.included():
-        everyone = hvd.allgather(flat(net)[None], process_set=some)
-        assert len(everyone) == some.size() and all(torch.equal(everyone[0], other) for other in everyone)
-    hvd.barrier()
-    if some is not hvd.global_process_set:
-        hvd.remove_process_set(some)
+        train(net, wrap(net, process_set=others, compression=compression), range(4))
+    if others.included():
+        everyone = hvd.allgather(flat(net)[None], process_set=others)
+        assert len(everyone) == others.size() and all(torch.equal(everyone[0], other) for other in everyone)
 
 
 def test_compiled_model():
