@@ -174,6 +174,7 @@ def test_an_extension_that_does_not_fit_is_a_line(body, reason, tmp_path, monkey
         ("HOROVOD_CACHE_CAPACITY", "0", Verdict.SLOW),
         ("HOROVOD_STALL_CHECK_DISABLE", "1", Verdict.NOTE),
         ("HOROVOD_AUTOTUNE", "1", Verdict.NOTE),
+        ("HOROVOD_DYNAMIC_PROCESS_SETS", "1", Verdict.NOTE),
     ],
 )
 def test_settings_are_judged(name, value, verdict):

@@ -16,6 +16,7 @@ DEFAULTS = {  # of Horovod 0.28
 }
 SHOWN = (  # where they are set
     "HOROVOD_AUTOTUNE",
+    "HOROVOD_DYNAMIC_PROCESS_SETS",
     "HOROVOD_HIERARCHICAL_ALLREDUCE",
     "HOROVOD_STALL_CHECK_DISABLE",
     "HOROVOD_THREAD_AFFINITY",
@@ -42,6 +43,8 @@ def variables(environ: Mapping[str, str]) -> list[Finding]:
 _ADVICE = {
     ("HOROVOD_STALL_CHECK_DISABLE", "1"): "ranks that wait for each other for ever will not be told of",
     ("HOROVOD_AUTOTUNE", "1"): "its trials make the first steps uneven; what it finds is for dense gradients",
+    # its background loop negotiates them in every cycle, under the lock that each new collective takes
+    ("HOROVOD_DYNAMIC_PROCESS_SETS", "1"): "collectives may wait for seconds: name process sets to hvd.init() instead",
 }
 
 
