@@ -145,9 +145,14 @@ case ${1:-} in
   privileged)
     shift
     able >&2
-    options=(--user root)
-    if [ "$engine" = buildah ]; then options+=(--cap-add all); else options+=(--privileged); fi
-    run "$@"
+    if [ "$engine" = buildah ]; then
+      options=(--user root --cap-add CAP_NET_ADMIN --cap-add CAP_SYS_ADMIN)
+      # shellcheck disable=SC2016  # for the shell in there
+      run bash -c 'mount -o remount,rw,bind /proc/sys && exec "$@"' privileged "$@"
+    else
+      options=(--user root --privileged)
+      run "$@"
+    fi
     ;;
   *) sed -n '2,5p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
