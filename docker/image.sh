@@ -45,12 +45,25 @@ able() {
 buildah() { TMPDIR=$work/tmp command buildah --storage-driver overlay --root "$work/root" --runroot "$work/run" "$@"; }
 isolation=(--isolation=chroot --network=host) # needs no more than root: no engine, no network of its own, no cgroups
 
+# who can tell pip's settings on this machine: Debian's own Python has no pip, the environment that `make` made has
+pip_config() {
+  local python
+  for python in "$root/.venv/bin/python" python3; do
+    if "$python" -m pip --version >/dev/null 2>&1; then "$python" -m pip config list; return; fi
+  done
+  return 1
+}
+
 prepare_buildah() {
+  local missing=()
   mkdir -p "$work/tmp"
-  if ! command -v buildah >/dev/null || { [ -z "${BASE_IMAGE:-}" ] && ! command -v debootstrap >/dev/null; }; then
-    echo "image: installing buildah and debootstrap"
+  command -v buildah >/dev/null || missing+=(buildah runc)
+  [ -n "${BASE_IMAGE:-}" ] || command -v debootstrap >/dev/null || missing+=(debootstrap)
+  pip_config >/dev/null || missing+=(python3-pip)
+  if [ ${#missing[@]} -gt 0 ]; then
+    echo "image: installing ${missing[*]}"
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah debootstrap runc >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
   fi
 }
 
@@ -103,20 +116,21 @@ host_settings() {
       value="$value $part"
     done
     grep -q "^$key =" "$work/pip.conf" || [ -z "$value" ] || echo "$key =$value" >>"$work/pip.conf"
-  done < <(python3 -m pip config list 2>/dev/null)
+  done < <(pip_config)
 }
 
 build() {
   local arguments=(-f "$dockerfile" -t "$image") base=${BASE_IMAGE:-}
   arguments+=(--label "org.opencontainers.image.version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/hvd_accordion/__init__.py")")
   [ -z "${TORCH_INDEX_URL:-}" ] || arguments+=(--build-arg "TORCH_INDEX_URL=$TORCH_INDEX_URL")
+  if [ "$engine" = buildah ]; then prepare_buildah; fi
   if [ "$engine" != docker ]; then
     host_settings
     arguments+=(--format docker "${mounts[@]}" --build-arg PIP_CONFIG_FILE=/run/host/pip.conf) # OCI's format has no health check
   fi
-  if [ "$engine" = buildah ]; then
-    prepare_buildah
-    [ -n "$base" ] || { base=$(base_image); arguments+=(-v "$work/sources.list:/etc/apt/sources.list:ro"); }
+  if [ "$engine" = buildah ] && [ -z "$base" ]; then
+    base=$(base_image)
+    arguments+=(-v "$work/sources.list:/etc/apt/sources.list:ro")
   fi
   [ -z "$base" ] || arguments+=(--build-arg "BASE_IMAGE=$base")
   case $engine in
