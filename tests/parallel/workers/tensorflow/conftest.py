@@ -15,18 +15,6 @@ def process_sets(request):
     hvd.shutdown()
 
 
-@pytest.fixture
-def first(process_sets):
-    """A process set of rank 0 alone."""
-    return process_sets["first"]
-
-
-@pytest.fixture
-def others(process_sets):
-    """A process set of all ranks but 0, where they are several; else of all."""
-    return process_sets["others"]
-
-
 @pytest.fixture(autouse=True)
 def fresh_names():
     """Keras numbers layers of one kind; each test starts anew, so that names don't depend on the tests before."""

@@ -10,15 +10,3 @@ def process_sets(request):
     torch.set_num_threads(1)
     yield registered(hvd, request.session)
     hvd.shutdown()
-
-
-@pytest.fixture
-def first(process_sets):
-    """A process set of rank 0 alone."""
-    return process_sets["first"]
-
-
-@pytest.fixture
-def others(process_sets):
-    """A process set of all ranks but 0, where they are several; else of all."""
-    return process_sets["others"]

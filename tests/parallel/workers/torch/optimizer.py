@@ -472,6 +472,7 @@ def test_process_set(first):
     plain = sgd(alone)
     train(alone, plain, range(2))
     assert torch.equal(flat(net), flat(alone)), "one rank exchanges with nobody; the others step by themselves"
+    hvd.barrier()  # who is done must not end Horovod under the others
 
 
 def test_process_set_of_some(others):
@@ -481,6 +482,7 @@ def test_process_set_of_some(others):
     if others.included():
         everyone = hvd.allgather(flat(net)[None], process_set=others)
         assert len(everyone) == others.size() and all(torch.equal(everyone[0], other) for other in everyone)
+    hvd.barrier()  # who is done must not end Horovod under the others
 
 
 def test_compiled_model():
