@@ -30,7 +30,7 @@ pytestmark = [
 def test_training(bring_up, count, transport):
     hosts = bring_up(count)
     # Horovod's ranks talk once a cycle, sent or not: few cycles, or a slow machine counts too much of that
-    settings = {"TEST_HOSTS": str(count), "HOROVOD_CYCLE_TIME": "20"}
+    settings = {"TEST_HOSTS": str(count), "HOROVOD_CYCLE_TIME": "20", "PYTEST_ADDOPTS": ""}  # those are for this pytest
     job = hosts.launch([*PYTEST, str(WORKERS / "training.py")], transport, **settings)
     ended = hosts.await_end(job, 150)
     assert ended.status == 0, ended.output
