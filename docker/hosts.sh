@@ -36,8 +36,8 @@ serve() {
   publish "[$address]:$port $(cut -d " " -f 1,2 "$keys/host_ed25519.pub")" known_hosts
   publish "$address" addresses
   echo "hosts: $address is there"
-  # /dev/null: none but these settings. PATH: a session has no profile that would find Python
-  exec /usr/sbin/sshd -D -e -f /dev/null -p "$port" -h "$keys/host_ed25519" \
+  # by its path, which sshd insists on; /dev/null: none but these settings. PATH: a session has no profile that would find Python
+  exec "$(PATH=$PATH:/usr/sbin command -v sshd)" -D -e -f /dev/null -p "$port" -h "$keys/host_ed25519" \
     -o AuthorizedKeysFile="$folder/authorized_keys" -o AuthenticationMethods=publickey -o UsePAM=no -o PidFile=none \
     -o LogLevel=ERROR -o MaxStartups=100 -o SetEnv="PATH=$PATH"
 }

@@ -42,7 +42,8 @@ able() {
   return 1
 }
 
-buildah() { TMPDIR=$work/tmp command buildah --storage-driver overlay --root "$work/root" --runroot "$work/run" "$@"; }
+# a name of its own: `command -v buildah` would find a function of that name, whether or not there is a buildah
+builder() { TMPDIR=$work/tmp buildah --storage-driver overlay --root "$work/root" --runroot "$work/run" "$@"; }
 isolation=(--isolation=chroot --network=host) # needs no more than root: no engine, no network of its own, no cgroups
 
 # who can tell pip's settings on this machine: Debian's own Python has no pip, the environment that `make` made has
@@ -70,7 +71,7 @@ prepare_buildah() {
 # Debian 12 at its smallest, as an image; the mirror that it came from stays out of it
 base_image() {
   local base=localhost/debian:bookworm container mirror
-  buildah inspect --type image "$base" >/dev/null 2>&1 && { echo "$base"; return; }
+  builder inspect --type image "$base" >/dev/null 2>&1 && { echo "$base"; return; }
   mirror=$(sed -n 's/^deb \(\S*\) bookworm main$/\1/p' "$work/sources.list")
   rm -rf "$work/base"
   debootstrap --variant=minbase bookworm "$work/base" "$mirror" >"$work/debootstrap.log"
@@ -81,10 +82,10 @@ base_image() {
   echo 'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin || true"; };' \
     >"$work/base/etc/apt/apt.conf.d/docker-clean"
   rm -rf "$work"/base/etc/{resolv.conf,hostname} "$work"/base/var/{cache/apt/archives/*.deb,cache/apt/*.bin,lib/apt/lists/*,log/*.log}
-  container=$(buildah from scratch)
-  buildah add -q "$container" "$work/base" / >/dev/null
-  buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
-  buildah commit -q --rm "$container" "$base" >/dev/null
+  container=$(builder from scratch)
+  builder add -q "$container" "$work/base" / >/dev/null
+  builder config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+  builder commit -q --rm "$container" "$base" >/dev/null
   rm -rf "$work/base"
   echo "$base"
 }
@@ -134,7 +135,7 @@ build() {
   fi
   [ -z "$base" ] || arguments+=(--build-arg "BASE_IMAGE=$base")
   case $engine in
-    buildah) buildah bud "${isolation[@]}" --layers "${arguments[@]}" "$root" ;;
+    buildah) builder bud "${isolation[@]}" --layers "${arguments[@]}" "$root" ;;
     *) "$engine" build "${arguments[@]}" "$root" ;;
   esac
 }
@@ -145,9 +146,9 @@ run() { # `options` are for the engine
   fi
   local container status=0 command=("$@")
   [ $# -gt 0 ] || command=(make demo) # buildah runs no entry point and no default command
-  container=$(buildah from "localhost/$image")
-  buildah run "${isolation[@]}" --hostname localhost "${options[@]}" "$container" -- "${command[@]}" || status=$?
-  buildah rm "$container" >/dev/null
+  container=$(builder from "localhost/$image")
+  builder run "${isolation[@]}" --hostname localhost "${options[@]}" "$container" -- "${command[@]}" || status=$?
+  builder rm "$container" >/dev/null
   return "$status"
 }
 

@@ -23,9 +23,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # system packages: an MPI, a compiler, the network of benchmarks and tests (iproute2, openssh-server), and python3-venv where the interpreter is Debian's own
 packages=(build-essential cmake openmpi-bin libopenmpi-dev openssh-client openssh-server iproute2)
 interpreter=$(readlink -f "$(command -v "${PYTHON:-python3}")")
-case $interpreter in
-  /usr/bin/*) version=$(basename "$interpreter"); packages+=("$version-venv" "$version-dev") ;;
-esac
+if dpkg-query -S "$interpreter" >/dev/null 2>&1; then # Debian's own
+  version=$(basename "$interpreter")
+  packages+=("$version-venv" "$version-dev")
+fi
 missing=()
 for package in "${packages[@]}"; do
   [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
@@ -33,7 +34,9 @@ done
 if [ ${#missing[@]} -gt 0 ]; then
   echo "setup: installing ${missing[*]}"
   sudo=""
-  [ "$(id -u)" = 0 ] || sudo=sudo
+  if [ "$(id -u)" != 0 ]; then
+    sudo=$(command -v sudo) || { echo "setup: this needs root: run it as root, or install sudo" >&2; exit 1; }
+  fi
   $sudo apt-get update -qq
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
