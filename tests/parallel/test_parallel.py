@@ -16,6 +16,10 @@ def test_plain_is_horovod():
     worker("torch/plain", ranks=2)
 
 
+def test_scripts_of_users():
+    worker("torch/differential", ranks=2, transport="gloo", timeout=240)
+
+
 @pytest.mark.parametrize(("ranks", "transport"), [(2, "mpi"), (2, "gloo"), (4, "mpi"), (4, "gloo")])
 def test_specs(ranks, transport):
     worker("torch/specs", ranks, transport, timeout=300)

@@ -1,0 +1,7 @@
+"""All scripts of torch: importing them registers them."""
+
+import torch_loops
+import torch_optimizers
+import torch_parameters
+
+__all__ = ["torch_loops", "torch_optimizers", "torch_parameters"]

@@ -1,0 +1,92 @@
+"""User scripts of tests/differential/scripts under plain Horovod and under this package: the same, or conserved and equal."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import horovod.torch as horovod
+import pytest
+import torch
+from common import assert_ranks_equal
+from harness import EXACT, LOSSY, Horovod, Script
+from torch_common import TORCH
+from torch_scripts import *  # noqa: F403
+
+import hvd_accordion.torch as hvd
+from hvd_accordion.torch import engine
+
+
+def trained(script: Script, module: Any, **options: Any) -> torch.Tensor:
+    """Everything that the script returns, as one vector."""
+    torch.manual_seed(0)
+    found = script.train(Horovod(module, options))
+    tensors = list(found.state_dict().values()) if isinstance(found, torch.nn.Module) else found
+    return torch.cat([x.detach().double().reshape(-1) for x in tensors])
+
+
+class ByHand:
+    """Averages each gradient by an allreduce of its own in `step()`, or behind the closure."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(horovod, name)
+
+    def DistributedOptimizer(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        class Averaging(type(optimizer)):  # type: ignore[misc]
+            def step(self, closure: Any = None) -> Any:
+                if closure is None:
+                    self.average()
+                    return super().step()
+                return super().step(lambda: (torch.enable_grad()(closure)(), self.average())[0])
+
+            def average(self) -> None:
+                for i, p in enumerate(p for group in self.param_groups for p in group["params"] if p.requires_grad):
+                    mine = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+                    mean = horovod.allreduce(mine, op=horovod.Average, name=f"by.hand.{i}")
+                    p.grad = mean if p.grad is None else p.grad.copy_(mean)
+
+        result = Averaging.__new__(Averaging)
+        result.__dict__.update(optimizer.__dict__)
+        return result
+
+
+class Ledger:
+    """What went into the exchanges of each layer, what came out, and what waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: dict[str, Any] = {}
+        self.applied: dict[str, Any] = {}
+        self.waiting: dict[str, Any] = {}
+        self.exchange = engine.exchange
+        monkeypatch.setattr(engine, "exchange", self.recorded)
+
+    def recorded(self, spec: Any, ops: Any, grads: Any, residual: Any, memory: Any, ctx: Any) -> Any:
+        for name, grad in zip(ctx.names, grads, strict=True):
+            self.given[name] = self.given.get(name, 0) + grad.detach().double()
+        done = yield from self.exchange(spec, ops, grads, residual, memory, ctx)
+        for i, name in enumerate(ctx.names):
+            self.applied[name] = self.applied.get(name, 0) + done.mean[i].detach().double()
+            self.waiting[name] = done.residual[i] if done.residual is not None else torch.zeros(())
+        return done
+
+    def check(self) -> None:
+        for name in self.given:
+            local = torch.stack([self.given[name], self.waiting[name].double().expand_as(self.given[name])])
+            given, waiting = hvd.allreduce(local, op=hvd.Average, name=f"ledger.{name}")
+            error = (given - self.applied[name] - waiting).abs().max()
+            assert error <= 1e-5 * max(1.0, float(given.abs().max())), f"{name}: {float(error)} was lost"
+
+
+@pytest.mark.parametrize("script", TORCH.values(), ids=lambda script: script.name)
+def test_script(script, monkeypatch):
+    expected = trained(script, ByHand() if script.horovod_fails else horovod)
+    exact = {"dense": EXACT["dense"]} if script.horovod_fails else EXACT
+    for mode, compression in exact.items():
+        error = (trained(script, hvd, compression=compression) - expected).abs().max()
+        assert error <= script.tolerance, f"{mode} differs from Horovod by {float(error)}"
+    for mode, compression in LOSSY.items():
+        ledger = Ledger(monkeypatch)
+        assert_ranks_equal(trained(script, hvd, compression=copy.deepcopy(compression)), mode)
+        if script.conserves:
+            ledger.check()
+        monkeypatch.undo()
