@@ -1,1 +1,1 @@
-"""Trainers of other libraries on Horovod ranks with compressed gradients; each module needs its library, and no other does."""
+"""Trainers of other libraries on Horovod ranks, with compressed gradients; each module needs its library alone."""
