@@ -94,6 +94,16 @@ class Controller:
         self.dense_bytes = sum(dense_bytes(x.shape, x.dtype, self.world_size) for x in layers)
         self._refresh()
 
+    def move(self, world_size: int, logger: Logger | None) -> None:
+        """Among another number of ranks; `logger`: on rank 0, else None.
+
+        ValueError where they can't share a small batch evenly.
+        """
+        if self.batch is not None:
+            self.batch.fits(world_size)
+        self.world_size, self.logger = world_size, logger
+        self.set_layers(list(self.layers.values()))
+
     def _refresh(self) -> None:
         """After a change of levels or of the epoch: what every step would else work out anew."""
         self.changed = True  # the engine's, to reset when it has followed

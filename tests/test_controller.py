@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from hvd_accordion import Accordion, Auto, Dense, PowerSGD, Regime, TopK
+from hvd_accordion import Accordion, AccordionBatchSize, Auto, Dense, PowerSGD, Regime, TopK
 from hvd_accordion import controller as controller_module
 from hvd_accordion.collectives import AllReduce, sent
 from hvd_accordion.controller import Controller
@@ -180,6 +180,22 @@ def test_windows_without_adaptive_layers_do_not_pile_up():
         assert step(control) == []
     control.set_layers([SMALL, A])  # unfrozen, say
     assert control.due() == []  # its own window has only begun
+
+
+def test_among_another_number_of_ranks_other_layers_may_be_worth_compressing():
+    control = make(accordion(unit="steps", interval=1))
+    assert control.adaptive == [A, B]
+    control.move(1, None)
+    assert control.adaptive == [] and control.specs() == {"a": Dense(), "b": Dense()}
+    control.move(3, None)
+    assert control.adaptive == [A, B] and control.specs() == {"a": HIGH, "b": HIGH}
+
+
+def test_ranks_that_cannot_share_a_small_batch_are_refused():
+    control = make(Dense(), batch_size=AccordionBatchSize(8, 16))
+    control.move(4, None)
+    with pytest.raises(ValueError, match="small must be a multiple of the 3 ranks, got 8"):
+        control.move(3, None)
 
 
 def test_a_layer_that_comes_late_is_critical_after_its_first_check():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvd_accordion import naming
+from hvd_accordion import elastic, naming
 from hvd_accordion.naming import Prefix
 
 ALL, SOME = SimpleNamespace(process_set_id=0), SimpleNamespace(process_set_id=3)
@@ -44,3 +44,12 @@ def test_the_number_of_a_process_set_may_come_after_the_prefix():
     prefix = Prefix(late)
     late.process_set_id = 5
     assert str(prefix) == "hvd_accordion.5.0"
+
+
+def test_after_a_gathering_names_start_again_in_the_order_of_first_collectives(monkeypatch):
+    """A rank that was there calls its collectives as one does that has just come."""
+    monkeypatch.setattr(elastic, "_generation", 0)
+    first, second = Prefix(ALL), Prefix(ALL)
+    assert [str(first), str(second)] == ["hvd_accordion.0.0", "hvd_accordion.0.1"]
+    elastic.gathered()
+    assert [str(second), str(first), str(second)] == ["hvd_accordion.0.0", "hvd_accordion.0.1", "hvd_accordion.0.0"]
