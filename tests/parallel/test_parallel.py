@@ -18,6 +18,7 @@ def test_plain_is_horovod():
 
 def test_scripts_of_users():
     worker("torch/differential", ranks=2, transport="gloo", timeout=240)
+    worker("tensorflow/differential", ranks=2, timeout=500)
 
 
 @pytest.mark.parametrize(("ranks", "transport"), [(2, "mpi"), (2, "gloo"), (4, "mpi"), (4, "gloo")])
