@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from hvd_accordion import plan, sampling
+from hvd_accordion import plan, resume, sampling
 from hvd_accordion.accordion import Accordion, Regime
 from hvd_accordion.batch_size import WHOLE, AccordionBatchSize, limits, whole_norm
 from hvd_accordion.compression import CompressionSpec, Dense
@@ -339,24 +339,41 @@ class Controller:
         batch = None if self.batch is None else self.batch.state_dict()
         return {**counters, **totals, **rules, "chosen": chosen, "batch_size": batch}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved = state["accordions"]
-        if len(saved) != len(self.accordions):
-            raise ValueError(f"state_dict holds {len(saved)} Accordions, compression has {len(self.accordions)}")
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Takes up what fits of a saved training, and starts the rest anew; all or nothing, should `state` be broken.
+
+        Returns what was saved and does not fit, or is needed and was not saved, in words: see `resume.warn_of`.
+        """
+        counters = {key: int(state[key]) for key in ("step", "epoch", "step_of_epoch", "window")}
+        stats, epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
+        decides = [[name for name, p in self.policy.items() if p is a] for a in self.accordions]
+        states, left = resume.accordion_states(state["accordions"], decides)
         batch = state.get("batch_size")
-        if batch is not None and self.batch is None:
-            raise ValueError("state_dict holds an AccordionBatchSize, batch_size is None")
-        for key in ("step", "epoch", "step_of_epoch", "window"):
-            setattr(self, key, int(state[key]))
-        self.stats, self._epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
-        for accordion, its in zip(self.accordions, saved, strict=True):
-            accordion.load_state_dict(its)
-        if self.batch is not None and batch is not None:
-            self.batch.load_state_dict(batch)
-        known = {name: {str(s): s for s in (Dense(), *plan.options(policy))} for name, policy in self.policy.items()}
-        self.chosen = {name: known[name][s] for name, s in state["chosen"].items() if s in known.get(name, ())}
+        if (batch is None) != (self.batch is None):
+            left.append("an AccordionBatchSize" + (", which starts anew" if batch is None else ": batch_size is None"))
+        if self.batch is not None:
+            states.append(resume.NOTHING if batch is None else batch)
+        fresh = copy.deepcopy(self.rules)
+        for rule, its in zip(fresh, states, strict=True):
+            rule.load_state_dict(its)
+        chosen, lost = self._known_choices(state["chosen"])
+        left += [f"what an Auto chose for {resume.in_words(lost)}"] if lost else []
+
+        vars(self).update(counters)
+        self.stats, self._epoch_start, self.chosen, self._due = stats, epoch_start, chosen, []
+        for rule, its in zip(self.rules, fresh, strict=True):
+            vars(rule).update(vars(its))
         self._refresh()
         self._silence["counted"] = self._silence["counted"] or self.epoch > 0
+        return left
+
+    def _known_choices(self, saved: Mapping[str, str]) -> tuple[dict[str, CompressionSpec], list[str]]:
+        """Saved choices that the Autos of now may make, and the names of the layers whose choice is none of them."""
+        known = {
+            n: {str(s): s for s in (Dense(), *plan.options(p))} for n, p in self.policy.items() if plan.has_auto(p)
+        }
+        chosen = {name: known[name][s] for name, s in saved.items() if s in known.get(name, ())}
+        return chosen, [name for name in saved if name not in chosen]
 
 
 def _warn_of_no_epochs(silence: Mapping[str, Any]) -> None:

@@ -111,9 +111,18 @@ def sides(policy: Policy) -> tuple[CompressionSpec | Auto, ...]:
     return (policy.critical, policy.relaxed) if isinstance(policy, Accordion) else (policy,)
 
 
+def has_auto(policy: Policy) -> bool:
+    return any(isinstance(side, Auto) for side in sides(policy))
+
+
 def options(policy: Policy) -> list[CompressionSpec]:
     """Every spec that a layer may get of this policy, whatever the layer."""
     return [s for side in sides(policy) for s in (side.candidates if isinstance(side, Auto) else (side,))]
+
+
+def memory_keys(policy: Policy) -> set[str]:
+    """What any spec of this policy may keep of a layer."""
+    return {key for spec in options(policy) for key in spec.memory_keys}
 
 
 def settled(layer: Layer, side: CompressionSpec | Auto, chosen: Chosen) -> CompressionSpec:

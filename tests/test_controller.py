@@ -524,10 +524,67 @@ def test_state_goes_through_json_and_goes_on_alike():
     assert loaded.logger.epochs == control.logger.epochs[2:]
 
 
-def test_state_of_another_number_of_accordions_is_refused():
-    state = make(accordion()).state_dict()
-    with pytest.raises(ValueError, match="1 Accordions, compression has 2"):
-        make({"a": accordion(), "b": accordion()}).load_state_dict(state)
+def checked(policy, **settings) -> Controller:
+    """After two checks: "a" is relaxed, "b" is critical."""
+    control = make(policy, **settings)
+    for norms in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 9.0}):
+        step(control, norms)
+    return control
+
+
+EACH_STEP = {"unit": "steps", "interval": 1}
+
+
+def test_a_training_without_an_accordion_takes_up_counts_and_totals_of_one_with():
+    saved = checked(accordion(**EACH_STEP))
+    fixed = make(HIGH)
+    left = fixed.load_state_dict(saved.state_dict())
+    assert left == ["regimes of layers that no Accordion decides now: a, b"]
+    assert fixed.step == 2 and fixed.stats == saved.stats and set(fixed.specs().values()) == {HIGH}
+    assert make(HIGH).load_state_dict(make(accordion()).state_dict()) == ["an Accordion: compression holds none"]
+
+
+def test_an_accordion_starts_anew_from_a_training_without_one():
+    control = make(HIGH)
+    step(control)
+    used = checked(accordion(**EACH_STEP))
+    assert used.load_state_dict(control.state_dict()) == ["an Accordion starts anew, for no regimes were saved of a, b"]
+    assert used.step == 1 and set(used.specs().values()) == {HIGH} and used.accordions[0].lr is None
+
+
+def test_accordions_take_up_regimes_by_the_names_of_layers():
+    saved = checked(accordion(**EACH_STEP)).state_dict()
+    two = make({"a": accordion(**EACH_STEP), "b": accordion(**EACH_STEP)})
+    assert two.load_state_dict(saved) == [] and two.specs() == {"a": LOW, "b": HIGH}
+    assert [a.norms for a in two.accordions] == [{"a": 1.0}, {"b": 9.0}] and two.accordions[1].lr == 0.1
+    one = make(accordion(**EACH_STEP))
+    assert one.load_state_dict(two.state_dict()) == [] and one.state_dict() == saved
+    fewer = make({"a": accordion(**EACH_STEP), "b": HIGH})
+    assert fewer.load_state_dict(saved) == ["regimes of layers that no Accordion decides now: b"]
+    assert fewer.accordions[0].norms == {"a": 1.0}
+    other = make(accordion(), (Layer("c", (64, 64), "float32"),))
+    assert len(other.load_state_dict(saved)) == 2 and other.accordions[0].norms == {}
+
+
+def test_a_batch_size_that_came_or_went():
+    policy, batch = accordion(**EACH_STEP), AccordionBatchSize(4, 8, warmup=0, **EACH_STEP)
+    saved, without = make(policy, batch_size=batch), make(policy)
+    assert without.load_state_dict(saved.state_dict()) == ["an AccordionBatchSize: batch_size is None"]
+    assert saved.load_state_dict(without.state_dict()) == ["an AccordionBatchSize, which starts anew"]
+
+
+@pytest.mark.parametrize("broken", ["window", "stats", "regimes", "chosen"])
+def test_broken_state_changes_nothing(broken):
+    saved = checked(accordion(**EACH_STEP)).state_dict()
+    if broken == "regimes":
+        saved["accordions"][0]["regimes"]["b"] = "tepid"
+    else:
+        del saved[broken]
+    control = make({"a": accordion(), "b": accordion()})
+    before = json.dumps(control.state_dict())
+    with pytest.raises((KeyError, ValueError)):
+        control.load_state_dict(saved)
+    assert json.dumps(control.state_dict()) == before
 
 
 def test_a_loaded_training_that_had_epochs_is_not_warned_of(caplog):

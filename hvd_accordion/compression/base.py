@@ -71,6 +71,7 @@ class CompressionSpec(ABC):
     error_feedback: bool = True
 
     lossy: ClassVar[bool] = True
+    memory_keys: ClassVar[tuple[str, ...]] = ()  # of what an exchange may keep of a layer
 
     def __post_init__(self) -> None:
         self._checked(error_feedback=checks.boolean("error_feedback", self.error_feedback))

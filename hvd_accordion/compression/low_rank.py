@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hvd_accordion import checks, seeds
 from hvd_accordion.collectives import AllReduce, Rounds, Tensor
@@ -53,6 +53,8 @@ class PowerSGD(CompressionSpec):
     min_compression_rate: float = 2.0
     iterations: int = 1
     warm_start: bool = True
+
+    memory_keys: ClassVar[tuple[str, ...]] = ("q",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hvd_accordion import resume
 from hvd_accordion.collectives import Rounds, Tensor
 from hvd_accordion.compression.feedback import Step
 from hvd_accordion.controller import Controller
@@ -186,4 +187,4 @@ class Node:
             self.channels[kind].memory = {n: {key: copy(v) for key, v in m.items()} for n, m in memory.items()}
         self.watch.summed = {name: copy(v) for name, v in state["summed"].items()}
         self.moved, self.first_length = bool(state["moved"]), float(state["first_length"])
-        self.controller.load_state_dict(state["controller"])
+        resume.warn_of(self.controller.load_state_dict(state["controller"]), stacklevel=4)

@@ -8,6 +8,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from hvd_accordion import plan, resume
+from hvd_accordion.controller import Controller
 from hvd_accordion.torch.eclk import ErrorCompensated
 from hvd_accordion.torch.engine import Engine
 
@@ -26,35 +28,62 @@ def saved(engine: Engine) -> dict[str, Any]:
 
 
 def load(engine: Engine, state: Mapping[str, Any]) -> None:
-    """Takes up saved state. A residual is its rank's own: saved by another rank, it is not taken.
+    """Takes up what fits of saved state, starts the rest anew, and warns of it once.
 
-    After a change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of
-    other entries than an Accordion's `norm` asks for now are not taken. Micro-batches under way are taken from
-    whichever rank saved them: all must have as many.
+    A residual is its rank's own: saved by another rank, it is not taken. After a change of the number of ranks it is
+    scaled by new/old, so that it counts for as much in the mean. Sums of other entries than an Accordion's `norm` asks for
+    now are not taken. Micro-batches under way are taken from whichever rank saved them: all must have as many.
     """
-    params = engine.params
+    params, controller = engine.params, engine.controller
     whole = state.get("summed_whole", {})  # neither is in files of older versions
-    accumulated = state.get("accumulated", {"count": 0, "sums": {}})
-    parts = (state["residual"], state["memory"], state["summed"], whole, accumulated["sums"])
-    unknown = sorted({name for part in parts for name in part} - params.keys())
-    if unknown:
-        raise ValueError(f"state_dict holds compression state of unknown parameters: {', '.join(unknown)}")
+    accumulated = dict(state.get("accumulated", {"count": 0, "sums": {}}))
+    unknown = _misfits(params, state["residual"], accumulated["sums"])
+    unknown += [n for part in (state["memory"], state["summed"], whole) for n in part if n not in params]
+
+    def fitting(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: kept for name, kept in part.items() if name not in unknown}
+
+    memory, forgotten = _memory(controller, fitting(state["memory"]))
     engine.join()
-    engine.controller.load_state_dict(state["controller"])
+    left = controller.load_state_dict(state["controller"])  # raises before anything is taken up
+    if unknown:
+        left.append(f"what was kept of {resume.in_words(dict.fromkeys(unknown))}: no such parameters")
+    if forgotten:
+        left.append(f"memory of {resume.in_words(forgotten)}, which their compression does not need")
+    if controller.batch is None and accumulated["count"]:
+        left.append(f"{accumulated['count']} micro-batches of an incomplete batch")
+        accumulated = {"count": 0, "sums": {}}
 
     def own(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.detach().to(params[name].device, copy=True)
 
-    engine.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in state["memory"].items()}
-    engine.watch.load(state["summed"], params)
-    engine.whole.load(whole, params)
-    engine.sums.load_state_dict(accumulated, params)
+    engine.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in memory.items()}
+    engine.watch.load(fitting(state["summed"]), params)
+    engine.whole.load(fitting(whole), params)
+    engine.sums.load_state_dict({**accumulated, "sums": fitting(accumulated["sums"])}, params)
     engine.residual = {}
     if state["rank"] == engine.rank:
         scale = engine.size / state["size"]
-        engine.residual = {name: own(name, x).mul_(scale) for name, x in state["residual"].items()}
+        engine.residual = {name: own(name, x).mul_(scale) for name, x in fitting(state["residual"]).items()}
     engine.reset()
     engine.replan()
+    resume.warn_of(left, stacklevel=4)
+
+
+def _misfits(params: Mapping[str, torch.Tensor], *parts: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are of no parameter's shape."""
+    return [n for part in parts for n, x in part.items() if n not in params or x.shape != params[n].shape]
+
+
+def _memory(
+    controller: Controller, saved: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """What the specs that a layer may get can use of its saved memory, and the names of layers that lose some."""
+    kept = {
+        name: {key: x for key, x in memory.items() if key in plan.memory_keys(controller.policy[name])}
+        for name, memory in saved.items()
+    }
+    return kept, [name for name, memory in saved.items() if len(kept[name]) < len(memory)]
 
 
 def broadcast_optimizer_state(

@@ -48,17 +48,38 @@ def test_another_number_of_ranks():
         assert torch.allclose(optimizer._hvd.residual[key], value / 2)
 
 
-def test_state_of_another_model():
-    _, optimizer = checkpointed("topk")
-    saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
-    state = saved["optimizer"]["hvd_accordion"]
-    state["residual"]["other.weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"unknown parameters: other\.weight"):
+def loaded(name, saved, warning):
+    net, optimizer = checkpointed(name)
+    net.load_state_dict(saved["net"])
+    with pytest.warns(UserWarning, match=warning) as told:
         optimizer.load_state_dict(saved["optimizer"])
-    with pytest.raises(ValueError, match="Accordions"):
-        _, other = checkpointed("accordion")
-        del state["residual"]["other.weight"]
-        other.load_state_dict(saved["optimizer"])
+    assert len(told) == 1
+    train(net, optimizer, range(10, 12))
+    assert_ranks_equal(flat(net))
+    return optimizer
+
+
+def test_state_of_another_model():
+    saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
+    residual = saved["optimizer"]["hvd_accordion"]["residual"]
+    residual |= {"other.weight": torch.zeros(3), "9.weight": torch.zeros(3)}
+    optimizer = loaded("topk", saved, r"what was kept of other\.weight, 9\.weight: no such parameters")
+    assert optimizer.stats.steps == 12 and optimizer._hvd.residual["9.weight"].shape == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "warning"),
+    [
+        ("accordion", "topk", "no Accordion decides now.*; memory of .*, which their compression does not need"),
+        ("topk", "accordion", r"an Accordion starts anew, for no regimes were saved of 0\.weight"),
+        ("accordion", "accordion-kinds", "memory of"),
+        ("powersgd4", "globs", "an Accordion starts anew.*; memory of"),
+    ],
+)
+def test_resumes_under_another_compression(before, after, warning):
+    saved = torch.load(checkpoint(before, "ten"), weights_only=True)
+    optimizer = loaded(after, saved, warning)
+    assert optimizer.stats.steps == 12 and optimizer._hvd.residual.keys() >= {"5.weight", "7.weight"}
 
 
 def test_plain_checkpoint_is_horovods():
