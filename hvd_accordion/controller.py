@@ -361,8 +361,8 @@ class Controller:
 
         vars(self).update(counters)
         self.stats, self._epoch_start, self.chosen, self._due = stats, epoch_start, chosen, []
-        for rule, its in zip(self.rules, fresh, strict=True):
-            vars(rule).update(vars(its))
+        for rule, loaded in zip(self.rules, fresh, strict=True):
+            vars(rule).update(vars(loaded))
         self._refresh()
         self._silence["counted"] = self._silence["counted"] or self.epoch > 0
         return left

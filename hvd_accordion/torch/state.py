@@ -47,7 +47,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     engine.join()
     left = controller.load_state_dict(state["controller"])  # raises before anything is taken up
     if unknown:
-        left.append(f"what was kept of {resume.in_words(dict.fromkeys(unknown))}: no such parameters")
+        left.append(f"what was kept of {resume.in_words(sorted(set(unknown)))}: no such parameters")
     if forgotten:
         left.append(f"memory of {resume.in_words(forgotten)}, which their compression does not need")
     if controller.batch is None and accumulated["count"]:

@@ -63,7 +63,7 @@ def test_state_of_another_model():
     saved = torch.load(checkpoint("topk", "ten"), weights_only=True)
     residual = saved["optimizer"]["hvd_accordion"]["residual"]
     residual |= {"other.weight": torch.zeros(3), "9.weight": torch.zeros(3)}
-    optimizer = loaded("topk", saved, r"what was kept of other\.weight, 9\.weight: no such parameters")
+    optimizer = loaded("topk", saved, r"what was kept of 9\.weight, other\.weight: no such parameters")
     assert optimizer.stats.steps == 12 and optimizer._hvd.residual["9.weight"].shape == (48, 48)
 
 
