@@ -183,12 +183,13 @@ def test_windows_without_adaptive_layers_do_not_pile_up():
 
 
 def test_among_another_number_of_ranks_other_layers_may_be_worth_compressing():
-    control = make(accordion(unit="steps", interval=1))
+    high = TopK(0.2, algorithm="allgather")  # each rank gets the entries of all others
+    control = make(Accordion(high, high, unit="steps", interval=1))
     assert control.adaptive == [A, B]
-    control.move(1, None)
+    control.move(16, None)
     assert control.adaptive == [] and control.specs() == {"a": Dense(), "b": Dense()}
     control.move(3, None)
-    assert control.adaptive == [A, B] and control.specs() == {"a": HIGH, "b": HIGH}
+    assert control.adaptive == [A, B] and control.specs() == {"a": high, "b": high}
 
 
 def test_ranks_that_cannot_share_a_small_batch_are_refused():
