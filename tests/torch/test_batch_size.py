@@ -287,7 +287,7 @@ def test_resumes_bit_equal(cut):
         resumed.step()
     assert_equal(*nets)
     assert resumed.stats.updates == whole.stats.updates
-    with pytest.raises(ValueError, match="state_dict holds an AccordionBatchSize, batch_size is None"):
+    with pytest.warns(UserWarning, match="an AccordionBatchSize: batch_size is None"):
         made(nets[1], None, compression=TopK(0.1)).load_state_dict(saved[1])
 
 

@@ -73,7 +73,7 @@ def test_state_of_another_model():
         ("accordion", "topk", "no Accordion decides now.*; memory of .*, which their compression does not need"),
         ("topk", "accordion", r"an Accordion starts anew, for no regimes were saved of 0\.weight"),
         ("accordion", "accordion-kinds", "memory of"),
-        ("powersgd4", "globs", "an Accordion starts anew.*; memory of"),
+        ("powersgd4", "globs", "an Accordion starts anew"),
     ],
 )
 def test_resumes_under_another_compression(before, after, warning):
