@@ -19,6 +19,8 @@ from hvd_accordion.tensorflow.gradient_tape import (
     DistributedGradientTape,
     PartialDistributedGradientTape,
 )
+from hvd_accordion.tensorflow.sync_batch_norm import SyncBatchNormalization
+from hvd_accordion.tensorflow.uneven import join
 
 __all__ += [
     "ECLK",
@@ -31,7 +33,9 @@ __all__ += [
     "GradientExchange",
     "LKatyusha",
     "PartialDistributedGradientTape",
+    "SyncBatchNormalization",
     "broadcast_global_variables",
     "broadcast_variables",
     "estimate_smoothness",
+    "join",
 ]

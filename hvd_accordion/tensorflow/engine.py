@@ -373,6 +373,10 @@ class Engine:
 
     # reports
 
+    def gathered(self) -> set[str]:
+        """Layers whose gradients are IndexedSlices."""
+        return {name for name, kind in self.kinds.items() if kind == SLICES}
+
     def bytes_per_step(self) -> dict[str, float]:
         """Bytes of each layer a step at the levels of now; of slices those of the last step."""
         specs, found = self.controller.specs(), {}

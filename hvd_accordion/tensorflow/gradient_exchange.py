@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -20,8 +20,11 @@ from hvd_accordion.settings import Settings, check_logger, check_op, is_horovods
 from hvd_accordion.tensorflow.broadcasting import send
 from hvd_accordion.tensorflow.engine import Engine
 from hvd_accordion.tensorflow.state import State, outside
+from hvd_accordion.tensorflow.uneven import compresses
 from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
 from hvd_accordion.tensorflow.xla import refuse_xla
+
+GATHERED = "slices, gathered"  # what the report says of gradients that are IndexedSlices
 
 
 class GradientExchange(tf.Module):
@@ -70,6 +73,7 @@ class GradientExchange(tf.Module):
         super().__init__(name="gradient_exchange")
         check_groups(groups)
         check_logger(logger)
+        check_process_set(process_set)
         settings = Settings(
             op,
             hvd.Average,
@@ -94,6 +98,7 @@ class GradientExchange(tf.Module):
         self.settings = settings
         self._asked = _Asked(compression, plain, policy, logger, optimizer, scale_local_gradients, learning_rate)
         self._known = Known()
+        self.local_names: frozenset[str] = frozenset()  # variables that are local before anybody can register them
         self._engine: Engine | None = None
         self._prefix = Prefix(process_set)
 
@@ -105,6 +110,11 @@ class GradientExchange(tf.Module):
     def register_local(self, variable: Any) -> None:
         """From now on the variable's gradient stays this rank's own."""
         self._known.local.add(id(value_of(variable)))
+
+    def named_locals(self) -> frozenset[str] | None:
+        """Names of the variables whose gradients stay this rank's own; None where one has no name yet."""
+        found = self._known.local_names()
+        return found if len(found) == len(self._known.local) else None
 
     def key(self, variable: Any) -> str:
         """Of a variable that it knows, in the names of its state."""
@@ -123,6 +133,7 @@ class GradientExchange(tf.Module):
         layers = [layer_of(name, v) for name, v in zip(names, fresh, strict=True)]
         policy = assign(self._asked.policy, names, strict=self._engine is None)
         self._known.add(names, fresh)
+        self._known.local |= {id(value_of(v)) for name, v in zip(names, fresh, strict=True) if name in self.local_names}
         outside(lambda: self._extend(layers, policy))
 
     def _extend(self, layers: Sequence[Layer], policy: dict[str, Any]) -> None:
@@ -149,6 +160,8 @@ class GradientExchange(tf.Module):
                 settings.logged(asked.optimizer, asked.compression, policy, size, "tensorflow", tf.__version__)
             )
         plain = (asked.compression or hvd.Compression.none) if asked.plain else None
+        if plain is None and size > 1:
+            compresses(self)
         return Engine(controller, self.state, settings, plain, self._prefix)
 
     @tf.autograph.experimental.do_not_convert
@@ -237,7 +250,9 @@ class GradientExchange(tf.Module):
         if self._engine is None:
             return CompressionReport()
         self._engine.clock.look()
-        return self._engine.controller.report(self._engine.bytes_per_step())
+        report, gathered = self._engine.controller.report(self._engine.bytes_per_step()), self._engine.gathered()
+        rows = (replace(row, spec=GATHERED, regime=None) if row.name in gathered else row for row in report)
+        return replace(report, layers=tuple(rows))
 
     def advice(self) -> Advice:
         """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table.
@@ -305,8 +320,21 @@ class Known:
     def names(self) -> list[str]:
         return [name for _, name in self._names.values()]
 
+    def local_names(self) -> frozenset[str]:
+        return frozenset(name for key, (_, name) in self._names.items() if key in self.local)
+
     def is_local(self, variable: Any) -> bool:
         return id(value_of(variable)) in self.local
+
+
+def check_process_set(process_set: Any) -> None:
+    """TypeError for what is none, ValueError for one that Horovod doesn't know."""
+    if not isinstance(process_set, hvd.ProcessSet):
+        raise TypeError(f"process_set must be an hvd.ProcessSet, got {process_set!r}")
+    if process_set.process_set_id is None and hvd.is_initialized():
+        raise ValueError(
+            f"process_set must be known to Horovod, by hvd.init(process_sets=[...]) or hvd.add_process_set, got {process_set}"
+        )
 
 
 def divided(gradient: Any, by: int) -> Any:

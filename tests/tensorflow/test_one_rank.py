@@ -193,13 +193,6 @@ def test_going_back_within_a_window_takes_the_counts_back(compression, tmp_path)
     assert optimizer.stats.steps == 3
 
 
-def test_a_keras_file_loads_without_this_package_and_without_a_trace_of_it(tmp_path):
-    net, _, _ = trained_for_a_checkpoint()
-    net.save(tmp_path / "net.keras")
-    loaded = keras.models.load_model(tmp_path / "net.keras")
-    assert type(loaded.optimizer) is keras.optimizers.SGD and int(loaded.optimizer.iterations) == 5
-
-
 # GradientExchange
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import horovod.tensorflow as hvd
+import horovod.tensorflow.keras.callbacks as theirs
 import keras
+import numpy as np
 import tensorflow as tf
-from horovod.tensorflow.keras.callbacks import BestModelCheckpoint
 
+from hvd_accordion.tensorflow.agreement import require_equal
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.keras.optimizer import _Distributed
 from hvd_accordion.tensorflow.keras.rates import innermost, learning_rate_of
@@ -37,6 +39,15 @@ class EpochCallback(keras.callbacks.Callback):
             if tf.config.list_physical_devices("GPU"):  # what Keras makes of "auto" there
                 model.jit_compile = False
                 log.warning("jit_compile is off: Horovod's collectives can't be compiled by XLA")
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if hvd.size() > 1 and exchanges_nothing(self.model):
+            log.warning(
+                "%d ranks train, each for itself: the model's optimizer, %r, is no DistributedOptimizer and holds none; "
+                "compile with hvd.DistributedOptimizer(...)",
+                hvd.size(),
+                self.model.optimizer,
+            )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         for optimizer in optimizers_of(self.model):
@@ -70,6 +81,7 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
         self._local.add(id(value_of(var)))
 
     def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
         if self.broadcast_done or not self.model.built:
             return
         optimizer = self.model.optimizer
@@ -98,7 +110,11 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
 
 
 class MetricAverageCallback(EpochCallback):
-    """Averages the metrics of an epoch over the ranks, for itself and for the callbacks behind it in the list."""
+    """Averages the metrics of an epoch over the ranks, for itself and for the callbacks behind it in the list.
+
+    Numbers and arrays of any shape; anything else in the logs is left as it is. ValueError, on every rank the same, where
+    ranks have different metrics: one that only some ranks validate has some that the others lack.
+    """
 
     def __init__(self, device: str = "") -> None:
         super().__init__()
@@ -106,13 +122,25 @@ class MetricAverageCallback(EpochCallback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if not logs or hvd.size() == 1:
+        if logs is None or hvd.size() == 1:
             return
-        names = sorted(logs)
+        found = {name: np.asarray(value) for name, value in sorted(logs.items())}
+        mine = {name: value.astype(np.float64) for name, value in found.items() if value.dtype.kind in "biuf"}
+        shapes = {f"metric {name}": value.shape for name, value in mine.items()}
         with tf.device(self.device or None):
-            mine = tf.constant([float(logs[name]) for name in names], tf.float64)
-            means = hvd.allreduce(mine, op=hvd.Average, name="hvd_accordion.metrics").numpy().tolist()
-        logs.update(zip(names, means, strict=True))
+            require_equal(shapes, "hvd_accordion.metrics.names", hvd.global_process_set)
+            if mine:
+                joined = tf.constant(np.concatenate([value.reshape(-1) for value in mine.values()]))
+                means = hvd.allreduce(joined, op=hvd.Average, name="hvd_accordion.metrics").numpy()
+                logs.update(split(means, mine))
+
+
+def split(joined: np.ndarray, like: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays of these shapes out of one vector; numbers as floats."""
+    ends = np.cumsum([value.size for value in like.values()])
+    parts = np.split(joined, ends[:-1])
+    named = zip(like.items(), parts, strict=True)
+    return {name: part.reshape(value.shape) if value.ndim else float(part[0]) for (name, value), part in named}
 
 
 class LearningRateScheduleCallback(EpochCallback):
@@ -145,6 +173,7 @@ class LearningRateScheduleCallback(EpochCallback):
         self.current_epoch = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
         if not self.staircase and not self.steps_per_epoch:
             self.steps_per_epoch = self.params.get("steps")
             if not self.steps_per_epoch:
@@ -209,10 +238,59 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
 
 
+class BestModelCheckpoint(theirs.BestModelCheckpoint):
+    """Saves the best model so far, as `keras.callbacks.ModelCheckpoint(..., save_best_only=True)`.
+
+    Args:
+        filepath: where to; may be set as an attribute later, as Horovod's estimators do. ValueError where a training begins
+            without.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        filepath: Any = None,
+    ) -> None:
+        some = "best.weights.h5" if save_weights_only else "best.keras"  # Keras wants to see one
+        options = {"verbose": verbose, "save_best_only": True, "save_weights_only": save_weights_only, "mode": mode}
+        keras.callbacks.ModelCheckpoint.__init__(self, filepath or some, monitor, save_freq=save_freq, **options)
+        if filepath is None:
+            self.filepath = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self.filepath is None:
+            raise ValueError("filepath must be a path, got None: pass it, or set it before the training")
+        super().on_train_begin(logs)
+
+
 def optimizers_of(model: keras.Model) -> list[Any]:
-    """The distributed optimizers among the attributes of a model, in lists and dicts too, each once."""
+    """The distributed optimizers of a model, each once: among its attributes, and within optimizers that wrap them."""
     found: dict[int, Any] = {}
-    for value in vars(model).values():
-        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        found.update((id(one), one) for one in several if isinstance(one, _Distributed))
+    seen: set[int] = set()
+    left = list(members_of(model))
+    while left:
+        one = left.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, _Distributed):
+            found[id(one)] = one
+        left += members_of(one)
     return list(found.values())
+
+
+def members_of(owner: Any) -> Iterator[Any]:
+    """The optimizers among an object's attributes, in lists and dicts too."""
+    for value in vars(owner).values():
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        yield from (one for one in several if isinstance(one, keras.optimizers.Optimizer))
+
+
+def exchanges_nothing(model: keras.Model) -> bool:
+    """Whether Keras's own training step will run an optimizer that no DistributedOptimizer is part of."""
+    own_step = type(model).train_step is not keras.Model.train_step
+    return model.optimizer is not None and not own_step and not optimizers_of(model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -19,10 +21,18 @@ from hvd_accordion.plan import MIN_NUMEL, Compression
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import groups_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
+from hvd_accordion.tensorflow.keras import copies
 from hvd_accordion.tensorflow.keras.aggregation import LocalSums
-from hvd_accordion.tensorflow.keras.rates import innermost, scaled_rate
+from hvd_accordion.tensorflow.keras.copies import Wrapping
+from hvd_accordion.tensorflow.keras.rates import counters, members, rate_of, scaled_rate
 from hvd_accordion.tensorflow.keras.saving import SavedState
 from hvd_accordion.tensorflow.variables import trainable_of
+
+LOST = (
+    "this optimizer was made from the config of a DistributedOptimizer whose settings this process does not know, so it "
+    "can't exchange gradients: compile with hvd.DistributedOptimizer(model.optimizer, compression=...), or load the model "
+    "by hvd.load_model(file, compression=...)"
+)
 
 
 def DistributedOptimizer(
@@ -87,7 +97,7 @@ def DistributedOptimizer(
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
-    if isinstance(optimizer, _Distributed):
+    if isinstance(optimizer, _Distributed) and not optimizer._hvd_copied:
         raise ValueError(
             "optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from"
         )
@@ -110,17 +120,20 @@ def DistributedOptimizer(
         "min_compress_numel": min_compress_numel,
         "batch_size": batch_size,
     }
-    if batch_size is not None and getattr(innermost(optimizer), "gradient_accumulation_steps", None):
+    if batch_size is not None and any(one.gradient_accumulation_steps for one in members(optimizer)):
         raise ValueError("the optimizer's gradient_accumulation_steps must be None with batch_size")
     base = type(optimizer)
+    if isinstance(optimizer, _Distributed):
+        base = base.__mro__[2]
     if base.__module__ == "horovod._keras":
         base, arguments = base.__mro__[1], {**arguments, **taken_over(optimizer, compression)}
         if optimizer._agg_helper is not None:
             average_aggregated_gradients = optimizer._agg_helper.average_aggregated_gradients
-    kind = distributed(base, arguments, average_aggregated_gradients, device_dense or device_sparse)
+    kind = distributed(base)
     result = kind.__new__(kind)
     result.__dict__.update(optimizer.__dict__)
-    result._attach()
+    result._hvd_copied = False
+    result._attach(Wrapping(arguments, average_aggregated_gradients, device_dense or device_sparse))
     if name is not None:
         result.name = name
     if optimizer.built:
@@ -151,12 +164,14 @@ def taken_over(optimizer: Any, compression: Any) -> dict[str, Any]:
     return found
 
 
-def distributed(base: type, arguments: Mapping[str, Any], average: bool, device: str) -> type:
-    """The subclass of an optimizer's class that exchanges gradients with these arguments."""
+@functools.cache
+def distributed(base: type) -> type:
+    """The subclass of an optimizer's class that exchanges gradients."""
     scaling = issubclass(base, keras.optimizers.LossScaleOptimizer)
-    names = {"_hvd_arguments": dict(arguments), "_hvd_average": average, "_hvd_device": device}
-    kind = type(base.__name__, (_LossScaled if scaling else _Distributed, base), names)
+    kind = type(base.__name__, (_LossScaled if scaling else _Distributed, base), {})
     kind.__module__ = base.__module__  # saved under the name of the wrapped class
+    if base.__module__.startswith("keras."):
+        copies.register(kind, base.__name__)
     return kind
 
 
@@ -164,25 +179,41 @@ class _Distributed:
     """What a distributed optimizer does more than its own class."""
 
     _hvd: GradientExchange
-    _hvd_arguments: dict[str, Any]
-    _hvd_average: bool
-    _hvd_device: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Called by Keras alone, with what was in a config."""
         super().__init__(*args, **kwargs)
-        self._attach()
+        wrapping = copies.wrapping_of(type(self), self.name)
+        self._hvd_copied = not copies.loading()
+        self._attach(wrapping or Wrapping(), lost=wrapping is None)
 
-    def _attach(self) -> None:
+    def _attach(self, wrapping: Wrapping, lost: bool = False) -> None:
+        """`lost`: nobody knows what the wrapping was."""
         itself = weakref.ref(self)
         self._hvd = GradientExchange(
-            learning_rate=lambda: itself().learning_rate, optimizer=type(self).__name__, **self._hvd_arguments
+            learning_rate=lambda: rate_of(itself()), optimizer=type(self).__name__, **wrapping.arguments
         )
+        self._hvd.local_names = wrapping.local
         settings, batch = self._hvd.settings, self._hvd.settings.batch_size
         passes = settings.backward_passes_per_step if batch is None else batch.factor
-        self._hvd_sums = LocalSums(passes, self._hvd_average or batch is not None, settings.sparse_as_dense)
+        self._hvd_sums = LocalSums(passes, wrapping.average or batch is not None, settings.sparse_as_dense)
         self.compression_state = SavedState(self._hvd, self._hvd_sums)  # Keras saves what it finds in attributes
+        self._hvd_wrapping, self._hvd_lost = wrapping, lost
         self._hvd_given: set[str] = set()  # keys of the variables that have had a gradient to add up
         self._hvd_loss_scaled = False
+
+    def get_config(self) -> dict[str, Any]:
+        """The wrapped optimizer's; what is made from it in this process has the wrapping, too."""
+        if not self._hvd_lost:
+            local, groups = self._hvd.named_locals(), self._hvd_wrapping.arguments.get("groups")
+            arguments = {**self._hvd_wrapping.arguments, "groups": None if isinstance(groups, list) else groups}
+            again = None if local is None else replace(self._hvd_wrapping, arguments=arguments, local=local)
+            copies.remember(type(self), self.name, again)
+        return super().get_config()  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        rebuild, data = super().__reduce__()  # by a class that can be imported
+        return getattr(type(self).__mro__[2], rebuild.__name__), data
 
     def build(self, variables: Any) -> None:
         """Makes the optimizer's variables and those of compression. Sends nothing."""
@@ -205,6 +236,8 @@ class _Distributed:
         grads = list(grads)
         if not grads:
             return
+        if self._hvd_lost and hvd.is_initialized() and hvd.size() > 1:
+            raise ValueError(LOST)
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if not self.built:
             with tf.name_scope(self.name):
@@ -224,7 +257,8 @@ class _Distributed:
             return last
 
         def wait() -> tf.Tensor:
-            innermost(self)._iterations.assign_add(1)
+            for count in counters(self):
+                count.assign_add(1)
             return last
 
         tf.cond(last, step, wait)
@@ -245,7 +279,7 @@ class _Distributed:
             super().apply(means, variables)  # type: ignore[misc]
 
     def _averaged(self, grads: list[Any], variables: list[Any], count: tf.Tensor | None) -> list[Any]:
-        with tf.device(self._hvd_device or None):
+        with tf.device(self._hvd_wrapping.device or None):
             return self._hvd(grads, variables, count)
 
     def register_local_var(self, var: Any) -> None:
@@ -262,12 +296,13 @@ class _Distributed:
         self._hvd.end_epoch()
 
     def _apply_leftovers(self) -> None:
-        iterations = innermost(self)._iterations
-        counted = int(iterations)
-        iterations.assign(counted - 1)  # the last micro-batch has been counted, and is again by its update
+        counted = [(count, int(count)) for count in counters(self)]
+        for count, number in counted:
+            count.assign(number - 1)  # the last micro-batch has been counted, and is again by its update
         self._hvd_given = self._hvd_given or set(self._hvd_sums.sums)  # restored, with no step since
         self._apply_sums(self._trainable_variables, self._hvd_sums.count.read_value())
-        iterations.assign(counted)
+        for count, number in counted:
+            count.assign(number)
 
     def advice(self) -> Advice:
         """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table."""
@@ -286,6 +321,8 @@ class _Distributed:
         # what LossScaleOptimizer does to the optimizer that it is put around: the only thing that it lets one know
         if name == "loss_scale_factor" and "_hvd" in self.__dict__ and called_by_loss_scale_optimizer():
             super().__setattr__("_hvd_loss_scaled", True)
+        if name == "learning_rate" and self.__dict__.get("_hvd_scale") is not None and not callable(value):
+            value = value / tf.cast(self._hvd_scale, getattr(value, "dtype", tf.float32))
         super().__setattr__(name, value)
 
 
@@ -332,9 +369,10 @@ def load_model(
     del legacy_opts
     classes = [c for c in vars(keras.optimizers).values() if isinstance(c, type)]
     classes = [c for c in classes if issubclass(c, keras.optimizers.Optimizer)] + list(custom_optimizers or ())
-    arguments, average, device = _arguments(compression, options)
-    objects = {c.__name__: distributed(c, arguments, average, device) for c in classes}
-    model = keras.models.load_model(filepath, custom_objects={**objects, **(custom_objects or {})})
+    wrapping = DistributedOptimizer(keras.optimizers.SGD(), compression=compression, **options)._hvd_wrapping
+    objects = {c.__name__: distributed(c) for c in classes}
+    with copies.wrapped(wrapping):
+        model = keras.models.load_model(filepath, custom_objects={**objects, **(custom_objects or {})})
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or isinstance(optimizer, _Distributed):
         return model
@@ -344,6 +382,6 @@ def load_model(
     return model
 
 
-def _arguments(compression: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], bool, str]:
-    probe = type(DistributedOptimizer(keras.optimizers.SGD(), compression=compression, **options))
-    return probe._hvd_arguments, probe._hvd_average, probe._hvd_device
+for _class in [c for c in vars(keras.optimizers).values() if isinstance(c, type)]:
+    if issubclass(_class, keras.optimizers.Optimizer):
+        distributed(_class)  # a config that another process wrote is known as a distributed optimizer's

@@ -8,6 +8,7 @@ from keras_common import SPECS, assert_ranks_equal, fit, flat, loss, model, resi
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
+from hvd_accordion.tensorflow.keras import copies
 
 
 def assert_resumes(name, net, optimizer):
@@ -67,11 +68,25 @@ def test_rank_0_restores_and_the_callback_tells_the_others():
     assert_ranks_equal(np.array([optimizer.stats.sent_bytes, optimizer.stats.critical_fraction]))
 
 
-def test_the_file_loads_without_horovod_and_with_its_momentum():
+def test_what_keras_loads_by_itself_is_wrapped_again_or_refuses_to_train():
+    copies._serialized.clear()
     net = keras.models.load_model(path("topk", "model") + ".keras")
-    assert type(net.optimizer) is keras.optimizers.SGD and int(net.optimizer.iterations) == 10
+    assert isinstance(net.optimizer, keras.optimizers.SGD) and int(net.optimizer.iterations) == 10
     assert all(m.numpy().any() for m in net.optimizer.momentums)
+    with pytest.raises(ValueError, match="made from the config of a DistributedOptimizer"):
+        fit(net)
+    net.compile(hvd_keras.DistributedOptimizer(net.optimizer, compression=SPECS["topk"]), loss=loss())
     fit(net)
+    assert_ranks_equal(flat(net))
+
+
+def test_a_clone_trains_together_with_all_ranks():
+    net, _ = built("topk")
+    clone = keras.models.clone_model(net)
+    clone.set_weights(net.get_weights())
+    fit(clone)
+    assert_ranks_equal(flat(clone))
+    assert 0 < clone.optimizer.stats.sent_bytes < clone.optimizer.stats.dense_bytes
 
 
 def test_a_file_of_keras_alone_gets_a_distributed_optimizer(tmp_path):

@@ -369,9 +369,14 @@ def test_momentum_correction_scales_the_velocity():
 def test_metrics_are_averaged():
     callback = hvd_keras.callbacks.MetricAverageCallback()
     callback.set_model(keras.Sequential())
-    logs = {"b": float(hvd.rank()), "a": 1.0}
+    rank, mean = float(hvd.rank()), (hvd.size() - 1) / 2
+    logs = {"b": rank, "a": 1.0, "of classes": np.array([rank, 2.0]), "listed": [rank, rank], "note": "kept"}
     callback.on_epoch_end(0, logs)
-    assert logs == {"b": (hvd.size() - 1) / 2, "a": 1.0}
+    assert (logs["b"], logs["a"], logs["note"]) == (mean, 1.0, "kept") and type(logs["b"]) is float
+    np.testing.assert_array_equal(logs["of classes"], [mean, 2.0])
+    np.testing.assert_array_equal(logs["listed"], [mean, mean])
+    with pytest.raises(ValueError, match="configured differently: .*metric (val_)?loss"):
+        callback.on_epoch_end(1, {"loss": 1.0, **({"val_loss": 1.0} if hvd.rank() == 0 else {})})
 
 
 def test_local_variables_are_not_broadcast():
