@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import horovod.tensorflow.keras.callbacks as theirs
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import hvd_accordion.keras as of_keras
 import hvd_accordion.tensorflow.keras as hvd
 from hvd_accordion import Accordion, PowerSGD
 from hvd_accordion.tensorflow.keras import callbacks
@@ -162,6 +164,73 @@ def test_the_distributed_optimizers_of_a_model():
     net.second = hvd.DistributedOptimizer(keras.optimizers.Adam())
     net.again, net.plain = ours, keras.optimizers.Adam()
     assert optimizers_of(net) == [ours, net.second]
+
+
+class Wrapping(keras.optimizers.Optimizer):
+    """A user's optimizer around others."""
+
+    def __init__(self, inner, **others):
+        super().__init__(0.1)
+        self.inner, self.others = inner, others
+
+    def build(self, variables):
+        self.inner.build(variables)
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        self.inner.apply(grads, trainable_variables)
+
+
+def test_the_distributed_optimizers_within_others():
+    ours, more = (hvd.DistributedOptimizer(keras.optimizers.SGD(), compression=Accordion(interval=1)) for _ in range(2))
+    assert optimizers_of(model(Wrapping(Wrapping(ours), more=more, plain=keras.optimizers.SGD()))) == [more, ours]
+    several = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(ours, {".*bias": more}))
+    assert set(optimizers_of(model(several))) == {ours, more}
+    net = model(Wrapping(ours))
+    net.optimizer.inner.itself = net.optimizer  # no end
+    net.fit(np.ones((8, 40)), np.ones((8, 30)), verbose=0, epochs=2, callbacks=[EpochCallback()])
+    assert ours._hvd._engine.controller.epoch == 2
+
+
+def own_step(optimizer):
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return {}
+
+    net = Own([keras.layers.Input((40,)), keras.layers.Dense(30)])
+    net.compile(optimizer, loss="mse")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "ranks", "warned"),
+    [
+        (lambda: model(keras.optimizers.SGD()), 2, True),
+        (lambda: model(Wrapping(keras.optimizers.SGD())), 2, True),
+        (lambda: model(keras.optimizers.SGD()), 1, False),
+        (lambda: model(Wrapping(hvd.DistributedOptimizer(keras.optimizers.SGD()))), 2, False),
+        (lambda: own_step(keras.optimizers.SGD()), 2, False),  # may use a tape
+    ],
+)
+def test_a_training_without_any_exchange_is_warned_of(net, ranks, warned, monkeypatch, caplog):
+    monkeypatch.setattr(callbacks.hvd, "size", lambda: ranks)
+    attached(EpochCallback(), net())
+    assert ("2 ranks train, each for itself" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("module", [hvd.callbacks, of_keras.callbacks])
+def test_the_best_model_is_saved_where_it_is_told_to(module, tmp_path):
+    with pytest.raises(ValueError, match="filepath must be a path, got None"):
+        attached(module.BestModelCheckpoint(monitor="loss"))
+    later = module.BestModelCheckpoint(monitor="loss")
+    later.filepath = str(tmp_path / "later.keras")
+    now = module.BestModelCheckpoint("loss", 0, mode="min", filepath=tmp_path / "now.keras")
+    model().fit(np.ones((8, 40)), np.ones((8, 30)), verbose=0, callbacks=[later, now])
+    assert {path.name for path in tmp_path.iterdir()} == {"later.keras", "now.keras"}
+    assert isinstance(now, theirs.BestModelCheckpoint)
+    weights = hvd.callbacks.BestModelCheckpoint("loss", save_weights_only=True, filepath=tmp_path / "x.weights.h5")
+    model().fit(np.ones((8, 40)), np.ones((8, 30)), verbose=0, callbacks=[weights])
+    assert (tmp_path / "x.weights.h5").exists()
 
 
 def test_rate_and_velocity_of_a_loss_scaled_optimizer_are_those_of_the_inner_one():

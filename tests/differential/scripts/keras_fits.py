@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keras
-from keras_common import examples, fitted, loss, network, script
+from keras_examples import examples, fitted, loss, network, script
 
 
 @script

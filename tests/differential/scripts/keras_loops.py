@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 import tensorflow as tf
-from keras_common import examples, loss, network, script
+from keras_examples import examples, loss, network, script
 
 
 @script
