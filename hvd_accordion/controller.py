@@ -228,6 +228,12 @@ class Controller:
         self._fall_due([rule for rule in self.rules if rule.unit == "steps" and self.step % rule.interval == 0])
         return self.steps_per_epoch is not None and self.step_of_epoch >= self.steps_per_epoch
 
+    def exchanged_again(self, sent: float, seconds: float) -> None:
+        """Counts an exchange that is no step of its own, such as a closure's later ones."""
+        self.stats.sent_bytes += sent
+        self.stats.dense_bytes += self.dense_bytes
+        self.stats.exchange_seconds += seconds
+
     def end_epoch(self) -> bool:
         """Counts an epoch, unless it has just ended by itself; tells whether it counted."""
         if self.step_of_epoch == 0:

@@ -33,6 +33,13 @@ def from_rank_0(numbers: Sequence[float], name: str, process_set: hvd.ProcessSet
     return values.tolist()
 
 
+def any_rank(flag: bool, name: str, process_set: hvd.ProcessSet) -> bool:
+    """Whether it is true on any rank."""
+    if process_set.size() == 1:
+        return flag
+    return bool(hvd.allreduce(torch.tensor([int(flag)]), op=hvd.Max, name=name, process_set=process_set))
+
+
 def root(process_set: hvd.ProcessSet) -> int:
     """Global rank of the process set's first member."""
     return process_set.ranks[0] if process_set.ranks else 0

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from hvd_accordion import checks
+from hvd_accordion.compression.base import ITEMSIZE
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Layer
 from hvd_accordion.settings import Settings
 
 
 def layer_of(name: str, p: torch.Tensor) -> Layer:
+    """TypeError for a parameter whose gradients no exchange can take."""
+    if str(p.dtype).removeprefix("torch.") not in ITEMSIZE:
+        raise TypeError(
+            f"parameter {name} is of dtype {p.dtype}, but gradients can be exchanged in {', '.join(ITEMSIZE)} alone: "
+            "keep a complex parameter as its real view (torch.view_as_real), or freeze it"
+        )
     return Layer(name, tuple(p.shape), ops.dtype(p), str(p.device))
 
 
 def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Name -> parameter for all parameters of the optimizer's groups, in their order.
 
+    Without `parameters` they have the names that the optimizer was given them under, else made-up ones.
+
     Raises ValueError where a name stands twice or a parameter has none.
     """
     if parameters is None:
-        return {f"allreduce.noname.{i}.{j}": p for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
+        pairs = [pair for i, group in enumerate(groups) for pair in of_group(f"allreduce.noname.{i}", group)]
+        check_unique([name for name, _ in pairs])
+        return dict(pairs)
     pairs = list(parameters)
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise ValueError(
             "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
             "model.named_parameters()."
         )
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(twice)}")
+    check_unique([name for name, _ in pairs])
     name_of: dict[int, str] = {}
     for name, p in pairs:
         name_of.setdefault(id(p), name)
@@ -51,6 +58,18 @@ def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: l
     return {name_of[id(p)]: p for group in groups for p in group["params"]}
 
 
+def of_group(prefix: str, group: Mapping[str, Any]) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a group under the names that torch keeps of `(name, parameter)`, else numbered."""
+    names = group.get("param_names") or [f"{prefix}.{j}" for j in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
+
+
+def check_unique(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(twice)}")
+
+
 def check_groups(groups: Any) -> None:
     if groups is None:
         return
@@ -62,42 +81,6 @@ def check_groups(groups: Any) -> None:
         raise ValueError("groups must consist of torch.Tensor.")
     if len({id(p) for p in members}) != len(members):
         raise ValueError("A parameter can only appear once in groups.")
-
-
-def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
-    """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none.
-
-    Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those.
-    """
-    if type(optimizer).__module__ != hvd.DistributedOptimizer.__module__ or not hasattr(optimizer, "_parameter_names"):
-        return None
-    if optimizer._handles:
-        raise ValueError("optimizer is in the middle of a step: wrap it before backward() or after step()")
-    theirs = {
-        "named_parameters": [(name, p) for p, name in optimizer._parameter_names.items()],
-        "compression": optimizer._compression,
-        "backward_passes_per_step": optimizer.backward_passes_per_step,
-        "op": getattr(optimizer, "op", hvd.Adasum),
-        "gradient_predivide_factor": getattr(optimizer, "gradient_predivide_factor", 1.0),
-        "groups": getattr(optimizer, "_groups", None),
-        "sparse_as_dense": getattr(optimizer, "sparse_as_dense", False),
-        "process_set": getattr(optimizer, "process_set", hvd.global_process_set),
-    }
-    optimizer._grad_accs.clear()
-    base = type(optimizer).__bases__[0]
-    inner = base.__new__(base)
-    inner.__dict__.update(optimizer.__dict__)
-    for own in (
-        "_parameter_names",
-        "_compression",
-        "_handles",
-        "_grad_accs",
-        "_requires_update",
-        "_allreduce_delay",
-        "step",
-    ):
-        inner.__dict__.pop(own, None)
-    return inner, theirs
 
 
 def described(

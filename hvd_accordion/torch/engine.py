@@ -20,9 +20,10 @@ from hvd_accordion.plan import Group, Layer, Policy
 from hvd_accordion.settings import Settings
 from hvd_accordion.torch import gradients, sparse
 from hvd_accordion.torch.accumulation import LocalSums, wide
-from hvd_accordion.torch.agreement import from_rank_0, require_equal
+from hvd_accordion.torch.agreement import any_rank, from_rank_0, require_equal
 from hvd_accordion.torch.configuration import layer_of
 from hvd_accordion.torch.driver import Driver
+from hvd_accordion.torch.evaluation import Evaluation
 from hvd_accordion.torch.probe import Probe
 from hvd_accordion.torch.watching import Watching
 
@@ -69,7 +70,8 @@ class Engine:
         self.backward_passes_per_step = settings.backward_passes_per_step
         self.passes: dict[str, int] = {}
         self.seconds = 0.0
-        self.synchronized = False  # by the user, with no backward pass since
+        self.evaluation = Evaluation()
+        self.when_exchanged: Callable[[], None] | None = None  # to be done once, after the exchange under way
         self._hooks: dict[str, Any] = {}
         self.probe: Probe | None = None  # as long as an Auto has yet to choose
         self.advice: Advice | None = None
@@ -160,11 +162,11 @@ class Engine:
     @property
     def completes_batch(self) -> bool:
         """Whether the next step of the optimizer updates the parameters."""
-        return not self.waiting if self.synchronized else self.due
+        return not self.waiting if self.evaluation.synchronized else self.due
 
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
-        self.synchronized = False
+        self.evaluation.fresh = True
         if self.size == 1:
             return
         begin = time.perf_counter()
@@ -185,18 +187,33 @@ class Engine:
             self.driver.poll()
         self.seconds += time.perf_counter() - begin
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> bool:
         """Ends the exchange of all gradients: every rank's `.grad` holds the mean (or sum).
 
         Where the batch is not complete yet, keeps the gradients, leaves `.grad` as it is and sends nothing.
+
+        Returns False where nothing is done: the user has synchronized since the last step, and no rank has new gradients.
         """
         if not self.active:
-            return
+            return True
+        if self.evaluation.averaged is not None:  # ranks may differ in what is new to them
+            new = self.evaluation.has_new(self.params)
+            if not any_rank(new, f"{self.prefix}.fresh", self.process_set):
+                return False
         if self.due:
             self._update(self.sums.count + 1)
         else:
             self.sums.add(self.params)
             self.reset()
+        return True
+
+    def discard(self) -> None:
+        """The gradients are zeroed: backward passes since the last exchange, of which nothing was sent, do not count."""
+        self.evaluation.averaged = None
+        if self.evaluation.fresh:
+            self.evaluation.fresh = False
+            self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
+            self._begin()
 
     def flush(self) -> None:
         """Exchanges the micro-batches that wait, as a batch of their own."""
@@ -225,6 +242,13 @@ class Engine:
         self.seconds += time.perf_counter() - begin
         if self.probe is not None:
             self.probe.end_exchange(time.perf_counter() - begin)
+        if self.when_exchanged is not None:
+            then, self.when_exchanged = self.when_exchanged, None
+            then()
+        if self.evaluation.further:
+            self.controller.exchanged_again(sent, self.seconds)
+            self.reset()
+            return
         ended = self.controller.advance(sent, self.seconds, micro_batches)
         self.reset()
         if self.controller.wants_lr:
@@ -240,7 +264,7 @@ class Engine:
 
     def reset(self) -> None:
         """Ready for the next backward pass, whatever became of the last."""
-        self.synchronized = False
+        self.evaluation.fresh, self.evaluation.averaged = False, None
         self.driver.reset()
         self.seconds = 0.0
         self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
@@ -319,7 +343,9 @@ class Engine:
         gradients.replace([self.params[name] for name in names], step.mean)
 
     def _watch(self, means: Mapping[str, torch.Tensor], ok: torch.Tensor) -> None:
-        """For the norms of the window; a mean counts for as much as it is made of."""
+        """For the norms of the window; a mean counts for as much as it is made of, a closure's first alone."""
+        if self.evaluation.further:
+            return
         self.watch.add({name: mean for name, mean in means.items() if name in self.measured}, ok, self.of_update)
         if self.measures_whole:
             self.whole.add(means, ok, self.of_update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from hvd_accordion import plan, resume
 from hvd_accordion.controller import Controller
 from hvd_accordion.torch.eclk import ErrorCompensated
 from hvd_accordion.torch.engine import Engine
+
+NO_MICRO_BATCHES: dict[str, Any] = {"count": 0, "sums": {}}
 
 
 def saved(engine: Engine) -> dict[str, Any]:
@@ -27,6 +30,21 @@ def saved(engine: Engine) -> dict[str, Any]:
     }
 
 
+def take_up(engine: Engine, state: Mapping[str, Any] | None) -> None:
+    """Loads state; where a backward pass has started exchanges, when these have ended. None: nothing was saved."""
+    if engine.in_flight:
+        if state is not None:  # an update is on its way: micro-batches of another are none of its
+            engine.when_exchanged = functools.partial(load, engine, {**state, "accumulated": NO_MICRO_BATCHES})
+        return
+    averaged = engine.evaluation.averaged  # gradients stay what they are
+    if state is None:
+        engine.sums.clear()
+        engine.reset()
+    else:
+        load(engine, state)
+    engine.evaluation.averaged = averaged
+
+
 def load(engine: Engine, state: Mapping[str, Any]) -> None:
     """Takes up what fits of saved state, starts the rest anew, and warns of it once.
 
@@ -36,7 +54,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     """
     params, controller = engine.params, engine.controller
     whole = state.get("summed_whole", {})  # neither is in files of older versions
-    accumulated = dict(state.get("accumulated", {"count": 0, "sums": {}}))
+    accumulated = state.get("accumulated", NO_MICRO_BATCHES)
     unknown = _misfits(params, state["residual"], accumulated["sums"])
     unknown += [n for part in (state["memory"], state["summed"], whole) for n in part if n not in params]
 
@@ -52,7 +70,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
         left.append(f"memory of {resume.in_words(forgotten)}, which their compression does not need")
     if controller.batch is None and accumulated["count"]:
         left.append(f"{accumulated['count']} micro-batches of an incomplete batch")
-        accumulated = {"count": 0, "sums": {}}
+        accumulated = NO_MICRO_BATCHES
 
     def own(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.detach().to(params[name].device, copy=True)
@@ -67,7 +85,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
         engine.residual = {name: own(name, x).mul_(scale) for name, x in fitting(state["residual"]).items()}
     engine.reset()
     engine.replan()
-    resume.warn_of(left, stacklevel=4)
+    resume.warn_of(left, stacklevel=5)
 
 
 def _misfits(params: Mapping[str, torch.Tensor], *parts: Mapping[str, torch.Tensor]) -> list[str]:

@@ -3,5 +3,6 @@
 import torch_loops
 import torch_optimizers
 import torch_parameters
+import torch_steps
 
-__all__ = ["torch_loops", "torch_optimizers", "torch_parameters"]
+__all__ = ["torch_loops", "torch_optimizers", "torch_parameters", "torch_steps"]

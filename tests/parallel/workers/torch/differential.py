@@ -39,6 +39,8 @@ class ByHand:
                     return super().step()
                 return super().step(lambda: (torch.enable_grad()(closure)(), self.average())[0])
 
+            step.hooked = True  # torch calls hooks in the step below
+
             def average(self) -> None:
                 for i, p in enumerate(p for group in self.param_groups for p in group["params"] if p.requires_grad):
                     mine = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()

@@ -1,0 +1,52 @@
+"""Everything that is read of the inside of Horovod's DistributedOptimizer, which is none of its public interface."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+
+def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
+    """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none.
+
+    Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those.
+    """
+    if type(optimizer).__module__ != hvd.DistributedOptimizer.__module__ or not hasattr(optimizer, "_parameter_names"):
+        return None
+    if optimizer._handles:
+        raise ValueError("optimizer is in the middle of a step: wrap it before backward() or after step()")
+    theirs = {
+        "named_parameters": [(name, p) for p, name in optimizer._parameter_names.items()],
+        "compression": optimizer._compression,
+        "backward_passes_per_step": optimizer.backward_passes_per_step,
+        "op": getattr(optimizer, "op", hvd.Adasum),
+        "gradient_predivide_factor": getattr(optimizer, "gradient_predivide_factor", 1.0),
+        "groups": getattr(optimizer, "_groups", None),
+        "sparse_as_dense": getattr(optimizer, "sparse_as_dense", False),
+        "process_set": getattr(optimizer, "process_set", hvd.global_process_set),
+    }
+    optimizer._grad_accs.clear()
+    base = type(optimizer).__bases__[0]
+    inner = base.__new__(base)
+    inner.__dict__.update(optimizer.__dict__)
+    for own in (
+        "_parameter_names",
+        "_compression",
+        "_handles",
+        "_grad_accs",
+        "_requires_update",
+        "_allreduce_delay",
+        "step",
+    ):
+        inner.__dict__.pop(own, None)
+    return inner, theirs
+
+
+def in_flight(optimizer: torch.optim.Optimizer) -> Callable[[], bool]:
+    """Tells whether a backward pass has come to its hooks since its last exchange ended."""
+    itself = weakref.ref(optimizer)
+    return lambda: bool(itself()._handles)  # type: ignore[union-attr]
