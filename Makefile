@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup check demo demo-tf demo-eclk ui test lint bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
+.PHONY: help setup check demo demo-tf demo-eclk ui test test-quick lint bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ $(STAMP): setup.cfg docker/constraints.txt docker/setup.sh docker/build_horovod.
 setup: $(STAMP)   ## system packages, virtual environment, Horovod for today's torch and TensorFlow
 
 check: $(STAMP)   ## what is built, what is set wrong, the link between two ranks, and whether compression would pay
-	OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1 $(BIN)/horovodrun -np 2 $(BIN)/python -m hvd_accordion check
+	OMP_NUM_THREADS=1 $(BIN)/horovodrun -np 2 $(BIN)/python -m hvd_accordion check
 
 demo: $(STAMP)    ## five trainings on two ranks: table, picture (build/demo/) and MLflow run
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,9 @@ ui: $(STAMP)      ## MLflow's page on the runs of the demo
 
 test: $(STAMP)    ## all tests, on simulated and real ranks
 	$(BIN)/python -m pytest
+
+test-quick: $(STAMP) ## the tests that start no ranks, and one start of ranks of each framework
+	$(BIN)/python -m pytest -m "smoke or not parallel"
 
 lint: $(STAMP)    ## ruff and mypy
 	$(BIN)/ruff check .

@@ -247,20 +247,6 @@ def test_real_names():
 # Ranks
 
 
-@pytest.mark.parametrize(
-    ("environ", "where"),
-    [
-        ({}, (0, 1)),
-        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}, (1, 4)),
-        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, (0, 2)),
-        ({"PMI_RANK": "x", "PMI_SIZE": "2"}, (0, 1)),
-    ],
-)
-def test_what_the_launcher_tells(environ, where):
-    assert ranks.launched(environ) == where
-
-
 def rank(host="a", cores=8, threads=1, spinning=False, cycle="1", **packages):
     settings = {**surroundings.DEFAULTS, "HOROVOD_CYCLE_TIME": cycle}
     return ranks.Rank(host, cores, threads, spinning, {"torch": "2.13", "matplotlib": "3.7", **packages}, settings)

@@ -6,11 +6,13 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from hvd_accordion.command_line import ranks, software, surroundings, typical
 from hvd_accordion.command_line.findings import Finding, Verdict, broken, text
+from hvd_accordion.launch import YIELD, available_cores, yields
+from hvd_accordion.launchers import launched
 
 FRAMEWORKS = ("torch", "tensorflow")
 MEASURE = "to measure it: horovodrun -np 2 -H host1:1,host2:1 python -m hvd_accordion check"
@@ -18,7 +20,7 @@ MEASURE = "to measure it: horovodrun -np 2 -H host1:1,host2:1 python -m hvd_acco
 
 def main(parameters: int, backward: float, framework: str | None, hosts: str) -> int:
     """Prints what it finds; 1 if something is broken, else 0."""
-    rank, size = ranks.launched(os.environ)
+    _, rank, size, *_ = launched(os.environ)
     failed = False
 
     def show(title: str, findings: Sequence[Finding]) -> None:
@@ -71,14 +73,21 @@ def between(
 
 
 def machine(hosts: str) -> list[Finding]:
-    cores = surroundings.available_cores()
+    cores = available_cores()
     threads = surroundings.threads_of(os.environ, cores)
     return [
         surroundings.own_name(socket.gethostname(), surroundings.addresses),
         *surroundings.named_hosts(hosts, surroundings.addresses),
         Finding(Verdict.NOTE, "cores", f"{cores}; a rank computes with {threads} thread{'s' * (threads != 1)}"),
         surroundings.load(os.getloadavg()[0], cores),
+        *waiting(os.environ, cores),
     ]
+
+
+def waiting(environ: Mapping[str, str], cores: int) -> list[Finding]:
+    """What this package's `init` will set for ranks of Open MPI that have fewer than two cores each."""
+    found = f"1, by hvd_accordion's init(): ranks have fewer than two of {cores} core{'s' * (cores != 1)} each"
+    return [Finding(Verdict.NOTE, YIELD, found)] if yields(environ, cores) else []
 
 
 def launcher() -> Finding:

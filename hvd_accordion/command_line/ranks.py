@@ -16,10 +16,10 @@ from hvd_accordion.command_line import software, surroundings
 from hvd_accordion.command_line.findings import Finding, Verdict
 from hvd_accordion.command_line.typical import Choices
 from hvd_accordion.cost import constant
+from hvd_accordion.launch import available_cores
 from hvd_accordion.plan import Layer
 
 NAME = "hvd_accordion.check"  # what the names of its collectives begin with
-LAUNCHERS = ("HOROVOD", "OMPI_COMM_WORLD", "PMI")  # _RANK and _SIZE: gloo under horovodrun, Open MPI, MPICH
 SLOW_COLLECTIVE = 5e-3  # seconds that the smallest takes
 
 
@@ -42,21 +42,8 @@ class Seen(NamedTuple):
     measured: Measured
 
 
-class NotTogetherError(RuntimeError):
-    """The launcher started several ranks, but Horovod sees only one."""
-
-
-def launched(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and number of ranks, by what the launcher left in the environment; (0, 1) without one."""
-    for name in LAUNCHERS:
-        rank, size = environ.get(f"{name}_RANK", ""), environ.get(f"{name}_SIZE", "")
-        if rank.isdigit() and size.isdigit():
-            return int(rank), int(size)
-    return 0, 1
-
-
 def myself() -> Rank:
-    cores = surroundings.available_cores()
+    cores = available_cores()
     return Rank(
         socket.gethostname(),
         cores,
@@ -70,15 +57,13 @@ def myself() -> Rank:
 def look_around(framework: str, layers: Sequence[Layer], choices: Choices) -> Seen:
     """Starts Horovod, compares and measures, and stops it again; every rank must come here.
 
-    Raises ImportError where Horovod's extension does not fit, NotTogetherError where ranks don't find each other,
+    Raises ImportError where Horovod's extension does not fit, StartError where ranks don't find each other,
     whatever Horovod raises where another rank fails.
     """
-    hvd = importlib.import_module(f"horovod.{framework}")
+    hvd = importlib.import_module(f"hvd_accordion.{framework}")
     agreement = importlib.import_module(f"hvd_accordion.{framework}.agreement")
     hvd.init()
     try:
-        if hvd.size() == 1:
-            raise NotTogetherError("the launcher started several ranks, but Horovod sees only one")
         everyone = hvd.global_process_set
 
         def told(what: Any, name: str) -> list[Any]:

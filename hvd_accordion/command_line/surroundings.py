@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -150,14 +149,3 @@ def unresolved(names: Iterable[str], resolve: Resolve) -> list[str]:
 def addresses(name: str) -> list[str]:
     """Of a host, by this one's resolver. OSError if it has none."""
     return [str(where[4][0]) for where in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-
-
-def available_cores() -> int:
-    """Cores that this process may use: by its affinity, or fewer where its control group has a share only."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores

@@ -3,6 +3,7 @@
 import horovod.keras as _horovod
 from horovod.keras import *  # noqa: F403
 
+from hvd_accordion.launch import initialiser as _initialiser
 from hvd_accordion.mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
@@ -22,3 +23,5 @@ __all__ += [
     "callbacks",
     "load_model",
 ]
+
+init = _initialiser(_horovod)

@@ -7,6 +7,7 @@
 import horovod.tensorflow as _horovod
 from horovod.tensorflow import *  # noqa: F403
 
+from hvd_accordion.launch import initialiser as _initialiser
 from hvd_accordion.mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
@@ -39,3 +40,5 @@ __all__ += [
     "estimate_smoothness",
     "join",
 ]
+
+init = _initialiser(_horovod)

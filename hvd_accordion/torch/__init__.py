@@ -6,6 +6,7 @@
 import horovod.torch as _horovod
 from horovod.torch import *  # noqa: F403
 
+from hvd_accordion.launch import initialiser as _initialiser
 from hvd_accordion.mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
@@ -25,3 +26,5 @@ __all__ += [
     "broadcast_optimizer_state",
     "estimate_smoothness",
 ]
+
+init = _initialiser(_horovod)

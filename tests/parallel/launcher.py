@@ -16,6 +16,18 @@ HOROVODRUN = Path(sys.executable).parent / "horovodrun"
 
 def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: float = 120.0, **env: str) -> str:
     """Output of `command` on `ranks` local ranks. AssertionError with the output if it fails or takes too long."""
+    environment = {
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
+        # from three ranks on, the order of a sum depends on what Horovod happens to fuse; here runs are compared bit by bit
+        **({"HOROVOD_FUSION_THRESHOLD": "0"} if ranks > 2 else {}),
+        **env,
+    }
+    start = [str(HOROVODRUN), "-np", str(ranks), "-H", f"localhost:{ranks}", f"--{transport}"]
+    return run([*start, *command], timeout, **environment)
+
+
+def run(command: list[str], timeout: float = 120.0, **env: str) -> str:
+    """Output of a command that starts ranks. AssertionError with the output if it fails or takes too long."""
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -23,14 +35,11 @@ def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: 
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TF_ENABLE_ONEDNN_OPTS": "0",
         "PYTHONUNBUFFERED": "1",
-        "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
         "HVD_ACCORDION_TEST_RUN": mark,
-        # from three ranks on, the order of a sum depends on what Horovod happens to fuse; here runs are compared bit by bit
-        **({"HOROVOD_FUSION_THRESHOLD": "0"} if ranks > 2 else {}),
         **env,
     }
     process = subprocess.Popen(
-        [str(HOROVODRUN), "-np", str(ranks), "-H", f"localhost:{ranks}", f"--{transport}", *command],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from hvd_accordion.command_line.ranks import launched
+from hvd_accordion.launchers import launched
 
 
 def registered(hvd: ModuleType, session: pytest.Session) -> dict[str, Any]:
     """Starts Horovod with `first`, rank 0 alone, and `others`, all ranks but 0, if a test has an argument of that name."""
-    size = launched(os.environ)[1]
+    size = launched(os.environ).size
     asked = {name for item in session.items for name in item.fixturenames}
     found = {"first": hvd.ProcessSet([0]), "others": hvd.ProcessSet(range(1, size))}
     if size < 3:

@@ -12,6 +12,7 @@ from hvd_accordion.command_line import typical
 pytestmark = pytest.mark.parallel
 
 
+@pytest.mark.smoke
 def test_plain_is_horovod():
     worker("torch/plain", ranks=2)
 
@@ -85,6 +86,7 @@ def test_traffic():
     worker("torch/traffic", ranks=2, transport="gloo", HOROVOD_CYCLE_TIME="20")
 
 
+@pytest.mark.smoke
 def test_keras_plain():
     worker("tensorflow/plain", ranks=2, timeout=300)
 
@@ -150,9 +152,10 @@ def test_check_where_a_rank_fails():
     code = """
 import sys
 from hvd_accordion.command_line import check, main, ranks
+from hvd_accordion.launchers import launched
 def fail(names, resolve):
     raise MemoryError("no room")
-if ranks.launched(check.os.environ)[0] == 1:
+if launched(check.os.environ).rank == 1:
     ranks.surroundings.unresolved = fail
 check.software.binding = lambda name: check.launcher()
 sys.exit(main(["check", "--framework", "torch"]))
