@@ -18,7 +18,7 @@ from hvd_accordion.controller import Controller
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Group, Layer, Policy
 from hvd_accordion.settings import Settings
-from hvd_accordion.torch import gradients, sparse
+from hvd_accordion.torch import gradients, rivals, sparse
 from hvd_accordion.torch.accumulation import LocalSums, wide
 from hvd_accordion.torch.agreement import any_rank, from_rank_0, require_equal
 from hvd_accordion.torch.configuration import layer_of
@@ -75,6 +75,7 @@ class Engine:
         self._hooks: dict[str, Any] = {}
         self.probe: Probe | None = None  # as long as an Auto has yet to choose
         self.advice: Advice | None = None
+        rivals.claim(self)
         self.replan()
 
     def join(self) -> None:
@@ -96,6 +97,7 @@ class Engine:
         if self.active:
             require_equal(described, f"{self.prefix}.{len(self.params)}", self.process_set)
         self.params.update(params)
+        rivals.claim(self)
         self.controller.adopt(policy)
         self.replan()
 
@@ -115,7 +117,9 @@ class Engine:
         for name in names:
             self.passes.setdefault(name, self.backward_passes_per_step)
             if self.active and name not in self._hooks:
-                self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
+                self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(
+                    _hook(weakref.ref(self), name, id(self.params[name]))
+                )
         undecided = self.size > 1 and self.controller.undecided
         self.probe = self.probe or Probe(self.process_set, self.prefix) if undecided else None
         self.controller.changed = False
@@ -404,8 +408,9 @@ class Engine:
         return found
 
 
-def _hook(engine: weakref.ref[Engine], name: str) -> Callable[[torch.Tensor], None]:
+def _hook(engine: weakref.ref[Engine], name: str, p: int) -> Callable[[torch.Tensor], None]:
     def hook(_: torch.Tensor) -> None:
+        rivals.check(p, name)  # before this holds the engine
         alive = engine()
         if alive is not None:
             alive.on_gradient(name)

@@ -167,3 +167,24 @@ def test_epochs_that_nobody_counts(monkeypatch):
     net(torch.randn(2, 1, 14, 14)).sum().backward()
     with pytest.raises(ValueError, match="steps_per_epoch"):
         optimizer.step()
+
+
+def test_two_optimizers_of_the_same_parameters():
+    """Told at the first backward pass; one that goes, be it in a cycle and after training, is not in the way."""
+
+    def step(optimizer):
+        net(torch.randn(2, 1, 14, 14)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    net = model()
+    old = build(net, compression=PowerSGD(2))
+    step(old)
+    optimizer = build(net, compression=TopK(0.1))
+    message = error_of(lambda: step(optimizer))
+    assert "parameter " in message and "belongs to two DistributedOptimizers" in message
+    net.zero_grad()
+    old.itself = old
+    del old
+    step(optimizer)
+    step(optimizer)
