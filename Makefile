@@ -33,7 +33,7 @@ test: $(STAMP)    ## all tests, on simulated and real ranks
 	$(BIN)/python -m pytest
 
 test-quick: $(STAMP) ## the tests that start no ranks, and one start of ranks of each framework
-	$(BIN)/python -m pytest -m "smoke or not parallel"
+	$(BIN)/python -m pytest -m "smoke or not (parallel or integrations)"
 
 lint: $(STAMP)    ## ruff and mypy
 	$(BIN)/ruff check .
