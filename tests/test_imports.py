@@ -21,18 +21,30 @@ needs_tensorflow = pytest.mark.skipif(
 REPLACED = {
     "tensorflow": {
         "DistributedGradientTape",
+        "SyncBatchNormalization",
+        "join",
+        "sync_batch_norm",
         "DistributedOptimizer",
         "PartialDistributedGradientTape",
         "broadcast_global_variables",
         "broadcast_variables",
+        "elastic",
         "init",
     },
-    "tensorflow.keras": {"DistributedOptimizer", "init", "broadcast_global_variables", "callbacks", "load_model"},
+    "tensorflow.keras": {
+        "DistributedOptimizer",
+        "broadcast_global_variables",
+        "callbacks",
+        "elastic",
+        "init",
+        "load_model",
+    },
     "keras": {
         "DistributedOptimizer",
         "PartialDistributedOptimizer",
         "broadcast_global_variables",
         "callbacks",
+        "elastic",
         "init",
         "load_model",
     },
@@ -101,8 +113,7 @@ print(json.dumps([len(names), missing, unlisted, changed, added]))
 """
     count, missing, unlisted, changed, added = in_a_fresh_process(code)
     assert count > 50 and not missing and not unlisted
-    ours = {"DistributedOptimizer", "broadcast_optimizer_state", "elastic", "init"}
-    assert set(changed) == ours and set(added) == METHODS
+    assert set(changed) == {"DistributedOptimizer", "broadcast_optimizer_state", "init"} and set(added) == METHODS
 
 
 @needs_torch
@@ -116,10 +127,7 @@ found = [m.name for m in pkgutil.walk_packages(theirs.__path__, "horovod.torch."
 for name in found:
     tail = name.removeprefix("horovod.torch.")
     try:
-        ours, theirs = importlib.import_module(f"hvd_accordion.torch.{tail}"), importlib.import_module(name)
-        made = [n for n, x in vars(theirs).items() if getattr(x, "__module__", "") == name and not n.startswith("_")]
-        lacks = [n for n in made if not hasattr(ours, n)]
-        same = ours is theirs or (ours.__name__ if ours.TorchState is not theirs.TorchState and not lacks else lacks)
+        same = importlib.import_module(f"hvd_accordion.torch.{tail}") is importlib.import_module(name)
     except ImportError as error:
         same = str(error)
     if same is not True:
@@ -128,7 +136,7 @@ print(json.dumps([found, wrong]))
 """
     found, wrong = in_a_fresh_process(code)
     assert {"horovod.torch.elastic", "horovod.torch.elastic.sampler", "horovod.torch.mpi_ops"} <= set(found)
-    assert wrong == [["elastic", "hvd_accordion.torch.elastic"], ["elastic.state", "hvd_accordion.torch.elastic.state"]]
+    assert not wrong
 
 
 @needs_torch
@@ -216,7 +224,8 @@ def test_every_public_name_of_horovod_under_tensorflow_is_there(module, under_te
 )
 def test_every_submodule_of_horovod_under_tensorflow_is_there(module, under_tensorflow):
     found = under_tensorflow[module]["submodules"]
-    ours = {"keras", "keras.callbacks"} if module == "tensorflow" else {"callbacks"}
+    below = {"sync_batch_norm", "elastic", "keras", "keras.callbacks", "keras.elastic"}
+    ours = below if module == "tensorflow" else {"callbacks", "elastic"}
     assert {name for name, what in found.items() if what == "ours"} == {f"horovod.{module}.{name}" for name in ours}
     assert f"horovod.{module}.elastic" in found
     assert not {name: what for name, what in found.items() if what not in ("ours", "the same")}

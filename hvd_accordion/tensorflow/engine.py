@@ -59,16 +59,31 @@ class Engine:
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Makes variables for layers that the controller knows."""
-        adaptive = self.clock.adaptive
         for layer in layers:
             key = self.numbers[layer.name] = str(len(self.numbers))
-            self._keep(layer, self._specs(layer))
-            if layer.name in adaptive:
-                self.state.summed[key] = self._watch(layer, self.controller.watched(layer.name, layer.numel))
-            if self.controller.batch is not None:
-                self.state.summed_whole[key] = self._watch(layer, self.controller.watched_of_whole(layer.numel))
             self.state.slice_bytes[key] = variable(0.0, tf.float64)
+            self._room(layer)
         self.clock.begin()
+
+    def move(self, logger: Any) -> None:
+        """Among other ranks, at the place that the state knows: all is planned and agreed on anew. Sends nothing."""
+        self.rank, self.size = self.state.me
+        self.controller.move(self.size, logger)
+        for known in (self.kinds, self.traffic, self._signatures, self._functions):
+            known.clear()
+        self._numbers = itertools.count()
+        for layer in self.controller.layers.values():
+            self._room(layer)
+        self.clock.begin()
+
+    def _room(self, layer: Layer) -> None:
+        """Makes what is kept of the layer, where it is not there yet."""
+        key, state, controller = self.numbers[layer.name], self.state, self.controller
+        self._keep(layer, self._specs(layer))
+        if layer.name in self.clock.adaptive and key not in state.summed:
+            state.summed[key] = self._watch(layer, controller.watched(layer.name, layer.numel))
+        if controller.batch is not None and key not in state.summed_whole:
+            state.summed_whole[key] = self._watch(layer, controller.watched_of_whole(layer.numel))
 
     def _watch(self, layer: Layer, size: int) -> tf.Variable:
         """Room for the sum of so many of the layer's entries."""
@@ -104,10 +119,21 @@ class Engine:
 
     # before the first exchange
 
-    def agree(self, names: tuple[str, ...], grads: Sequence[Any], described: Callable[[], dict[str, str]]) -> None:
+    def agree(
+        self,
+        names: tuple[str, ...],
+        grads: Sequence[Any],
+        described: Callable[[], dict[str, str]],
+        traced: bool = False,
+    ) -> None:
         """Compares the ranks' settings, and settles which gradients there are and of which kind.
 
         Once for each `names`, and again where a gradient appears that no rank had: on all ranks at the same step.
+
+        Args:
+            traced: a graph has no place for a mean where this rank has no gradient.
+
+        Raises ValueError, on all ranks alike, where settings differ, or a graph has no place for a mean.
         """
         new = any(self.kinds.get(name, NONE) == NONE and g is not None for name, g in zip(names, grads, strict=True))
         if names in self._signatures and not new:
@@ -121,8 +147,14 @@ class Engine:
             ]
             self.clock.look()  # what was restored may hold an Auto's choice
             undecided = int(self.controller.undecided and self.size > 1)
-            *everyone, undecided = largest([*mine, undecided], f"{self.prefix}.{number}.kinds", self.process_set)
-            for name, kind in zip(names, everyone, strict=True):
+            lacking = [int(traced and kind == NONE) for kind in mine]
+            *told, undecided = largest([*mine, *lacking, undecided], f"{self.prefix}.{number}.kinds", self.process_set)
+            for name, kind, lacks in zip(names, told, told[len(names) :], strict=False):
+                if kind != NONE and lacks:
+                    raise ValueError(
+                        f"the gradient of {name} is missing on some ranks but not on all: in elastic training, inside of "
+                        "tf.function, all ranks must have the same gradients"
+                    )
                 self.kinds[name] = max(kind, self.kinds.get(name, NONE))
                 if self.kinds[name] == SLICES:  # a table's residual would be as large as the table, and never used
                     self.state.forget(self.numbers[name])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from hvd_accordion import elastic
 from hvd_accordion.auto import Advice, advice_of
 from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.controller import Controller, Logger
@@ -17,8 +18,10 @@ from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
 from hvd_accordion.report import CompressionReport, Stats
 from hvd_accordion.settings import Settings, check_logger, check_op, is_horovods, plain_spec, translated
+from hvd_accordion.tensorflow import bridge, registry
 from hvd_accordion.tensorflow.broadcasting import send
 from hvd_accordion.tensorflow.engine import Engine
+from hvd_accordion.tensorflow.shared import Shared
 from hvd_accordion.tensorflow.state import State, outside
 from hvd_accordion.tensorflow.uneven import compresses
 from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
@@ -73,6 +76,7 @@ class GradientExchange(tf.Module):
         super().__init__(name="gradient_exchange")
         check_groups(groups)
         check_logger(logger)
+        elastic.check_process_set(process_set, hvd.global_process_set)
         check_process_set(process_set)
         settings = Settings(
             op,
@@ -101,6 +105,8 @@ class GradientExchange(tf.Module):
         self.local_names: frozenset[str] = frozenset()  # variables that are local before anybody can register them
         self._engine: Engine | None = None
         self._prefix = Prefix(process_set)
+        self._told: Shared | None = None
+        self.waiting: Callable[[], Any] | None = None  # weakly, its optimizer's sums of micro-batches
 
     @property
     def active(self) -> bool:
@@ -137,7 +143,7 @@ class GradientExchange(tf.Module):
         outside(lambda: self._extend(layers, policy))
 
     def _extend(self, layers: Sequence[Layer], policy: dict[str, Any]) -> None:
-        engine = self._engine
+        engine, known = self._engine, len(self.shapes)
         if engine is None:
             engine = self._engine = self._made(layers, policy)
         else:
@@ -147,22 +153,90 @@ class GradientExchange(tf.Module):
             members = {self._known.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
             engine.group_of.update(members)
         engine.add(layers)
+        if known == 0:
+            registry.add(self)
+        elif self._told is not None:
+            self._told.give(self.state, known)
 
     def _made(self, layers: Sequence[Layer], policy: dict[str, Any]) -> Engine:
         settings, asked = self.settings, self._asked
-        rank, size = (settings.process_set.rank(), settings.process_set.size()) if self.active else (0, 1)
-        logger = asked.logger if self.active and rank == 0 else None
+        rank, size = self._place()
         steps, small = settings.steps_per_epoch, settings.min_compress_numel
+        logger = self._logger(policy)
         controller = Controller(layers, policy, size, steps, logger, small, settings.batch_size)
         self.state = State(rank, size)
-        if logger is not None:
-            logger.start(
-                settings.logged(asked.optimizer, asked.compression, policy, size, "tensorflow", tf.__version__)
-            )
         plain = (asked.compression or hvd.Compression.none) if asked.plain else None
+        self._counts(plain, size)
+        return Engine(controller, self.state, settings, plain, self._prefix)
+
+    def _place(self) -> tuple[int, int]:
+        """This rank's number among how many."""
+        its = self.settings.process_set
+        return (its.rank(), its.size()) if self.active else (0, 1)
+
+    def _logger(self, policy: dict[str, Any]) -> Logger | None:
+        """The logger on rank 0, told of the run."""
+        asked, (rank, size) = self._asked, self._place()
+        if asked.logger is None or rank != 0 or not self.active:
+            return None
+        told = self.settings.logged(asked.optimizer, asked.compression, policy, size, "tensorflow", tf.__version__)
+        asked.logger.start(told)
+        return asked.logger
+
+    # among ranks that come and go
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the layers that it knows."""
+        return () if self._engine is None else tuple(x.shape for x in self._engine.controller.layers.values())
+
+    @property
+    def local_sums(self) -> Any:
+        """Of micro-batches that wait for an update; None where there are none."""
+        return None if self.waiting is None else self.waiting()
+
+    def move(self) -> None:
+        """Among other ranks, from now on. Sends nothing: the next exchange compares settings anew.
+
+        Residuals are scaled to count for as much in the mean as before. ValueError where the ranks can't share a batch.
+        """
+        if self._engine is not None:
+            was = self.state.me[0]
+            self.state.move(*self._place())
+            moved = (was == 0) != (self.state.me[0] == 0)
+            controller = self._engine.controller
+            self._engine.move(self._logger(controller.policy) if moved else controller.logger)
+            self._counts(self._engine.plain, self.state.me[1])
+
+    def _counts(self, plain: Any, size: int) -> None:
+        """It sends what Horovod's `join` knows nothing of."""
         if plain is None and size > 1:
             compresses(self)
-        return Engine(controller, self.state, settings, plain, self._prefix)
+
+    def knows_any(self, variables: Sequence[Any]) -> bool:
+        """Whether it exchanges the gradient of one of these."""
+        return any(self._known.name(v) is not None for v in variables)
+
+    def saved(self) -> Callable[[], None]:
+        """A function that gives its variables the values of now, at whatever place this process is then."""
+        state, sums = self.state, self.local_sums
+        variables = [*state.variables, *(() if sums is None else sums.variables)]
+        values = {id(v): (v, tf.identity(v.read_value())) for v in variables}
+
+        def back() -> None:
+            for v in self.state.residual.values():
+                if id(v) not in values:  # made since then
+                    v.assign(tf.zeros_like(v))
+            for v, value in values.values():
+                v.assign(value)
+            self.state.scale()
+
+        return back
+
+    def take(self, told: Shared) -> None:
+        """Takes up what rank 0 has told of it; layers that it gets to know later do so then."""
+        self._told = told
+        told.give(self.state, 0, self.local_sums)
 
     @tf.autograph.experimental.do_not_convert
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], steps: Any = None) -> list[Any]:
@@ -188,14 +262,30 @@ class GradientExchange(tf.Module):
             return averaged
         refuse_xla()
         self.build(variables)
+        rate, steps = self._learning_rate(), 1 if steps is None else steps
+        if not elastic.active() or tf.executing_eagerly():
+            return self._averages(averaged, variables, rate, steps)
+        touched = [self.state.step, self.state.step_of_epoch, self.state.passes, self.state.lr_scale]
+        return bridge.call(
+            lambda grads, *told: self._averages(grads, variables, *told, traced=True),
+            averaged,
+            variables,
+            rate,
+            steps,
+            touched,
+        )
+
+    def _averages(
+        self, averaged: list[Any], variables: list[Any], rate: Any, steps: Any, traced: bool = False
+    ) -> list[Any]:
         assert self._engine is not None
         known = self._known
         mine = [i for i, v in enumerate(variables) if known.name(v) is not None and not known.is_local(v)]
         names = tuple(known.name(variables[i]) for i in mine)
         given = [averaged[i] for i in mine]
         if names:
-            self._engine.agree(names, given, lambda: self._described(variables))
-            means = self._engine(names, given, self._learning_rate(), 1 if steps is None else steps)
+            self._engine.agree(names, given, lambda: self._described(variables), traced)
+            means = self._engine(names, given, rate, steps)
             for i, mean in zip(mine, means, strict=True):
                 averaged[i] = mean
         if not self._asked.scale_local_gradients:

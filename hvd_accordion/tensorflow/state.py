@@ -59,6 +59,19 @@ class State(tf.Module):
 
         tf.cond(tf.reduce_all(tf.equal(owner, self.me)), lambda: tf.constant(False), take)
 
+    def move(self, rank: int, size: int) -> None:
+        """This rank at another place among others: its residuals are scaled to count for as much in the mean as before."""
+        self.claim()
+        self.me = (rank, size)
+        self.scale()
+
+    def scale(self) -> None:
+        """Residuals that this process kept at another place, as `move`."""
+        factor = self.me[1] / int(self.owner[1])
+        for residual in self.residual.values():
+            residual.assign(residual * tf.cast(factor, residual.dtype))
+        self.owner.assign(self.me)
+
     def forget(self, key: str, *kinds: str) -> None:
         """Lets go of what a layer kept, of `kinds` or of all."""
         for kept in kinds or (

@@ -21,15 +21,15 @@ def horovod():
 
 
 class Twins(hvd.ProcessSet):
-    """Rank 0 of two that always have the same gradients."""
+    """Rank 0 of two, or of `count`, that always have the same gradients."""
 
     process_set_id, ranks = 0, [0, 1]
 
     def __init__(self):
-        pass
+        self.count = 2
 
     def size(self):
-        return 2
+        return self.count
 
     def rank(self):
         return 0
@@ -41,18 +41,19 @@ class Twins(hvd.ProcessSet):
 @pytest.fixture
 def twins(monkeypatch):
     """A process set of two ranks that always have the same gradients; their collectives need nobody else."""
+    ranks = Twins()
 
-    def reduced(x, prescale_factor=1.0, postscale_factor=1.0, **_):
-        return x * (2 * prescale_factor * postscale_factor)
+    def reduced(x, op, prescale_factor=1.0, postscale_factor=1.0, **_):
+        return x * ((1 if op == hvd.Average else ranks.count) * prescale_factor * postscale_factor)
 
     import horovod.tensorflow as theirs
 
     for name, collective in {
-        "allgather": lambda x, **_: tf.concat([x, x], axis=0),
-        "alltoall": lambda x, **_: tf.stack([x[0], x[0]]),
+        "allgather": lambda x, **_: tf.concat([x] * ranks.count, axis=0),
+        "alltoall": lambda x, **_: tf.stack([x[0]] * ranks.count),
         "allreduce": lambda x, **where: x if where["op"] == hvd.Max else reduced(x, **where),
         "grouped_allreduce": lambda xs, **where: [reduced(x, **where) for x in xs],
         "broadcast": lambda x, root_rank, **_: x,
     }.items():
         monkeypatch.setattr(theirs, name, collective)
-    return Twins()
+    return ranks

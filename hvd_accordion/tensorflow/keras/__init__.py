@@ -9,6 +9,7 @@ from hvd_accordion.mirror import mirror as _mirror
 __all__ = _mirror(_horovod, globals())
 
 import hvd_accordion.tensorflow.keras.callbacks as callbacks
+import hvd_accordion.tensorflow.keras.elastic as elastic
 from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables
 from hvd_accordion.tensorflow.keras.optimizer import (
     DistributedOptimizer,
@@ -21,6 +22,7 @@ __all__ += [
     "PartialDistributedOptimizer",
     "broadcast_global_variables",
     "callbacks",
+    "elastic",
     "load_model",
 ]
 

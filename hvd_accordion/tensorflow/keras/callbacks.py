@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hvd_accordion import elastic
 from hvd_accordion.tensorflow.agreement import require_equal
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.keras.optimizer import _Distributed
@@ -68,7 +69,8 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
 
     def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
         super().__init__()
-        self.root_rank, self.device, self.broadcast_done = root_rank, device, False
+        self.root_rank, self.device = root_rank, device
+        self._done: int | None = None  # in which generation of ranks
         self._local: set[int] = set()
         single = local_variables is not None and hasattr(local_variables, "assign")
         for v in [local_variables] if single else local_variables or ():
@@ -79,6 +81,11 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
     def register_local_var(self, var: Any) -> None:
         """This variable stays each rank's own."""
         self._local.add(id(value_of(var)))
+
+    @property
+    def broadcast_done(self) -> bool:
+        """Whether the ranks of now have been given their variables."""
+        return self._done == elastic.generation()
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
@@ -106,7 +113,7 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
                 sums = optimizer._hvd_sums
                 count = sums.count if sums.passes > 1 else None
                 optimizer._hvd.broadcast(self.root_rank, count, list(sums.sums.values()))
-        self.broadcast_done = True
+        self._done = elastic.generation()
 
 
 class MetricAverageCallback(EpochCallback):

@@ -197,6 +197,7 @@ class _Distributed:
         settings, batch = self._hvd.settings, self._hvd.settings.batch_size
         passes = settings.backward_passes_per_step if batch is None else batch.factor
         self._hvd_sums = LocalSums(passes, wrapping.average or batch is not None, settings.sparse_as_dense)
+        self._hvd.waiting = weakref.ref(self._hvd_sums)
         self.compression_state = SavedState(self._hvd, self._hvd_sums)  # Keras saves what it finds in attributes
         self._hvd_wrapping, self._hvd_lost = wrapping, lost
         self._hvd_given: set[str] = set()  # keys of the variables that have had a gradient to add up
