@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -11,9 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_accordion import controller as control
+from hvd_accordion import resume
 from hvd_accordion.accordion import Regime
 from hvd_accordion.controller import Controller
 from hvd_accordion.naming import Prefix
+from hvd_accordion.tensorflow import journal
 from hvd_accordion.tensorflow.agreement import root
 from hvd_accordion.tensorflow.state import State
 
@@ -37,13 +38,23 @@ class Clock:
     The graph counts steps and bytes in variables. At the end of a window and after the first step of one it hands the
     numbers to `_woken` in Python, and writes what that decides back into variables; no other step leaves the graph.
     The controller's memory is written to the journal, so that whoever restores the variables restores it too.
+
+    Args:
+        refit: called outside of the graph after that; gives variables that were restored from other settings the sizes of
+            now, and tells in words what it did not take up.
     """
 
     def __init__(
-        self, controller: Controller, state: State, numbers: dict[str, str], name: Prefix, process_set: Any
+        self,
+        controller: Controller,
+        state: State,
+        numbers: dict[str, str],
+        name: Prefix,
+        process_set: Any,
+        refit: Callable[[], list[str]],
     ) -> None:
         self.controller, self.state, self.numbers = controller, state, numbers
-        self.name, self.process_set = name, process_set
+        self.name, self.process_set, self.refit = name, process_set, refit
         self._journal = b""
 
     @property
@@ -150,20 +161,28 @@ class Clock:
         self.look()
         self.follow(*self.told([]))
 
-    def _woken(self, step: int, updates: int, sent: float, journal: bytes, of_update: int, numbers: np.ndarray) -> Told:
+    def _woken(self, step: int, updates: int, sent: float, saved: bytes, of_update: int, numbers: np.ndarray) -> Told:
         """Called from the graph: norms and the learning rate, as rank 0 has them."""
         *norms, learning_rate = map(float, numbers)
-        ended = self._catch_up(int(step), int(updates), float(sent), journal, int(of_update))
+        if self._is_another(saved, int(step)):
+            resume.warn_of(self._take_up(saved))
+        ended = self._count(int(step), int(updates), float(sent), int(of_update))
         if self.controller.wants_lr:
             self.controller.observe_lr(learning_rate)
         if ended:
             self.controller.end_epoch()
         return self.told(self._observe(norms, learning_rate))
 
-    def look(self) -> None:
-        """Makes the controller know what the variables do."""
+    def look(self, left: Sequence[str] = ()) -> None:
+        """Makes the controller know what the variables do. `left`: what of a saved state was not taken up, in words."""
         state = self.state
-        self._catch_up(int(state.step), int(state.updates), float(state.sent_bytes), state.journal.numpy())
+        saved, step, updates, sent = state.journal.numpy(), int(state.step), int(state.updates), float(state.sent_bytes)
+        restored = self._is_another(saved, step)
+        left = [*left, *self.refit(), *(self._take_up(saved) if restored else ())]
+        resume.warn_of(left, stacklevel=3)
+        self._count(step, updates, sent)
+        if restored:  # under other settings variables hold something else
+            self.follow(*self.told([]))
 
     def end_epoch(self, learning_rate: float) -> None:
         """Ends an epoch from outside of the graph, unless it has ended by itself; on all ranks."""
@@ -173,11 +192,17 @@ class Clock:
             *norms, learning_rate = self._from_rank_0(tf.stack(numbers)).numpy().tolist()
             self.follow(*self.told(self._observe(norms, learning_rate)))
 
-    def _catch_up(self, step: int, updates: int, sent: float, journal: bytes, of_update: int = 1) -> bool:
-        """Tells whether an epoch has ended by its number of steps."""
-        if journal and (journal != self._journal or step < self.controller.step):  # variables were restored
-            self.controller.load_state_dict(json.loads(journal))
-            self._journal = journal
+    def _is_another(self, saved: bytes, step: int) -> bool:
+        """Whether a journal is not its own: variables were restored."""
+        return bool(saved) and (saved != self._journal or step < self.controller.step)
+
+    def _take_up(self, saved: bytes) -> list[str]:
+        """Returns what it leaves of a journal, in words."""
+        self._journal = saved
+        return self.controller.load_state_dict(journal.read(saved, list(self.controller.layers.values())))
+
+    def _count(self, step: int, updates: int, sent: float, of_update: int = 1) -> bool:
+        """Catches up with the counts; tells whether an epoch has ended by its number of steps."""
         stats, steps = self.controller.stats, step - self.controller.step
         if steps <= 0:
             return False
@@ -200,7 +225,7 @@ class Clock:
         levels = [controller.regime(name) is not Regime.CRITICAL for name in self.adaptive]
         measured = [a.measures(controller.epoch) for a in controller.accordions]
         emptied = [any(rule is other for other in looked) for rule in [*controller.accordions, controller.batch]]
-        self._journal = json.dumps(controller.state_dict()).encode()
+        self._journal = journal.written(controller.state_dict(), list(controller.layers.values()))
         return (
             np.array(controller.step_of_epoch, np.int64),
             np.array(levels, np.int32),

@@ -359,6 +359,11 @@ class GradientExchange(tf.Module):
         self._engine.clock.look()
         return self._engine.controller.stats
 
+    def restored(self, left: Sequence[str]) -> None:
+        """Its variables were restored. Warns of what was not taken up: `left`, in words, and more of the kind."""
+        if self._engine is not None:
+            self._engine.clock.look(left)
+
     def broadcast(self, root_rank: int, count: tf.Variable | None = None, sums: Sequence[tf.Variable] = ()) -> None:
         """Gives every rank what `root_rank` has restored: levels, factors, norms and counts, but no residual.
 
@@ -367,6 +372,7 @@ class GradientExchange(tf.Module):
         """
         if self._engine is None or not self.active or self.settings.process_set.size() == 1:
             return
+        self.restored([])  # sizes are those of the settings of now, on all ranks
         process_set, name = self.settings.process_set, f"{self._prefix}.state"
         for i, v in enumerate(self.state.shared()):
             v.assign(send(v.read_value(), root_rank, f"{name}.{i}", process_set))

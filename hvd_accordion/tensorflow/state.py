@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from hvd_accordion import resume
+
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
@@ -93,25 +95,21 @@ class State(tf.Module):
         found = {name: v.numpy() for name, v in self._named().items()}
         return {**found, "journal": np.frombuffer(self.journal.numpy(), np.uint8)}
 
-    def load(self, arrays: Mapping[str, Any]) -> None:
-        """Takes up saved arrays; a variable that was not saved keeps its value.
+    def load(self, arrays: Mapping[str, Any]) -> list[str]:
+        """Takes up saved arrays that fit; a variable that was not saved, or in a shape that it can't have, keeps its value.
 
-        Sums of other entries than an Accordion's `norm` asks for now start anew; ValueError where something else was saved
-        in another shape.
+        Returns what was saved and is not taken up, in words.
         """
-        for name, v in self._named().items():
-            if name not in arrays:
-                continue
-            saved = np.asarray(arrays[name])
-            if name.startswith(("summed.", "summed_whole.")) and saved.shape != v.shape:
-                saved = np.zeros(v.shape)
-            if not v.shape.is_compatible_with(saved.shape):
-                raise ValueError(
-                    f"compression state {name} was saved in shape {saved.shape}, now it has {tuple(v.shape)}"
-                )
-            v.assign(saved)
+        named, misfits = self._named(), []
+        for name, array in arrays.items():
+            saved, v = np.asarray(array), named.get(name)
+            if v is not None and v.shape.is_compatible_with(saved.shape):
+                v.assign(saved)
+            elif v is not None or (name.startswith(("residual.", "memory.")) and saved.any()):
+                misfits.append(name)
         if "journal" in arrays:
             self.journal.assign(np.asarray(arrays["journal"]).tobytes())
+        return [f"what was kept as {resume.in_words(misfits)}, for which there is no place"] if misfits else []
 
     def _named(self) -> dict[str, tf.Variable]:
         found = {name: getattr(self, name) for name in ("owner", *SINGLES)}
@@ -137,3 +135,8 @@ def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = N
     return tf.Variable(
         tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape
     )
+
+
+def resizable(value: tf.Tensor, dtype: tf.DType) -> tf.Variable:
+    """One that a checkpoint of other settings may give another number of rows."""
+    return variable(value, dtype, [None, *value.shape[1:]])

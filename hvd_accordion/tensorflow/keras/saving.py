@@ -26,7 +26,11 @@ class SavedState(keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         if hasattr(self.exchange, "state"):
             saved = {name: store[name] for name in store.keys()}
-            self.exchange.state.load(saved)
-            for name, v in self.sums.named().items():
+            sums = self.sums.named()
+            left = self.exchange.state.load({name: saved[name] for name in saved if name not in sums})
+            if int(saved.get("count", 0)) and not sums:
+                left.append(f"{int(saved['count'])} micro-batches of an incomplete batch")
+            for name, v in sums.items():
                 if name in saved:
                     v.assign(saved[name])
+            self.exchange.restored(left)
