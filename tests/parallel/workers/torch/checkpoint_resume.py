@@ -5,6 +5,7 @@ import torch
 from common import SPECS, assert_ranks_equal, checkpoint, checkpointed, flat, model, sgd, train
 
 import hvd_accordion.torch as hvd
+from hvd_accordion import elastic
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -89,3 +90,52 @@ def test_plain_checkpoint_is_horovods():
     assert optimizer.state_dict().keys() == {"state", "param_groups"}
     _, lossy = checkpointed("topk")
     lossy.load_state_dict(optimizer.state_dict())
+
+
+def adam(net, name):
+    inner = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    options = {} if name == "none" else {"compression": SPECS[name], "steps_per_epoch": 4}
+    return hvd.DistributedOptimizer(inner, net.named_parameters(), **options)
+
+
+@pytest.mark.parametrize("name", ["none", *SPECS])
+def test_restore_is_exact(name):
+    """What follows a restore is what followed the commit, as often as it is restored."""
+    net = model()
+    optimizer = adam(net, name)
+    state = hvd.elastic.TorchState(model=net, optimizer=optimizer, step=0)
+    state.sync()
+    train(net, optimizer, range(6))
+    state.step = 6
+    state.save()
+    runs = []
+    for _ in range(3):
+        assert state.step == 6
+        train(net, optimizer, range(6, 12))
+        state.step = 12
+        runs.append((flat(net), optimizer.stats.steps, optimizer.stats.sent_bytes))
+        state.restore()
+    assert all(torch.equal(runs[0][0], weights) for weights, *_ in runs) and len({run[1:] for run in runs}) == 1
+
+
+@pytest.mark.parametrize("name", ["none", *SPECS])
+def test_sync_brings_a_new_rank_to_the_point_of_the_others(name, monkeypatch):
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    net = model()
+    state = hvd.elastic.TorchState(model=net, optimizer=adam(net, name), step=0)
+    state.sync()
+    train(net, state.optimizer, range(5))
+    state.step = 5
+    kept = {key: x.clone() for key, x in getattr(state.optimizer._hvd, "residual", {}).items()}
+    if hvd.rank() == hvd.size() - 1:  # another in its place, which has never seen a step
+        elastic.gathered()
+        net = model()
+        state, kept = hvd.elastic.TorchState(model=net, optimizer=adam(net, name), step=0), {}
+    else:
+        state.reset()
+    state.sync()
+    assert state.step == 5 and state.optimizer.stats.steps == 5
+    residual = getattr(state.optimizer._hvd, "residual", {})
+    assert residual.keys() == kept.keys() and all(torch.equal(residual[key], x) for key, x in kept.items())
+    train(net, state.optimizer, range(5, 12))
+    assert_ranks_equal(flat(net))

@@ -188,3 +188,51 @@ def test_two_optimizers_of_the_same_parameters():
     del old
     step(optimizer)
     step(optimizer)
+
+
+# elastic jobs: nothing is sent before the state's sync
+
+
+@pytest.fixture
+def elastic_job(monkeypatch):
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+
+
+@pytest.mark.parametrize("compression", [None, PowerSGD(2)])
+def test_elastic_settings_are_compared_in_sync(elastic_job, compression):
+    if hvd.rank() == 0:
+        build(compression=compression)  # on one rank only, as where others are in their sync
+    net = model()
+    state = hvd.elastic.TorchState(net, build(net, compression=mine(TopK(0.1), compression)), batch=0)
+    message = error_of(state.sync)
+    assert "optimizer: " in message and "TopK" in message
+    net = model()
+    more = mine({"epoch": 0}, {})
+    message = error_of(hvd.elastic.TorchState(net, build(net, compression=compression), batch=0, **more).sync)
+    assert "elastic state = " in message and "epoch" in message
+
+
+def test_elastic_optimizers_outside_of_the_state(elastic_job):
+    net = model()
+    optimizer = build(net, compression=PowerSGD(2))
+    hvd.elastic.TorchState(net, optimizer)
+    net(torch.randn(2, 1, 14, 14)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"must be part of hvd\.elastic\.TorchState"):
+        optimizer.step()
+
+
+def test_what_does_not_work_in_elastic_jobs(elastic_job, first):
+    net = model()
+    with pytest.raises(ValueError, match=r"process_set must be hvd\.global_process_set in elastic training"):
+        build(net, compression=PowerSGD(2), process_set=first)
+    with pytest.raises(ValueError, match="ECLK does not work in elastic training"):
+        hvd.ECLK(net.parameters(), smoothness=1.0, strong_convexity=0.1)
+    with pytest.raises(ValueError, match="estimate_smoothness does not work in elastic training"):
+        hvd.estimate_smoothness(lambda: None, net.parameters())
+
+
+def test_eclk_in_an_elastic_state():
+    net = model()
+    optimizer = hvd.ECLK(net.parameters(), smoothness=1.0, strong_convexity=0.1)
+    with pytest.raises(ValueError, match="optimizer must not be ECLK in an elastic state"):
+        hvd.elastic.TorchState(net, optimizer)
