@@ -6,6 +6,7 @@ before has come into force and so many steps were done since.
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import json
 import os
@@ -41,6 +42,7 @@ class Changes:
         self.sizes = sizes(plan["start"], self.changes)
         self.host = os.environ["HOROVOD_HOSTNAME"]
         self.enter()
+        faulthandler.register(signal.SIGUSR1)  # `job.run` asks where a worker hangs
 
     def enter(self) -> None:
         """At the beginning of the elastic function: all ranks are at the same point."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from changes import names
-from launcher import end
+from launcher import end, marked
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -63,6 +66,7 @@ def run(
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        tell_where(mark)
         end(mark)
         output, _ = process.communicate()
         raise AssertionError(f"not done after {timeout} s:\n{output}\n{_events(folder)[-10:]}") from None
@@ -70,6 +74,18 @@ def run(
         end(mark)
     assert process.returncode == 0, f"exit status {process.returncode}:\n{output}"
     return _events(folder)
+
+
+def tell_where(mark: str) -> None:
+    """Lets launcher and workers write the stacks of their threads into the output, where they hang."""
+    for process in marked(mark):
+        try:
+            name, *arguments = process.cmdline()
+            if name == sys.executable and any(str(HERE) in argument for argument in arguments):
+                process.send_signal(signal.SIGUSR1)
+        except (psutil.NoSuchProcess, ValueError):
+            pass
+    time.sleep(1)
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:

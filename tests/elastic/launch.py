@@ -5,7 +5,9 @@ launch.py HOSTS_FILE MIN MAX COMMAND...: the file holds a host a line, each good
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +23,7 @@ def main(hosts: Path, least: int, most: int, command: list[str]) -> None:
         def find_available_hosts_and_slots(self) -> dict[str, int]:
             return dict.fromkeys(hosts.read_text().split(), 1)
 
+    faulthandler.register(signal.SIGUSR1)
     driver.DISCOVER_HOSTS_FREQUENCY_SECS = 0.3  # of 1
     settings = ElasticSettings(
         Discovery(),
