@@ -48,6 +48,6 @@ def refuse(what: str, why: str) -> None:
 def unsynchronised(what: str, state: str) -> RuntimeError:
     """Raised by an optimizer that is to exchange in an elastic job before its place among the ranks is known."""
     return RuntimeError(
-        f"{what} must be part of an elastic state, synchronised by it: train in a function decorated with "
-        f"@hvd.elastic.run that is called with {state}, of this package"
+        f"in elastic training {what} must be part of {state} of this package, and train in a function decorated with "
+        "@hvd.elastic.run that this state is handed to"
     )

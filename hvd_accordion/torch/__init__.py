@@ -11,6 +11,7 @@ from hvd_accordion.mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
 
+from hvd_accordion.torch import elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer
 from hvd_accordion.torch.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
 from hvd_accordion.torch.state import broadcast_optimizer_state
@@ -24,6 +25,7 @@ __all__ += [
     "DistributedOptimizer",
     "LKatyusha",
     "broadcast_optimizer_state",
+    "elastic",
     "estimate_smoothness",
 ]
 

@@ -14,6 +14,8 @@ import torch
 
 from hvd_accordion import checks
 from hvd_accordion.controller import Controller
+from hvd_accordion.membership import Membership
+from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import Compression, assign
 from hvd_accordion.settings import Settings
 from hvd_accordion.torch import configuration, state
@@ -29,7 +31,8 @@ def compressed(
     compression: Compression,
     settings: Settings,
     controller: Controller,
-    prefix: str,
+    prefix: Prefix,
+    membership: Membership,
     name_of: Mapping[int, str],
 ) -> torch.optim.Optimizer:
     """An object of a subclass of the optimizer's own class, with its parameters, state and hooks.
@@ -182,5 +185,5 @@ def compressed(
     result.backward_passes_per_step = settings.backward_passes_per_step
     result.op, result.process_set = settings.op, settings.process_set
     itself = weakref.ref(result)  # no cycle: its hooks go as soon as the user lets go of it
-    result._hvd = Engine(params, controller, settings, lambda: largest_rate(itself()), prefix)
+    result._hvd = Engine(params, controller, settings, lambda: largest_rate(itself()), prefix, membership)
     return result

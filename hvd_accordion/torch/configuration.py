@@ -84,9 +84,9 @@ def check_groups(groups: Any) -> None:
 
 
 def described(
-    params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Any] | str, settings: Settings
+    params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Any] | str, settings: Settings, frozen: bool = True
 ) -> dict[str, str]:
-    """Everything in which ranks must agree, as text."""
+    """Everything in which ranks must agree, as text; `frozen`: which parameters are, too."""
     order = {id(p): name for name, p in params.items()}
     groups = settings.groups
     if isinstance(groups, list):
@@ -97,6 +97,6 @@ def described(
         described["compression"] = policy
     for i, (name, p) in enumerate(params.items()):
         kind = "" if isinstance(policy, str) else f", {policy[name]!r}"
-        grad = "" if p.requires_grad else ", frozen"
+        grad = ", frozen" if frozen and not p.requires_grad else ""
         described[f"parameter {i}"] = f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{grad}{kind}"
     return described

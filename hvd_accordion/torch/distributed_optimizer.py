@@ -9,8 +9,10 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.compression import Compressor, NoneCompressor
 
+from hvd_accordion import elastic
 from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.membership import Membership
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import MIN_NUMEL, Compression, assign
 from hvd_accordion.settings import Settings, check_logger, check_op, groups_of, is_horovods, plain_spec, translated
@@ -19,6 +21,8 @@ from hvd_accordion.torch.compressed import compressed
 from hvd_accordion.torch.configuration import check_groups, described, layer_of, named
 from hvd_accordion.torch.horovod_takeover import take_over
 from hvd_accordion.torch.plain import plain
+
+ELASTIC_STATE = "hvd.elastic.TorchState(model=model, optimizer=optimizer, ...)"
 
 
 def DistributedOptimizer(
@@ -43,7 +47,8 @@ def DistributedOptimizer(
 
     All arguments of `horovod.torch.DistributedOptimizer` keep their meaning. Compressed exchanges overlap backward;
     `synchronize()` ends them, `step()` calls it. What compression loses is kept per parameter and sent later.
-    Every rank must construct it at the same point: a small allgather compares the ranks' settings.
+    Every rank must construct it at the same point: a small allgather compares the ranks' settings. In an elastic job that
+    is left to `hvd.elastic.TorchState`, whose `sync` must come before the first step.
 
     Args:
         optimizer: any torch optimizer, or one that `horovod.torch.DistributedOptimizer` wrapped: it is taken over with
@@ -102,6 +107,7 @@ def DistributedOptimizer(
         batch_size,
     )
 
+    elastic.check_process_set(process_set, hvd.global_process_set)
     pairs = None if named_parameters is None else list(named_parameters)  # kept: their identities stay theirs
     params = named(pairs, optimizer.param_groups)
     trainable = [layer_of(name, p) for name, p in params.items() if p.requires_grad]
@@ -113,18 +119,22 @@ def DistributedOptimizer(
     if not horovods:
         check_op(op, (hvd.Average, hvd.Sum), compression, batch_size)
 
-    prefix = str(Prefix(process_set))
-    if process_set.included():
-        require_equal(described(params, policy if not horovods else str(compression), settings), prefix, process_set)
-    if not process_set.included() or process_set.rank() != 0:
-        logger = None
+    its_policy, prefix = policy if not horovods else str(compression), Prefix(process_set)
+    if process_set.included() and not elastic.active():
+        require_equal(described(params, its_policy, settings), str(prefix), process_set)
     size = process_set.size() if process_set.included() else 1
-    controller = Controller(trainable, policy, size, steps_per_epoch, logger, min_compress_numel, batch_size)
+    controller = Controller(trainable, policy, size, steps_per_epoch, None, min_compress_numel, batch_size)
+    its_name = type(optimizer).__name__
+
+    def logged(size: int) -> dict[str, object]:
+        return settings.logged(its_name, compression, policy, size, "torch", torch.__version__)
+
+    member = Membership(logger, logged, ELASTIC_STATE)
     if horovods:
-        result = plain(optimizer, params, compression or NoneCompressor, settings, controller)
+        result = plain(optimizer, params, compression or NoneCompressor, settings, controller, member)
     else:
         later = {id(p): name for name, p in pairs or ()}
-        result = compressed(optimizer, params, compression, settings, controller, prefix, later)  # type: ignore[arg-type]
-    if logger is not None:
-        logger.start(settings.logged(type(result).__name__, compression, policy, size, "torch", torch.__version__))
+        result = compressed(optimizer, params, compression, settings, controller, prefix, member, later)  # type: ignore
+    if not elastic.active():
+        result._hvd.agree()
     return result

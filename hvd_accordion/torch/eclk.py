@@ -9,7 +9,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_accordion import checks
+from hvd_accordion import checks, elastic
 from hvd_accordion.collectives import Rounds
 from hvd_accordion.compression.feedback import Step
 from hvd_accordion.controller import Logger
@@ -44,6 +44,7 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         steps_per_epoch: int | None = None,
         logger: Logger | None = None,
     ) -> None:
+        elastic.refuse(type(self).__name__, "its ranks hold parts of one sum, which a rank that leaves takes along")
         super().__init__(params, {})
         names, tensors = named(self.param_groups)
         wide = ops.widen([p.detach() for p in tensors])
@@ -169,6 +170,7 @@ def estimate_smoothness(
         params: as an optimizer's.
         iterations: at most, >= 1; two gradients each.
     """
+    elastic.refuse("estimate_smoothness", "it exchanges where ranks that have just come do not")
     checks.integer("iterations", iterations, 1)
     _, tensors = named(torch.optim.SGD(params, lr=0.0).param_groups)
     oracle, prefix = Oracle(tensors), f"{Prefix(process_set)}.smoothness"

@@ -15,13 +15,15 @@ from hvd_accordion.auto import Advice, advise
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.controller import Controller
+from hvd_accordion.membership import Membership
+from hvd_accordion.naming import Prefix
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.plan import Group, Layer, Policy
 from hvd_accordion.settings import Settings
 from hvd_accordion.torch import gradients, rivals, sparse
 from hvd_accordion.torch.accumulation import LocalSums, wide
 from hvd_accordion.torch.agreement import any_rank, from_rank_0, require_equal
-from hvd_accordion.torch.configuration import layer_of
+from hvd_accordion.torch.configuration import described, layer_of
 from hvd_accordion.torch.driver import Driver
 from hvd_accordion.torch.evaluation import Evaluation
 from hvd_accordion.torch.probe import Probe
@@ -41,6 +43,7 @@ class Engine:
         controller: knows levels and windows; its layers are those of `params`.
         lr: gives the learning rate of now.
         prefix: of all names of collectives; unique to an optimizer, equal on all ranks.
+        membership: whether the other ranks are known to be like this one.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Engine:
         controller: Controller,
         settings: Settings,
         lr: Callable[[], float],
-        prefix: str,
+        prefix: Prefix,
+        membership: Membership,
     ) -> None:
         self.params = dict(params)
         self.controller, self.settings, self.lr, self.prefix = controller, settings, lr, prefix
+        self.membership = membership
         self.process_set = settings.process_set
         self.join()
         self.residual: dict[str, torch.Tensor] = {}
@@ -79,12 +84,34 @@ class Engine:
         self.replan()
 
     def join(self) -> None:
-        """Its place among the ranks, which elastic training may change between two loads of state."""
+        """Takes its place among the ranks."""
         self.active = self.process_set.included()
         self.size = self.process_set.size() if self.active else 1
         self.rank = self.process_set.rank() if self.active else 0
-        self.controller.world_size = self.size
         self.driver = Driver(self.prefix, self.process_set, self.settings.scales(self.size))
+
+    def described(self) -> dict[str, str]:
+        """All in which ranks that are gathered anew must agree. One of them may have unfrozen parameters meanwhile."""
+        return described(self.params, self.controller.policy, self.settings, frozen=False)
+
+    def agree(self) -> None:
+        """All ranks are known to be alike: from now on they may exchange."""
+        str(self.prefix)  # drawn in the order in which all ranks agree, whichever optimizer exchanges first
+        self.membership.agree(self.controller, self.rank if self.active else None, self.size)
+
+    def move(self) -> None:
+        """To its place among ranks that were gathered anew; all that was under way with the old ones is dropped.
+
+        A residual counts for as much in the mean as it did.
+        """
+        old = self.size
+        self.join()
+        if self.residual:
+            torch._foreach_mul_(list(self.residual.values()), self.size / old)
+        self.membership.move(self.controller, self.size)
+        self.sparse = self.probe = None
+        self.drop()
+        self.replan()
 
     # plan: which layers, in which groups
 
@@ -93,9 +120,9 @@ class Engine:
 
     def add(self, params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Policy]) -> None:
         """Takes in more parameters, the same on every rank."""
-        described = {name: f"{layer_of(name, p)} {policy[name]!r}" for name, p in params.items()}
-        if self.active:
-            require_equal(described, f"{self.prefix}.{len(self.params)}", self.process_set)
+        added = {name: f"{layer_of(name, p)} {policy[name]!r}" for name, p in params.items()}
+        if self.active and self.membership.agreed:
+            require_equal(added, f"{self.prefix}.{len(self.params)}", self.process_set)
         self.params.update(params)
         rivals.claim(self)
         self.controller.adopt(policy)
@@ -228,6 +255,7 @@ class Engine:
     @torch.no_grad()
     def _update(self, micro_batches: int) -> None:
         """The exchange of a batch, and what is to be decided after it."""
+        self.membership.check()
         self.of_update = micro_batches
         self.lr_scale = self.controller.lr_scale * (micro_batches / self.controller.passes)
         begin = time.perf_counter()
@@ -273,6 +301,12 @@ class Engine:
         self.seconds = 0.0
         self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
         self._begin()
+
+    def drop(self) -> None:
+        """Forgets a step that is under way, whatever the user has done of it."""
+        self.when_exchanged = None
+        self.evaluation.begin()
+        self.reset()
 
     def _exchange(self) -> float:
         if self.sparse is None:
@@ -364,9 +398,12 @@ class Engine:
             self.sent[layer.name] = group.spec, nbytes * part / sum(predicted)
 
     def _alone(self) -> float:
-        """One rank: gradients stay as they are; norms are watched all the same."""
+        """One rank: gradients stay as they are, but for what waits since there were more; norms are watched all the same."""
         for name in self.trainable():
             self.sums.merge(name, self.params[name])
+            if name in self.residual:
+                p, waits = self.params[name], self.residual.pop(name)
+                p.grad = (waits if p.grad is None else waits + p.grad).to(p.dtype)
         for name in self.trainable() if self.measures_whole else self.measured:
             grad = self.params[name].grad
             if grad is not None and not grad.is_sparse:

@@ -13,8 +13,9 @@ from horovod.torch.compression import Compressor
 from hvd_accordion import resume
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.controller import Controller
+from hvd_accordion.membership import Membership
 from hvd_accordion.settings import Settings, plain_spec
-from hvd_accordion.torch import horovod_takeover
+from hvd_accordion.torch import configuration, horovod_takeover
 from hvd_accordion.torch.reports import STATE, Reports
 
 
@@ -27,6 +28,7 @@ class PlainEngine:
         spec: has the cost of what Horovod sends.
         synchronize: Horovod's.
         in_flight: whether a backward pass has run since the last exchange.
+        described: gives all in which ranks must agree.
     """
 
     completes_batch = True  # every step is an update
@@ -37,11 +39,26 @@ class PlainEngine:
         spec: CompressionSpec,
         synchronize: Callable[[], None],
         in_flight: Callable[[], bool],
+        process_set: hvd.ProcessSet,
+        membership: Membership,
+        described: Callable[[], dict[str, str]],
     ) -> None:
         self.controller, self.spec, self._synchronize, self._in_flight = controller, spec, synchronize, in_flight
+        self.process_set, self.membership, self.described = process_set, membership, described
         self._sent = sum(self.bytes_per_step().values())
         self.synchronized = False  # since the last step
         self.further = False  # whether a closure's evaluations belong to a step that is counted already
+
+    def agree(self) -> None:
+        """As an Engine's."""
+        rank = self.process_set.rank() if self.process_set.included() else None
+        self.membership.agree(self.controller, rank, self.controller.world_size)
+
+    def move(self) -> None:
+        """As an Engine's."""
+        self.synchronized = self.further = False
+        self.membership.move(self.controller, self.process_set.size())
+        self._sent = sum(self.bytes_per_step().values())
 
     def bytes_per_step(self) -> dict[str, float]:
         n = self.controller.world_size
@@ -67,6 +84,7 @@ def plain(
     compression: type[Compressor],
     settings: Settings,
     controller: Controller,
+    membership: Membership,
 ) -> torch.optim.Optimizer:
     """Horovod's own DistributedOptimizer, untouched, around a class that counts."""
 
@@ -108,6 +126,14 @@ def plain(
         process_set=settings.process_set,
     )
     in_flight = horovod_takeover.in_flight(result)
-    result._hvd = PlainEngine(controller, plain_spec(compression), result.synchronize, in_flight)
+    result._hvd = PlainEngine(
+        controller,
+        plain_spec(compression),
+        result.synchronize,
+        in_flight,
+        settings.process_set,
+        membership,
+        lambda: configuration.described(params, str(compression), settings, frozen=False),
+    )
     result.synchronize = result._hvd.synchronize  # Horovod's step() calls it
     return result

@@ -13,6 +13,10 @@ from hvd_accordion import plan, resume
 from hvd_accordion.controller import Controller
 from hvd_accordion.torch.eclk import ErrorCompensated
 from hvd_accordion.torch.engine import Engine
+from hvd_accordion.torch.plain import PlainEngine
+from hvd_accordion.torch.reports import STATE
+
+OWN = ("rank", "size", "residual")  # of what is saved, this rank's own
 
 NO_MICRO_BATCHES: dict[str, Any] = {"count": 0, "sums": {}}
 
@@ -62,7 +66,6 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
         return {name: kept for name, kept in part.items() if name not in unknown}
 
     memory, forgotten = _memory(controller, fitting(state["memory"]))
-    engine.join()
     left = controller.load_state_dict(state["controller"])  # raises before anything is taken up
     if unknown:
         left.append(f"what was kept of {resume.in_words(sorted(set(unknown)))}: no such parameters")
@@ -104,6 +107,44 @@ def _memory(
     return kept, [name for name, memory in saved.items() if len(kept[name]) < len(memory)]
 
 
+def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict, with the counts of one that Horovod alone exchanges for."""
+    engine, found = getattr(optimizer, "_hvd", None), optimizer.state_dict()
+    return {**found, STATE: {"controller": engine.controller.state_dict()}} if _plain(engine) else found
+
+
+def shared(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Of `everything`, what all ranks should have in common."""
+    found = everything(optimizer)
+    if STATE in found:
+        found[STATE] = {key: part for key, part in found[STATE].items() if key not in OWN}
+    return found
+
+
+def take(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Takes up what `everything` told of it; of what another's `shared` told, beside what is this rank's own."""
+    engine, state = getattr(optimizer, "_hvd", None), dict(state)
+    if _plain(engine):
+        engine.controller.load_state_dict(state.pop(STATE)["controller"])
+    elif isinstance(engine, Engine):
+        own = {} if "residual" in state[STATE] else _own(engine, state[STATE])
+        state[STATE] = {**state[STATE], **own, "rank": engine.rank}
+        engine.drop()
+    optimizer.load_state_dict(state)
+
+
+def _plain(engine: Any) -> bool:
+    return isinstance(engine, PlainEngine)
+
+
+def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rank keeps where it takes up what another shares."""
+    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": engine.residual}
+    if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
+        own["accumulated"] = engine.sums.state_dict()
+    return own
+
+
 def broadcast_optimizer_state(
     optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None
 ) -> None:
@@ -116,9 +157,6 @@ def broadcast_optimizer_state(
     hvd.broadcast_optimizer_state(optimizer, root_rank, model)
     engine = getattr(optimizer, "_hvd", None)
     if isinstance(engine, Engine) and engine.active and engine.size > 1:
-        mine = {key: part for key, part in saved(engine).items() if key != "residual"}
-        shared = hvd.broadcast_object(mine, root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set)
-        own = {"rank": engine.rank, "size": engine.size, "residual": engine.residual}
-        if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
-            own["accumulated"] = mine["accumulated"]
-        load(engine, {**shared, **own})
+        mine = {key: part for key, part in saved(engine).items() if key not in OWN}
+        theirs = hvd.broadcast_object(mine, root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set)
+        load(engine, {**theirs, **_own(engine, theirs)})
