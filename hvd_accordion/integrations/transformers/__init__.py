@@ -1,0 +1,16 @@
+"""Hugging Face's `Trainer` on Horovod ranks, with compressed gradients.
+
+    from hvd_accordion import PowerSGD
+    from hvd_accordion.integrations.transformers import HorovodTrainer, HorovodTrainingArguments
+
+    trainer = HorovodTrainer(model, HorovodTrainingArguments("out", max_grad_norm=1.0), train_dataset=data,
+                             compression=PowerSGD(4))
+    trainer.train()
+
+For a trainer of your own: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
+"""
+
+from hvd_accordion.integrations.transformers.arguments import HorovodArgumentsMixin, HorovodTrainingArguments
+from hvd_accordion.integrations.transformers.trainer import HorovodTrainer, HorovodTrainerMixin
+
+__all__ = ["HorovodArgumentsMixin", "HorovodTrainer", "HorovodTrainerMixin", "HorovodTrainingArguments"]

@@ -1,0 +1,245 @@
+"""The mix-in that makes a Hugging Face Trainer one of Horovod's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import DistributedType
+from accelerate.utils import find_batch_size, recursively_apply
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+import hvd_accordion.torch as hvd
+from hvd_accordion.controller import Logger
+from hvd_accordion.integrations.transformers.accelerator import HorovodAccelerator, broadcast
+from hvd_accordion.integrations.transformers.arguments import HorovodArgumentsMixin, check, place
+from hvd_accordion.integrations.transformers.callback import HorovodCallback
+from hvd_accordion.plan import Compression
+from hvd_accordion.torch.agreement import require_equal
+from hvd_accordion.torch.eclk import ErrorCompensated
+
+DECIDED = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
+
+
+class HorovodTrainerMixin:
+    """Comes before a Trainer: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
+
+    Gradients are averaged over the ranks once an update, compressed, before they are clipped. Data are shared out, loss
+    and metrics are of all ranks, rank 0 logs and writes, and every rank writes what is its own of the compression.
+
+    Args (beside the Trainer's own, which keep their meaning):
+        compression: as of `hvd_accordion.torch.DistributedOptimizer`.
+        logger: as there; told on rank 0.
+        distributed: further arguments of it, such as `{"groups": 4}`; not those that follow from the Trainer's
+            (named_parameters, backward_passes_per_step, process_set, steps_per_epoch, batch_size).
+
+    Raises ValueError or TypeError, on all ranks the same, for arguments that can't work or in which ranks differ.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(HorovodTrainerMixin):
+            raise TypeError(f"{cls.__name__}: HorovodTrainerMixin must come before the Trainer among its bases")
+
+    def __init__(
+        self,
+        *args: Any,
+        compression: Compression = None,
+        logger: Logger | None = None,
+        distributed: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self._options = dict(distributed or {}, compression=compression, logger=logger)
+        if wrong := sorted(DECIDED & self._options.keys()):
+            raise ValueError(f"distributed must not hold {', '.join(wrong)}: the Trainer decides on them")
+        self.averaged = False  # the gradients of the update to come
+        self.checkpoint: str | None = None  # from which the training resumes
+        self._loss: torch.Tensor | None = None  # of the micro-batches of the update so far
+        super().__init__(*args, **options)
+        self.add_callback(HorovodCallback(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        args = self.args
+        if (
+            not isinstance(args, HorovodArgumentsMixin)
+            and args.distributed_state.distributed_type is not DistributedType.NO
+        ):
+            raise ValueError(
+                "args must be HorovodTrainingArguments here: Accelerate took the launcher's variables for its own and has "
+                f"started torch.distributed ({args.distributed_state.distributed_type})"
+            )
+        args.__dict__["_setup_devices"] = place(args)  # anew: other arguments, made since, have reset it
+        check(args)
+        if args.accelerator_config.dispatch_batches is None:
+            args.accelerator_config.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+        self.accelerator.__class__ = HorovodAccelerator
+        self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
+        gather = self.accelerator.gather_for_metrics
+        self.gather_function = partial(gather, use_gather_object=args.eval_use_gather_object)
+
+    # the optimizer
+
+    @property
+    def distributed_optimizer(self) -> Any:
+        """The DistributedOptimizer of hvd_accordion that Trainer's own wrapper holds."""
+        optimizer = unwrapped(self.optimizer)
+        if not hasattr(optimizer, "_hvd"):
+            raise RuntimeError("create_optimizer must call super().create_optimizer(), which makes it distributed")
+        return optimizer
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        super().create_optimizer(*args, **options)
+        optimizer = unwrapped(self.optimizer)
+        if isinstance(optimizer, ErrorCompensated):
+            raise TypeError(f"optimizers: a Trainer can't call {type(optimizer).__name__}, which wants a closure")
+        if not hasattr(optimizer, "_hvd"):
+            self.optimizer = hvd.DistributedOptimizer(optimizer, self.model.named_parameters(), **self._options)
+            rebind(self.lr_scheduler, optimizer, self.optimizer)
+        elif self.optimizer is optimizer and any(x is not None for x in self._options.values()):
+            raise ValueError(
+                "compression, logger and distributed must be None with a DistributedOptimizer in optimizers"
+            )
+        elif getattr(optimizer._hvd.controller, "batch", None) is not None:
+            raise ValueError("optimizers: batch_size of DistributedOptimizer must be None under a Trainer")
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        alone = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if alone and self.args.max_grad_norm > 0:
+            raise ValueError(
+                "optimizers must hold all trainable parameters where max_grad_norm > 0, or the others' gradients, which "
+                f"are a rank's own, would count for the norm; freeze {', '.join(alone)}"
+            )
+        return self.optimizer
+
+    # training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        self.checkpoint = agreed_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(self.checkpoint, *args, **options)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        values = super().set_initial_training_values(args, dataloader)
+        self._iterable = isinstance(getattr(dataloader, "dataset", None), IterableDataset)
+        if hvd.size() > 1:
+            names = ("epochs", "updates of an epoch", "examples", "samples", "batch", "batches of an epoch", "steps")
+            require_equal(dict(zip(names, values, strict=False)), "transformers.steps", hvd.global_process_set)
+        return values
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of an update: as many on every rank, or none, where a rank has run out of data."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if self._iterable:
+            counts = hvd.allreduce(torch.tensor(len(batches)), op=hvd.Min, name="transformers.batches")
+            batches = batches if int(counts) == num_batches else []
+        self.averaged, self._loss = False, None
+        if batches:
+            self.distributed_optimizer.set_backward_passes_per_step(len(batches))
+        return super().get_batch_samples(iter(batches), len(batches), device)
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """Forward and backward; with the last micro-batch of an update, the average of all gradients.
+
+        Returns the loss of the update, over its micro-batches and all ranks, with the last; 0 before.
+        """
+        loss = super().training_step(*args, **options).float()
+        self._loss = loss if self._loss is None else self._loss + loss
+        if not self.accelerator.sync_gradients:
+            return torch.zeros_like(loss)
+        mean = hvd.allreduce_async(self._loss, name="transformers.loss")  # travels with the gradients
+        self.distributed_optimizer.synchronize()
+        self.averaged = True
+        return hvd.synchronize(mean)
+
+    def store_flos(self) -> None:
+        total = hvd.allreduce(torch.tensor(float(self.current_flos)).double(), op=hvd.Sum, name="transformers.flos")
+        self.current_flos = total.item()
+        super().store_flos()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # by all ranks, which look for the files next
+            hvd.barrier()
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("hyperparameter_search can't work under Horovod: a trial would be rank 0's alone")
+
+    # evaluation
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(getattr(dataloader, "dataset", None), IterableDataset) and hvd.size() > 1:
+            raise ValueError("eval_dataset must have a length under Horovod, got an IterableDataset; pass a list of it")
+        broadcast(dict(self.model.named_buffers()))  # such as batch normalisation's, which are a rank's own
+        return super().evaluation_loop(dataloader, *args, **options)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """As Trainer's, but the loss is that of all ranks' examples in one batch, none of them counted twice."""
+        rows = find_batch_size(inputs)
+        state = self.accelerator.gradient_state
+        left = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        valid = rows if left is None else min(rows, max(0, left - hvd.rank() * rows))
+        with own_mean(self.args):
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            if loss is None:
+                return loss, logits, labels
+            if 0 < valid < rows:  # the others fill up the last batch
+                inputs = recursively_apply(lambda x: x[:valid] if x.ndim and len(x) == rows else x, inputs)
+                loss = super().prediction_step(model, inputs, True, ignore_keys)[0]
+            items = self._get_num_items_in_batch([inputs], loss.device) if valid else 0
+        weight = torch.as_tensor(valid if items is None else items, device=loss.device).float()
+        parts = torch.stack([torch.where(weight > 0, loss.float() * weight, 0.0), weight])
+        total = hvd.allreduce(parts, op=hvd.Sum, name="transformers.eval_loss")
+        return total[0] / total[1], logits, labels
+
+
+class HorovodTrainer(HorovodTrainerMixin, Trainer):
+    """Hugging Face's Trainer on Horovod ranks."""
+
+
+def unwrapped(optimizer: Any) -> Any:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def rebind(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Lets a user's scheduler, and those that it is made of, change the rates of the optimizer in use."""
+    for part in getattr(scheduler, "_schedulers", ()):
+        rebind(part, old, new)
+    if getattr(scheduler, "optimizer", None) is old:
+        scheduler.optimizer = new
+
+
+def agreed_checkpoint(asked: str | bool | None, folder: str) -> str | None:
+    """The checkpoint that rank 0 means; ValueError on all ranks where one doesn't find it."""
+    if asked is True:
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        asked = last or os.path.join(folder, "checkpoint-*")
+    path = hvd.broadcast_object(asked or None, name="transformers.checkpoint")
+    if path is None:
+        return None
+    found = hvd.allgather_object(os.path.isdir(path), name="transformers.found")
+    missing = [str(rank) for rank, here in enumerate(found) if not here]
+    if missing:
+        raise ValueError(f"resume_from_checkpoint must be a folder of every rank; rank {', '.join(missing)}: no {path}")
+    return path
+
+
+@contextmanager
+def own_mean(args: TrainingArguments) -> Iterator[None]:
+    """A loss in here is the mean over this rank's own items."""
+    kept, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = kept
