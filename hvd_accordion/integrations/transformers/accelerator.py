@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -102,7 +103,10 @@ class HorovodAccelerator(Accelerator):
         sampler = data_loader.sampler
         if getattr(sampler, "generator", sampler) is None and not isinstance(sampler, RandomSampler):
             seeded(sampler, self.dataloader_config.data_seed)  # else it draws from the global generator, a rank's own
-        return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        loader = super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        if isinstance(loader.batch_sampler, BatchSamplerShard) and not hasattr(loader.batch_sampler, "sampler"):
+            loader.batch_sampler.sampler = sampler  # where Accelerate looks for `set_epoch` when it skips batches
+        return loader
 
 
 def seeded(sampler: Any, seed: int) -> None:

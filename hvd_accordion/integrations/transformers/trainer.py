@@ -87,6 +87,15 @@ class HorovodTrainerMixin:
         gather = self.accelerator.gather_for_metrics
         self.gather_function = partial(gather, use_gather_object=args.eval_use_gather_object)
 
+    def _check_place(self) -> None:
+        """Accelerate keeps one state for all of a process's trainers, which the last that is made resets."""
+        seen = self.args.world_size, getattr(self.accelerator.state, "num_processes", None)
+        if seen != (hvd.size(), hvd.size()):
+            raise RuntimeError(
+                "TrainingArguments or an Accelerator that were made after this trainer have taken it out of Horovod's ranks; "
+                "make them before it, or HorovodTrainingArguments in their place"
+            )
+
     # the optimizer
 
     @property
@@ -123,6 +132,7 @@ class HorovodTrainerMixin:
     # training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        self._check_place()
         self.checkpoint = agreed_checkpoint(resume_from_checkpoint, self.args.output_dir)
         return super().train(self.checkpoint, *args, **options)
 
@@ -175,6 +185,7 @@ class HorovodTrainerMixin:
     # evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> Any:
+        self._check_place()
         if isinstance(getattr(dataloader, "dataset", None), IterableDataset) and hvd.size() > 1:
             raise ValueError("eval_dataset must have a length under Horovod, got an IterableDataset; pass a list of it")
         broadcast(dict(self.model.named_buffers()))  # such as batch normalisation's, which are a rank's own
@@ -218,6 +229,7 @@ def rebind(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimize
         rebind(part, old, new)
     if getattr(scheduler, "optimizer", None) is old:
         scheduler.optimizer = new
+        type(new).step._wrapped_by_lr_sched = new._opt_called = True  # or it warns that step() is not what it saw
 
 
 def agreed_checkpoint(asked: str | bool | None, folder: str) -> str | None:

@@ -57,18 +57,23 @@ DEFAULTS = {
 }
 
 
-def horovod(
-    folder: Any, net: Any = None, trainer: Any = HorovodTrainer, data: Any = None, **given: Any
-) -> HorovodTrainer:
-    of_trainer = ("compression", "eval_dataset", "compute_metrics", "optimizers", "callbacks", "logger", "distributed")
-    options = {key: given.pop(key) for key in of_trainer if key in given}
+OF_TRAINER = ("eval_dataset", "compute_metrics", "optimizers", "data_collator", "callbacks")
+OURS = ("compression", "logger", "distributed")
+
+
+def taken(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: given.pop(name) for name in names if name in given}
+
+
+def horovod(folder: Any, net: Any = None, trainer: Any = HorovodTrainer, data: Any = None, **given: Any) -> Any:
+    options = taken(given, OF_TRAINER + OURS)
     args = HorovodTrainingArguments(str(folder), **{**DEFAULTS, **given})
     return trainer(net or model(), args, train_dataset=text(32) if data is None else data, **options)
 
 
 def alone(folder: Any, net: Any = None, data: Any = None, **given: Any) -> Trainer:
-    """Trainer as it is, on this process and the whole batch."""
-    options = {key: given.pop(key) for key in ("eval_dataset", "compute_metrics", "optimizers") if key in given}
+    """Trainer as it is, on this process and the whole batch. To be used up before one of `horovod` is made."""
+    options = taken(given, OF_TRAINER)
     given = {**DEFAULTS, "per_device_train_batch_size": 8, **given}
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if name in given:
