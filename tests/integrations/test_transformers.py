@@ -14,8 +14,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
 
 
 def test_trainer():
-    horovodrun([*PYTEST, str(WORKERS / "transformers_trainer.py")], 2, "mpi", timeout=240)
+    horovodrun([*PYTEST, str(WORKERS / "transformers_trainer.py")], 2, "mpi", timeout=400)
 
 
 def test_checkpoints():
-    horovodrun([*PYTEST, str(WORKERS / "transformers_checkpoint.py")], 2, "gloo", timeout=240)
+    horovodrun([*PYTEST, str(WORKERS / "transformers_checkpoint.py")], 2, "gloo", timeout=400)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hvd_accordion.torch as hvd
 from hvd_accordion.integrations.transformers.accelerator import broadcast
-from hvd_accordion.torch.distributed_optimizer import STATE
+from hvd_accordion.torch.reports import STATE
 
 log = logging.getLogger("hvd_accordion")
 

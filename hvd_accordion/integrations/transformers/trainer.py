@@ -229,7 +229,8 @@ def rebind(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimize
         rebind(part, old, new)
     if getattr(scheduler, "optimizer", None) is old:
         scheduler.optimizer = new
-        type(new).step._wrapped_by_lr_sched = new._opt_called = True  # or it warns that step() is not what it saw
+        if getattr(scheduler, "_step_count", None) == 1:
+            scheduler._step_count = 2  # past its first step's warning that step() is not the one that it has seen
 
 
 def agreed_checkpoint(asked: str | bool | None, folder: str) -> str | None:
