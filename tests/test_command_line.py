@@ -16,7 +16,7 @@ import pytest
 from hvd_accordion import Dense, PowerSGD, TopK, cost
 from hvd_accordion.auto import Measured
 from hvd_accordion.collectives import AllReduce
-from hvd_accordion.command_line import findings, main, ranks, run_report, software, surroundings, typical
+from hvd_accordion.command_line import check, findings, main, ranks, run_report, software, surroundings, typical
 from hvd_accordion.command_line.findings import Finding, Verdict
 from hvd_accordion.cost import Link
 from hvd_accordion.records import LayerRecord
@@ -255,6 +255,13 @@ def rank(host="a", cores=8, threads=1, spinning=False, cycle="1", **packages):
 def judged(*its, unresolved=None):
     measured = Measured(Link(0.0, 1e9), len(its), {}, {})
     return ranks.together(ranks.Seen(its, unresolved or [[]] * len(its), measured))
+
+
+def test_check_says_what_init_will_set():
+    started = {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    (finding,) = check.waiting(started, 3)
+    assert finding.subject == "OMPI_MCA_mpi_yield_when_idle" and "fewer than two of 3 cores each" in finding.found
+    assert check.waiting(started, 4) == [] == check.waiting({**started, finding.subject: "0"}, 3)
 
 
 def test_ranks_alike():
