@@ -1,0 +1,209 @@
+"""Exchanges gradients at the right moments of Lightning's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+import hvd_accordion.torch as hvd
+from hvd_accordion.integrations.lightning import ranks
+from hvd_accordion.integrations.lightning.framework import Callback, LightningOptimizer, rank_zero_only
+from hvd_accordion.integrations.lightning.optimizers import check_options, distribute
+
+WAIT = 1 << 30  # backward passes before an exchange: as many as come before somebody asks for it
+
+
+class GradientExchange(Callback):
+    """What strategy and callback have in common: all between the start of training and its end.
+
+    Args:
+        compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
+            returns; those that are DistributedOptimizers already stay as they are.
+        options: its other arguments, but for `named_parameters`, `backward_passes_per_step` and `process_set`, which
+            follow from the module and the Trainer.
+    """
+
+    def __init__(self, compression: Any, options: Mapping[str, Any]) -> None:
+        check_options(options)
+        ranks.start()
+        rank_zero_only.rank = hvd.rank()  # loggers write on rank 0
+        self.compression, self.options = compression, options
+        self._distributed: list[torch.optim.Optimizer] = []  # in the guise that DistributedOptimizer returned
+        self._stepping = ExitStack()
+
+    # training as a whole
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        refuse_scaler(trainer, pl_module)
+        ranks.broadcast_module(pl_module)
+        self._distributed = [
+            distribute(optimizer, pl_module, self.compression, self.options)
+            for optimizer in trainer.optimizers
+            if optimizer.param_groups and not hasattr(optimizer, "_hvd")
+        ]
+        trainer.optimizers = trainer.optimizers  # Lightning's wrappers copy the class of what they wrap
+        if not pl_module.automatic_optimization:
+            self._clip_means(pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for optimizer in distributed(trainer):
+            self._expect(optimizer, 1 if pl_module.automatic_optimization else WAIT)
+            self._stepping.enter_context(optimizer.skip_synchronize())  # gradients are exchanged when it steps
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._agree(trainer, float(trainer.num_training_batches))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.options.get("steps_per_epoch") is None:
+            for optimizer in distributed(trainer):
+                optimizer.end_epoch()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._agree(trainer, 0.0)
+        self._end(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._end(pl_module)
+
+    def _end(self, pl_module: Any) -> None:
+        self._stepping.close()
+        vars(pl_module).pop("clip_gradients", None)
+
+    def _agree(self, trainer: Any, batches: float) -> None:
+        """ValueError on all ranks where one has another number of batches before it, or none, for it stops."""
+        found = ranks.everywhere(batches, "batches")
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"in epoch {trainer.current_epoch} the ranks have {', '.join(f'{x:g}' for x in found)} batches before "
+                "them (0: stops training); all must have the same number and stop together: see to the sampler, "
+                "limit_train_batches and what stops early"
+            )
+
+    # a step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for optimizer in distributed(trainer):
+            optimizer._hvd.synchronized = False
+        if trainer.num_training_batches == float("inf"):  # nobody knows yet how many there are
+            self._agree(trainer, 1.0 if trainer.is_last_batch else 2.0)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        overlap = self._last(trainer, pl_module) and scaler_of(trainer) is None
+        for optimizer in distributed(trainer):
+            optimizer._hvd.synchronized = False
+            self._expect(optimizer, 1 if overlap else WAIT)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self._last(trainer, pl_module):
+            for optimizer in distributed(trainer):
+                exchange(optimizer, scaler_of(trainer))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if hasattr(optimizer, "_hvd"):
+            exchange(optimizer)
+            optimizer._hvd.synchronized = pl_module.automatic_optimization
+
+    def _last(self, trainer: Any, pl_module: Any) -> bool:
+        """Whether the backward pass of now is the last before the optimizer steps."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        ready = progress.current.ready
+        return pl_module.automatic_optimization and (
+            ready % trainer.accumulate_grad_batches == 0
+            or ready == trainer.num_training_batches
+            or progress.is_last_batch
+        )
+
+    def _expect(self, optimizer: Any, passes: int) -> None:
+        if optimizer.backward_passes_per_step != passes:
+            optimizer.set_backward_passes_per_step(passes)
+
+    def _clip_means(self, pl_module: Any) -> None:
+        """In manual optimization `self.clip_gradients(optimizer)` comes before the step: it has to exchange first."""
+        clip = pl_module.clip_gradients
+
+        def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+            if hasattr(inner, "_hvd"):
+                exchange(inner)
+            clip(optimizer, *args, **kwargs)
+
+        vars(pl_module)["clip_gradients"] = clip_gradients
+
+
+def distributed(trainer: Any) -> list[Any]:
+    return [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "_hvd")]
+
+
+def scaler_of(trainer: Any) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def refuse_scaler(trainer: Any, pl_module: Any) -> None:
+    if scaler_of(trainer) is not None and not pl_module.automatic_optimization:
+        raise ValueError(
+            f"precision={trainer.precision!r} does not work with manual optimization: its GradScaler looks for overflow "
+            "before gradients are exchanged, and the ranks would differ; use 'bf16-mixed' or '32-true'"
+        )
+
+
+@torch.no_grad()
+def exchange(optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
+    """Makes the gradients the ranks' means, unless they are.
+
+    What is exchanged has no loss scale in it: residuals outlive the scale of now.
+    """
+    if optimizer._hvd.synchronized:
+        return
+    if scaler is None:
+        optimizer.synchronize()
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    scale = scaler.scale(torch.ones((), device=params[0].device))
+    for p in params:
+        if p.grad is not None:
+            p.grad.div_(scale)
+    optimizer.synchronize()
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_(scale)
+
+
+class HorovodCallback(GradientExchange):
+    """Averages gradients over the ranks, compressed, in a plain Trainer of one device on each rank.
+
+    Weights of rank 0 go to all ranks before training. Gradients are exchanged in the last backward pass of an update,
+    before they are clipped. Sampler, averages of metrics and agreement of early stopping are the script's own: with
+    `HorovodStrategy` they come by themselves.
+
+    Args:
+        compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
+            returns; those that are DistributedOptimizers already stay as they are.
+        options: its other arguments, but for `named_parameters`, `backward_passes_per_step` and `process_set`, which
+            follow from the module and the Trainer.
+
+    Raises TypeError for an unknown option. When training starts, ValueError on all ranks for a Trainer of several
+    devices, a GradScaler with manual optimization, checkpoints that several ranks would write to the same place.
+    """
+
+    def __init__(self, compression: Any = None, **options: Any) -> None:
+        super().__init__(compression, options)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size != 1:
+            raise ValueError(
+                f"HorovodCallback wants a Trainer of one device, got {type(trainer.strategy).__name__} with "
+                f"{trainer.world_size}; use strategy=HorovodStrategy(...) alone, or devices=1"
+            )
+        folders = ranks.everywhere([getattr(x, "dirpath", None) for x in trainer.checkpoint_callbacks], "folders")
+        written = [folder for mine in folders for folder in set(mine) - {None}]
+        twice = sorted({str(folder) for folder in written if written.count(folder) > 1})
+        if twice:
+            raise ValueError(
+                f"several ranks would write checkpoints to {twice[0]}: give each rank a folder of its own, as with "
+                "ModelCheckpoint(dirpath=f'checkpoints/rank{hvd.rank()}'), or enable_checkpointing=False, or use "
+                "HorovodStrategy"
+            )
+        super().on_fit_start(trainer, pl_module)
