@@ -33,6 +33,7 @@ class GradientExchange(Callback):
         self.compression, self.options = compression, options
         self._distributed: list[torch.optim.Optimizer] = []  # in the guise that DistributedOptimizer returned
         self._stepping = ExitStack()
+        self._exchanged: set[int] = set()  # optimizers whose gradients are the means by now
 
     # training as a whole
 
@@ -85,26 +86,34 @@ class GradientExchange(Callback):
     # a step
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        for optimizer in distributed(trainer):
-            optimizer._hvd.synchronized = False
+        self._exchanged.clear()
         if trainer.num_training_batches == float("inf"):  # nobody knows yet how many there are
             self._agree(trainer, 1.0 if trainer.is_last_batch else 2.0)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         overlap = self._last(trainer, pl_module) and scaler_of(trainer) is None
+        self._exchanged.clear()
         for optimizer in distributed(trainer):
-            optimizer._hvd.synchronized = False
             self._expect(optimizer, 1 if overlap else WAIT)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._last(trainer, pl_module):
             for optimizer in distributed(trainer):
-                exchange(optimizer, scaler_of(trainer))
+                self._exchange(optimizer, scaler_of(trainer))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         if hasattr(optimizer, "_hvd"):
-            exchange(optimizer)
-            optimizer._hvd.synchronized = pl_module.automatic_optimization
+            self._exchange(optimizer)
+            if not pl_module.automatic_optimization:  # it may step again before the next backward pass
+                self._exchanged.discard(id(optimizer))
+
+    def _exchange(self, optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
+        if id(optimizer) not in self._exchanged:
+            self._exchanged.add(id(optimizer))
+            if scaler is None:
+                optimizer.synchronize()
+            else:
+                synchronize_unscaled(optimizer, scaler)
 
     def _last(self, trainer: Any, pl_module: Any) -> bool:
         """Whether the backward pass of now is the last before the optimizer steps."""
@@ -127,7 +136,7 @@ class GradientExchange(Callback):
         def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
             if hasattr(inner, "_hvd"):
-                exchange(inner)
+                self._exchange(inner)
             clip(optimizer, *args, **kwargs)
 
         vars(pl_module)["clip_gradients"] = clip_gradients
@@ -150,16 +159,8 @@ def refuse_scaler(trainer: Any, pl_module: Any) -> None:
 
 
 @torch.no_grad()
-def exchange(optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
-    """Makes the gradients the ranks' means, unless they are.
-
-    What is exchanged has no loss scale in it: residuals outlive the scale of now.
-    """
-    if optimizer._hvd.synchronized:
-        return
-    if scaler is None:
-        optimizer.synchronize()
-        return
+def synchronize_unscaled(optimizer: Any, scaler: torch.amp.GradScaler) -> None:
+    """Exchanges gradients without their loss scale: residuals outlive the scale of now."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scale = scaler.scale(torch.ones((), device=params[0].device))
     for p in params:

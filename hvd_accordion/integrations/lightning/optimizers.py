@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import hvd_accordion.torch as hvd
+from hvd_accordion.settings import is_horovods, plain_spec
 
 # what the trainer decides
 NOT_THEIRS = ("optimizer", "named_parameters", "compression", "backward_passes_per_step", "process_set")
@@ -35,8 +36,11 @@ def distribute(
 ) -> torch.optim.Optimizer:
     """Turns this very object into a DistributedOptimizer: schedulers, callbacks and the user's module hold it already.
 
-    The optimizer that is returned is the same in another guise; it must live as long.
+    The optimizer that is returned is the same in another guise; it must live as long. Plain Horovod's compression goes
+    through this package's exchange: Horovod's optimizer steps before the closure that Lightning gives it.
     """
+    if compression is None or is_horovods(compression):
+        compression = plain_spec(compression)
     scheduled = "step" in vars(optimizer)  # torch's schedulers wrap it, and warn where they miss their wrapper
     result = hvd.DistributedOptimizer(optimizer, list(named(optimizer, module)), compression, **options)
     optimizer.__class__ = type(result)

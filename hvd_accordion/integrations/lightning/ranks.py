@@ -12,6 +12,8 @@ PREFIX = "hvd_accordion.lightning"
 OPS = {"mean": hvd.Average, "avg": hvd.Average, "sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max, "product": hvd.Product}
 # types that Horovod cannot send, as types of the same size that it can
 SENT_AS = {torch.bool: torch.uint8, torch.bfloat16: torch.int16}
+# Lightning validates in inference mode; Horovod's thread is not in it, and cannot write into tensors that are made there
+ordinary = torch.inference_mode(False)
 
 
 def start() -> None:
@@ -20,6 +22,7 @@ def start() -> None:
         hvd.init()
 
 
+@ordinary
 def reduced(tensor: torch.Tensor, op: Any) -> torch.Tensor:
     """The mean, sum, minimum, maximum or product over the ranks. The mean of integers is a float.
 
@@ -31,7 +34,7 @@ def reduced(tensor: torch.Tensor, op: Any) -> torch.Tensor:
     if hvd.size() == 1:
         return tensor
     mean = OPS[name] == hvd.Average
-    wide = tensor.detach()
+    wide = taken(tensor)
     if wide.dtype == torch.bool:
         wide = wide.int()
     elif wide.dtype in (torch.float16, torch.bfloat16):
@@ -46,15 +49,26 @@ def stacked(tensor: torch.Tensor, differentiable: bool) -> torch.Tensor:
     """The ranks' tensors, all of one shape, as one of shape (size, *shape)."""
     if hvd.size() == 1:
         return tensor
-    if differentiable and tensor.requires_grad:
-        return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"{PREFIX}.all_gather")
-    return torch.stack(gathered(tensor))
+    return Stack.apply(tensor) if differentiable else torch.stack(gathered(tensor))
 
 
+class Stack(torch.autograd.Function):
+    """Its gradient is the sum of the ranks', as torch.distributed has it; that of Horovod's allgather is their mean."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(gathered(tensor))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return reduced(grad, "sum")[hvd.rank()]
+
+
+@ordinary
 def gathered(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
     """The ranks' tensors, of any shapes, in the order of the ranks."""
     refuse_group(group)
-    tensor = tensor.detach()
+    tensor = taken(tensor)
     shapes = hvd.allgather_object(tuple(tensor.shape), name=f"{PREFIX}.shapes")
     counts = [torch.Size(shape).numel() for shape in shapes]
     if not any(counts):
@@ -67,6 +81,10 @@ def gathered(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
 def refuse_group(group: Any) -> None:
     if group is not None:
         raise ValueError(f"group must be None, all ranks, for there is no torch.distributed here; got {group!r}")
+
+
+def taken(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def sendable(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,11 +110,13 @@ def broadcast_module(module: torch.nn.Module) -> None:
             tensor.copy_(sent.view(tensor.dtype))
 
 
+@ordinary
 def everywhere(value: Any, what: str) -> list[Any]:
     """A small object of each rank, on all ranks."""
     return hvd.allgather_object(value, name=f"{PREFIX}.{what}") if hvd.size() > 1 else [value]
 
 
+@ordinary
 def from_rank(value: Any, root: int = 0) -> Any:
     """The root's object, on all ranks."""
     return hvd.broadcast_object(value, root, name=f"{PREFIX}.broadcast") if hvd.size() > 1 else value
