@@ -128,6 +128,11 @@ class Engine:
         self.controller.adopt(policy)
         self.replan()
 
+    def release(self) -> None:
+        """Takes its hooks off the parameters; what it knows can still be asked."""
+        _unhook(self._hooks)
+        self._hooks.clear()
+
     def set_backward_passes_per_step(self, passes: int) -> None:
         self.backward_passes_per_step = passes
         self.passes = dict.fromkeys(self.passes, passes)
@@ -453,6 +458,11 @@ def _hook(engine: weakref.ref[Engine], name: str, p: int) -> Callable[[torch.Ten
             alive.on_gradient(name)
 
     return hook
+
+
+def _unhook(hooks: dict[str, Any]) -> None:
+    for handle in hooks.values():
+        handle.remove()
 
 
 def _renamed(group: Group, prefix: str) -> Group:

@@ -11,10 +11,7 @@ import torch
 
 
 def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
-    """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none.
-
-    Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those.
-    """
+    """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none."""
     if type(optimizer).__module__ != hvd.DistributedOptimizer.__module__ or not hasattr(optimizer, "_parameter_names"):
         return None
     if optimizer._handles:
@@ -29,7 +26,7 @@ def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, 
         "sparse_as_dense": getattr(optimizer, "sparse_as_dense", False),
         "process_set": getattr(optimizer, "process_set", hvd.global_process_set),
     }
-    optimizer._grad_accs.clear()
+    release(optimizer)
     base = type(optimizer).__bases__[0]
     inner = base.__new__(base)
     inner.__dict__.update(optimizer.__dict__)
@@ -50,3 +47,8 @@ def in_flight(optimizer: torch.optim.Optimizer) -> Callable[[], bool]:
     """Tells whether a backward pass has come to its hooks since its last exchange ended."""
     itself = weakref.ref(optimizer)
     return lambda: bool(itself()._handles)  # type: ignore[union-attr]
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those."""
+    optimizer._grad_accs.clear()

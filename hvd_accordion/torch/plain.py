@@ -106,6 +106,9 @@ def plain(
             finally:
                 engine.synchronized = engine.further = False
 
+        def release(self) -> None:
+            horovod_takeover.release(self)
+
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict(state_dict)
             if STATE in state_dict:

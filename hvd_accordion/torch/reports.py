@@ -23,6 +23,10 @@ class Reports:
         """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
         self._hvd.end_epoch()
 
+    def release(self) -> None:
+        """Training is over: backward passes start no exchange any more, and another optimizer may take the parameters."""
+        self._hvd.release()
+
     @property
     def completes_batch(self) -> bool:
         """Whether the `step()` of the backward pass that comes next, or has just run, updates the parameters."""

@@ -64,13 +64,15 @@ class GradientExchange(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._agree(trainer, 0.0)
-        self._end(pl_module)
+        self._end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._end(pl_module)
+        self._end(trainer, pl_module)
 
-    def _end(self, pl_module: Any) -> None:
+    def _end(self, trainer: Any, pl_module: Any) -> None:
         self._stepping.close()
+        for optimizer in distributed(trainer):
+            optimizer.release()  # the module may be trained again while somebody keeps this trainer
         vars(pl_module).pop("clip_gradients", None)
 
     def _agree(self, trainer: Any, batches: float) -> None:

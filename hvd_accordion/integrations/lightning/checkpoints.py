@@ -15,7 +15,7 @@ from typing import Any
 
 import hvd_accordion.torch as hvd
 from hvd_accordion.integrations.lightning import ranks
-from hvd_accordion.torch.distributed_optimizer import STATE
+from hvd_accordion.torch.reports import STATE
 
 KEPT = "hvd_accordion_ranks"  # our entry in a checkpoint
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, PowerSGD, TopK
 from hvd_accordion.integrations.lightning import HorovodCallback, HorovodStrategy
-from hvd_accordion.torch.distributed_optimizer import STATE
+from hvd_accordion.torch.reports import STATE
 
 LOSSY = {
     "topk": TopK(0.05),

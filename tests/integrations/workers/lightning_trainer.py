@@ -122,21 +122,30 @@ def test_only_rank_0_logs(tmp_path):
     assert bool(list(tmp_path.rglob("metrics.csv"))) == (hvd.rank() == 0)
 
 
-def test_twice_and_wrapped_by_hand():
-    """A second fit of the same module; an optimizer that the module makes distributed itself."""
+class ByHand(Module):
+    """Makes its optimizer distributed itself."""
 
-    class ByHand(Module):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            return hvd.DistributedOptimizer(optimizer, self.named_parameters(), TopK(0.1), min_compress_numel=1)
+    def __init__(self, compression):
+        super().__init__()
+        self.compression = compression
 
-    for module, compression in ((Module(), TopK(0.1)), (ByHand(), None)):
-        for _ in range(2):
-            run = trainer(HorovodStrategy(compression, min_compress_numel=1), gradient_clip_val=0.5)
-            run.fit(module, loader())
-            assert run.optimizers[0].stats.steps == 8
-            assert run.optimizers[0].stats.sent_bytes < run.optimizers[0].stats.dense_bytes
-            assert_equal_ranks(module)
+    def configure_optimizers(self):
+        named = self.named_parameters()
+        return hvd.DistributedOptimizer(super().configure_optimizers(), named, self.compression, min_compress_numel=1)
+
+
+@pytest.mark.parametrize("make", [Module, lambda: ByHand(TopK(0.1)), lambda: ByHand(None)], ids=["", "lossy", "plain"])
+def test_trained_twice(make):
+    """The same module again, while the first Trainer is still there."""
+    module, kept = make(), []
+    for _ in range(2):
+        run = trainer(HorovodStrategy(TopK(0.1), min_compress_numel=1), gradient_clip_val=0.5)
+        run.fit(module, loader())
+        kept.append(run)
+        stats = run.optimizers[0].stats
+        assert stats.steps == 8
+        assert (stats.sent_bytes < stats.dense_bytes) == (getattr(module, "compression", True) is not None)
+        assert_equal_ranks(module)
 
 
 class Stream(IterableDataset):
