@@ -132,6 +132,7 @@ class Engine:
         """Takes its hooks off the parameters; what it knows can still be asked."""
         _unhook(self._hooks)
         self._hooks.clear()
+        rivals.withdraw(self)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         self.backward_passes_per_step = passes

@@ -17,6 +17,12 @@ def claim(engine: Any) -> None:
     _look()
 
 
+def withdraw(engine: Any) -> None:
+    """The engine starts nothing in backward any more."""
+    _engines.discard(engine)
+    _look()
+
+
 def check(p: int, name: str) -> None:
     """ValueError where the parameter of this identity belongs to two optimizers that are alive."""
     if p not in _shared:
