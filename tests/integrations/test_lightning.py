@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from launcher import horovodrun
 
-pytestmark = pytest.mark.integrations
+pytest.importorskip("lightning")
+pytestmark = [pytest.mark.parallel, pytest.mark.integrations]
 
 WORKERS = Path(__file__).parent / "workers"
 FILES = [str(WORKERS / f"lightning_{name}.py") for name in ("training", "trainer", "checkpoints")]

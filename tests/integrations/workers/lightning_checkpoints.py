@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +21,6 @@ LOSSY = {
     "powersgd": PowerSGD(1),
     "accordion": Accordion(critical=PowerSGD(4), relaxed=TopK(0.1), interval=2),
 }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """One for all ranks."""
-    return Path(hvd.broadcast_object(str(tmp_path), 0, name="folder"))
 
 
 def schedule(optimizer):
@@ -53,17 +46,17 @@ def residuals(run):
 
 @pytest.mark.parametrize("validation", [None, loader(samples=16, seed=1)], ids=["", "validation"])
 @pytest.mark.parametrize("compression", LOSSY)
-def test_resume_is_bit_equal(folder, compression, validation):
+def test_resume_is_bit_equal(shared, compression, validation):
     """Saved after an epoch's training or, where there is validation, after that: Accordion's epoch ends once."""
     options = {"compression": LOSSY[compression], "validation": validation, "accumulate_grad_batches": 2}
     options["gradient_clip_val"] = 0.5
     whole = Module(schedule=schedule)
     expected = fit(whole, 5, **options)
 
-    saves = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    saves = ModelCheckpoint(dirpath=shared, filename="{epoch}", save_top_k=-1)
     fit(Module(schedule=schedule), 3, saves=saves, **options)
     module = Module(seed=7 + hvd.rank(), schedule=schedule)
-    again = fit(module, 5, path=folder / "epoch=2.ckpt", **options)
+    again = fit(module, 5, path=shared / "epoch=2.ckpt", **options)
     assert torch.equal(weights(module), weights(whole))
     assert module.rates == whole.rates[-len(module.rates) :]
     for name, residual in residuals(expected).items():
@@ -72,7 +65,7 @@ def test_resume_is_bit_equal(folder, compression, validation):
     assert_equal_ranks(module)
 
 
-def test_files(folder):
+def test_files(shared):
     """Ranks agree on paths though each has its own metric; a rank's file comes and goes with its checkpoint."""
 
     class Own(Module):
@@ -80,43 +73,43 @@ def test_files(folder):
             self.log("own", float((hvd.rank() + 1) * 10 - self.current_epoch))  # of this rank alone
             super().validation_step(batch, batch_idx)
 
-    saves = ModelCheckpoint(folder, "{epoch}-{own:.0f}", monitor="own", save_top_k=2, save_last="link")
+    saves = ModelCheckpoint(shared, "{epoch}-{own:.0f}", monitor="own", save_top_k=2, save_last="link")
     run = fit(Own(), 4, LOSSY["topk"], saves=saves, validation=loader(samples=16, seed=1))
     hvd.barrier()
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in shared.iterdir())
     kept = ["epoch=2-own=8.ckpt", "epoch=3-own=7.ckpt"]
     assert names == sorted([*kept, *(f"{name}.rank1" for name in kept), "last.ckpt"])
     hvd.barrier()
 
     module = Module()
-    again = fit(module, 4, LOSSY["topk"], path=folder / "last.ckpt")  # a link: its ranks' files are the other's
+    again = fit(module, 4, LOSSY["topk"], path=shared / "last.ckpt")  # a link: its ranks' files are the other's
     for name, residual in residuals(run).items():
         assert torch.equal(residuals(again)[name], residual), name
     plain = trainer(max_epochs=5)
-    plain.fit(Module(), loader(), ckpt_path=folder / "last.ckpt")  # a checkpoint like any other
+    plain.fit(Module(), loader(), ckpt_path=shared / "last.ckpt")  # a checkpoint like any other
     assert plain.current_epoch == 5
 
 
-def test_a_rank_without_its_file(folder, recwarn):
+def test_a_rank_without_its_file(shared, recwarn):
     run = fit(Module(), 2, LOSSY["topk"])
-    run.save_checkpoint(folder / "a.ckpt")
-    run.save_checkpoint(folder / "b.ckpt")
+    run.save_checkpoint(shared / "a.ckpt")
+    run.save_checkpoint(shared / "b.ckpt")
     if hvd.rank() == 0:
-        os.rename(folder / "b.ckpt.rank1", folder / "a.ckpt.rank1")  # of another save
+        os.rename(shared / "b.ckpt.rank1", shared / "a.ckpt.rank1")  # of another save
     hvd.barrier()
     for name in ("a.ckpt", "b.ckpt"):
         recwarn.clear()
         module = Module()
-        again = fit(module, 2, LOSSY["topk"], path=folder / name)
+        again = fit(module, 2, LOSSY["topk"], path=shared / name)
         assert bool(residuals(again)) == (hvd.rank() == 0)
         told = [str(w.message) for w in recwarn if "residuals start at zero" in str(w.message)]
         assert len(told) == (hvd.rank() == 0) and (hvd.rank() or "of ranks 1 there is no state" in told[0])
         assert_equal_ranks(module)
     with pytest.raises(FileNotFoundError, match=r"is not there on ranks 1: all ranks must see the file"):
-        fit(Module(), 3, LOSSY["topk"], path=folder / ("b.ckpt" if hvd.rank() == 0 else "c.ckpt"))
+        fit(Module(), 3, LOSSY["topk"], path=shared / ("b.ckpt" if hvd.rank() == 0 else "c.ckpt"))
 
 
-def test_callback_resumes_bit_equal(folder):
+def test_callback_resumes_bit_equal(shared):
     """Each rank has a folder of its own."""
 
     def run(epochs, path=None, saves=None):
@@ -127,9 +120,9 @@ def test_callback_resumes_bit_equal(folder):
         trainer(**options, gradient_clip_val=0.5).fit(module, mine, ckpt_path=path)
         return weights(module)
 
-    own = folder / f"rank{hvd.rank()}"
+    own = shared / f"rank{hvd.rank()}"
     expected = run(4)
     run(2, saves=ModelCheckpoint(own, "saved"))
     assert torch.equal(run(4, path=own / "saved.ckpt"), expected)
     with pytest.raises(ValueError, match=r"several ranks would write checkpoints to .*/same: give each rank a folder"):
-        run(2, saves=ModelCheckpoint(folder / "same"))
+        run(2, saves=ModelCheckpoint(shared / "same"))
