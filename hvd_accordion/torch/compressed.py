@@ -97,8 +97,14 @@ def compressed(
         def end_epoch(self) -> None:
             """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank.
 
-            Micro-batches that wait for others are exchanged and applied.
+            Micro-batches that wait for others are exchanged and applied. AssertionError between a backward pass that has
+            started an exchange and the `step()` that ends it.
             """
+            if self._hvd.in_flight:
+                raise AssertionError(
+                    "optimizer.end_epoch() was called after loss.backward() but before optimizer.step() or "
+                    "optimizer.synchronize(): call it between two steps"
+                )
             if self._hvd.waiting:
                 self._hvd.flush()
                 with batch_rate(self) as scale:

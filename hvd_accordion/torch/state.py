@@ -156,7 +156,14 @@ def broadcast_optimizer_state(
         return
     hvd.broadcast_optimizer_state(optimizer, root_rank, model)
     engine = getattr(optimizer, "_hvd", None)
-    if isinstance(engine, Engine) and engine.active and engine.size > 1:
-        mine = {key: part for key, part in saved(engine).items() if key not in OWN}
-        theirs = hvd.broadcast_object(mine, root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set)
+    if not isinstance(engine, Engine) or not engine.active or engine.size == 1:
+        return
+    mine = {key: part for key, part in saved(engine).items() if key not in OWN}
+    theirs = hvd.broadcast_object(mine, root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set)
+    # a rank without gradients has not started the exchange that others are in, and must follow when they do
+    flag = torch.tensor([engine.in_flight], dtype=torch.int32)
+    if hvd.allreduce(flag, op=hvd.Max, name=f"{engine.prefix}.in_flight", process_set=engine.process_set).item():
+        theirs["accumulated"] = NO_MICRO_BATCHES
+        engine.when_exchanged = lambda: load(engine, {**theirs, **_own(engine, theirs)})
+    else:
         load(engine, {**theirs, **_own(engine, theirs)})

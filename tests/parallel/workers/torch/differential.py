@@ -11,10 +11,10 @@ import torch
 from common import assert_ranks_equal
 from harness import EXACT, LOSSY, Horovod, Script
 from torch_common import TORCH
+from torch_ledger import Ledger, install
 from torch_scripts import *  # noqa: F403
 
 import hvd_accordion.torch as hvd
-from hvd_accordion.torch import engine
 
 
 def trained(script: Script, module: Any, **options: Any) -> torch.Tensor:
@@ -52,33 +52,6 @@ class ByHand:
         return result
 
 
-class Ledger:
-    """What went into the exchanges of each layer, what came out, and what waits."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.given: dict[str, Any] = {}
-        self.applied: dict[str, Any] = {}
-        self.waiting: dict[str, Any] = {}
-        self.exchange = engine.exchange
-        monkeypatch.setattr(engine, "exchange", self.recorded)
-
-    def recorded(self, spec: Any, ops: Any, grads: Any, residual: Any, memory: Any, ctx: Any) -> Any:
-        for name, grad in zip(ctx.names, grads, strict=True):
-            self.given[name] = self.given.get(name, 0) + grad.detach().double()
-        done = yield from self.exchange(spec, ops, grads, residual, memory, ctx)
-        for i, name in enumerate(ctx.names):
-            self.applied[name] = self.applied.get(name, 0) + done.mean[i].detach().double()
-            self.waiting[name] = done.residual[i] if done.residual is not None else torch.zeros(())
-        return done
-
-    def check(self) -> None:
-        for name in self.given:
-            local = torch.stack([self.given[name], self.waiting[name].double().expand_as(self.given[name])])
-            given, waiting = hvd.allreduce(local, op=hvd.Average, name=f"ledger.{name}")
-            error = (given - self.applied[name] - waiting).abs().max()
-            assert error <= 1e-5 * max(1.0, float(given.abs().max())), f"{name}: {float(error)} was lost"
-
-
 @pytest.mark.parametrize("script", TORCH.values(), ids=lambda script: script.name)
 def test_script(script, monkeypatch):
     expected = trained(script, ByHand() if script.horovod_fails else horovod)
@@ -87,8 +60,10 @@ def test_script(script, monkeypatch):
         error = (trained(script, hvd, compression=compression) - expected).abs().max()
         assert error <= script.tolerance, f"{mode} differs from Horovod by {float(error)}"
     for mode, compression in LOSSY.items():
-        ledger = Ledger(monkeypatch)
+        ledger = Ledger()
+        install(monkeypatch, lambda ledger=ledger: ledger)
         assert_ranks_equal(trained(script, hvd, compression=copy.deepcopy(compression)), mode)
         if script.conserves:
-            ledger.check()
+            lost = ledger.lost(lambda x, name: horovod.allreduce(x, op=horovod.Average, name=name))
+            assert max(lost.values()) <= 1e-5, f"{mode} lost {lost}"
         monkeypatch.undo()
