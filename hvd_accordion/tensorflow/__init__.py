@@ -13,7 +13,11 @@ from hvd_accordion.mirror import mirror as _mirror
 __all__ = _mirror(_horovod, globals())
 
 import hvd_accordion.tensorflow.elastic as elastic
-from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables, broadcast_variables
+from hvd_accordion.tensorflow.broadcasting import (
+    broadcast_global_variables,
+    broadcast_object_fn,
+    broadcast_variables,
+)
 from hvd_accordion.tensorflow.distributed_optimizer import DistributedOptimizer
 from hvd_accordion.tensorflow.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
@@ -37,6 +41,7 @@ __all__ += [
     "PartialDistributedGradientTape",
     "SyncBatchNormalization",
     "broadcast_global_variables",
+    "broadcast_object_fn",
     "broadcast_variables",
     "elastic",
     "estimate_smoothness",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -47,6 +47,17 @@ def broadcast_variables(
         return tf.group(*broadcast())
     tf.function(lambda: tf.group(*broadcast()) and None, autograph=False).get_concrete_function()()  # all at once
     return None
+
+
+def broadcast_object_fn(
+    root_rank: int = 0,
+    session: Any = None,
+    name: str | None = None,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+) -> Callable[[Any], Any]:
+    """A function that gives every rank the object that `root_rank` calls it with; Horovod's own needs TensorFlow 1."""
+    name = name or "broadcast_object_fn"
+    return lambda obj: hvd.broadcast_object(obj, root_rank, session, name, process_set)
 
 
 def broadcast_global_variables(root_rank: int) -> Any:

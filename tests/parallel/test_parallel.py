@@ -87,6 +87,11 @@ def test_traffic():
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_every_name_of_horovod(framework):
+    worker(f"{framework}/horovod_names", ranks=2, timeout=300, HOROVOD_TIMELINE="DYNAMIC")
+
+
 def test_keras_plain():
     worker("tensorflow/plain", ranks=2, timeout=300)
 
