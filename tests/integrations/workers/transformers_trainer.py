@@ -1,15 +1,18 @@
 """Horovod's trainer against Hugging Face's own on one process with the whole batch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from accelerate.state import DistributedType
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
-from transformers_common import accuracy, alone, assert_ranks_equal, flat, history, horovod, model, text
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers_common import DEFAULTS, accuracy, alone, assert_ranks_equal, flat, history, horovod, model, text
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
-from hvd_accordion.integrations.transformers import HorovodTrainer
+from hvd_accordion.integrations.transformers import HorovodTrainer, HorovodTrainerMixin
 
 EXACT = {"none": None, "dense": Dense()}
 LOSSY = {
@@ -71,6 +74,34 @@ def test_label_smoothing_and_local_means(tmp_path):
     ours = horovod(tmp_path, average_tokens_across_devices=False, max_steps=2)
     ours.train()
     assert_ranks_equal(flat(ours.model))
+
+
+def test_bfloat16(tmp_path):
+    options = {"bf16": True, "max_steps": 6}
+    theirs = alone(tmp_path, **options)
+    theirs.train()
+    for compression in (None, PowerSGD(8)):
+        ours = horovod(tmp_path, compression=compression, **options)
+        ours.train()
+        assert_ranks_equal(flat(ours.model))
+        assert history(ours, "loss") == pytest.approx(history(theirs, "loss"), rel=0.02)
+    ours = horovod(tmp_path, model().to(torch.bfloat16), compression=Dense(), eval_dataset=text(5), max_steps=2)
+    ours.train()
+    assert_ranks_equal(flat(ours.model))
+    assert ours.predict(text(5)).predictions.shape == (5, 16, 256)
+
+
+def test_another_trainer_and_plain_arguments(tmp_path):
+    class Mine(HorovodTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    given = {**DEFAULTS, "use_cpu": False, "max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+    args = Seq2SeqTrainingArguments(str(tmp_path), **given)
+    ours = Mine(model(), args, train_dataset=text(32), eval_dataset=text(5), compression=TopK(0.1))
+    assert args.world_size == hvd.size() and ours.is_world_process_zero() == (hvd.rank() == 0)
+    assert ours.train().global_step == 4
+    assert_ranks_equal(flat(ours.model))
+    assert ours.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.parametrize("compression", LOSSY.values(), ids=LOSSY)
@@ -265,9 +296,13 @@ def test_refused_in_training(tmp_path):
         horovod(tmp_path).evaluate(Stream(text(4)))
     with pytest.raises(ValueError, match="hyperparameter_search"):
         horovod(tmp_path).hyperparameter_search()
+    args = Seq2SeqTrainingArguments(str(tmp_path))
+    args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    with pytest.raises(ValueError, match="args must be HorovodTrainingArguments here"):
+        HorovodTrainer(model(), args)
     ours = horovod(tmp_path)
     alone(tmp_path)
     with pytest.raises(RuntimeError, match="have taken it out of Horovod's ranks"):
         ours.train()
     with pytest.raises(TypeError, match="must come before"):
-        type("Late", (Trainer, HorovodTrainer.__mro__[1]), {})
+        type("Late", (Trainer, HorovodTrainerMixin), {})
