@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers_common import DEFAULTS, accuracy, alone, assert_ranks_equal, flat, history, horovod, model, text
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
+from hvd_accordion import QSGD, Accordion, AccordionBatchSize, Dense, PowerSGD, TopK
 from hvd_accordion.integrations.transformers import HorovodTrainer, HorovodTrainerMixin
 
 EXACT = {"none": None, "dense": Dense()}
@@ -62,6 +62,15 @@ def test_optimizer_and_scheduler_of_the_user(clip, tmp_path):
         trainers[-1].train()
     assert len(set(history(trainers[1], "learning_rate"))) > 4
     assert_same(*reversed(trainers))
+
+
+def test_distributed_optimizer_of_the_user(tmp_path):
+    nets = model(), model()
+    theirs = alone(tmp_path, nets[0], optimizers=(torch.optim.SGD(nets[0].parameters(), 0.1), None), max_steps=4)
+    theirs.train()
+    ours = horovod(tmp_path, nets[1], optimizers=(distributed(nets[1], compression=Dense()), None), max_steps=4)
+    ours.train()
+    assert_same(ours, theirs)
 
 
 def test_label_smoothing_and_local_means(tmp_path):
@@ -272,6 +281,15 @@ def test_refused(given, message, tmp_path):
         horovod(tmp_path, **given)
 
 
+def distributed(net, **options):
+    options = options or {"batch_size": AccordionBatchSize(2, 4, unit="steps", warmup=0)}
+    return hvd.DistributedOptimizer(torch.optim.SGD(net.parameters(), 0.1), net.named_parameters(), **options)
+
+
+def ECLK(net):
+    return hvd.ECLK(net.parameters(), TopK(0.1), smoothness=10.0)
+
+
 def test_refused_in_training(tmp_path):
     class Unaveraged(HorovodTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -292,6 +310,14 @@ def test_refused_in_training(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             trainer.train()
+    for error, message, optimizer, given in [
+        (ValueError, "compression, logger and distributed must be None", distributed, {"compression": TopK(0.1)}),
+        (ValueError, "batch_size of DistributedOptimizer must be None", distributed, {}),
+        (TypeError, "a Trainer can't call ECLK", ECLK, {}),
+    ]:
+        net = model()
+        with pytest.raises(error, match=message):
+            horovod(tmp_path, net, optimizers=(optimizer(net), None), **given).train()
     with pytest.raises(ValueError, match="eval_dataset must have a length"):
         horovod(tmp_path).evaluate(Stream(text(4)))
     with pytest.raises(ValueError, match="hyperparameter_search"):
