@@ -92,3 +92,42 @@ def one_layer_twice(hvd):
         keras.Sequential([keras.layers.Input((24,)), layer, layer, keras.layers.Dense(4)]),
         keras.optimizers.SGD(0.1),
     )
+
+
+@script
+def several_optimizers_in_one(hvd):
+    each = {".*bias": keras.optimizers.Adam(0.01)}
+    by_variable = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1, momentum=0.9), each)
+    return fitted(hvd, network(), keras.optimizers.MultiOptimizer(by_variable))
+
+
+@script
+def in_an_optimizer_of_the_users(hvd):
+    class Around(keras.optimizers.Optimizer):
+        """Hands every gradient on, as one does who wants to see them."""
+
+        def __init__(self, inner):
+            super().__init__(0.0)
+            self.inner = inner
+
+        def build(self, variables):
+            self.inner.build(variables)
+            super().build(variables)
+
+        def apply(self, grads, trainable_variables=None):
+            self.inner.apply([1.0 * g for g in grads], trainable_variables)
+
+    net = network()
+    net.compile(Around(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))), loss(), jit_compile=False)
+    net.fit(*examples(hvd), batch_size=6, shuffle=False, verbose=0)
+    return net
+
+
+@script
+def halves_its_rate_in_each_step(hvd):
+    class Halving(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            super().apply(grads, trainable_variables)
+            self.learning_rate = self.learning_rate * 0.5
+
+    return fitted(hvd, network(), Halving(0.2))

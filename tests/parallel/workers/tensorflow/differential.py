@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from harness import EXACT, LOSSY, Horovod, Script
-from keras_common import KERAS
+from keras_examples import KERAS
 from keras_scripts import *  # noqa: F403
 
 import hvd_accordion.tensorflow.keras as hvd
