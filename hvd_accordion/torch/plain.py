@@ -15,7 +15,7 @@ from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.controller import Controller
 from hvd_accordion.membership import Membership
 from hvd_accordion.settings import Settings, plain_spec
-from hvd_accordion.torch import configuration, horovod_takeover
+from hvd_accordion.torch import configuration, horovod_takeover, rivals
 from hvd_accordion.torch.reports import STATE, Reports
 
 
@@ -29,6 +29,7 @@ class PlainEngine:
         synchronize: Horovod's.
         in_flight: whether a backward pass has run since the last exchange.
         described: gives all in which ranks must agree.
+        params: name -> parameter.
     """
 
     completes_batch = True  # every step is an update
@@ -42,9 +43,11 @@ class PlainEngine:
         process_set: hvd.ProcessSet,
         membership: Membership,
         described: Callable[[], dict[str, str]],
+        params: Mapping[str, torch.nn.Parameter],
     ) -> None:
         self.controller, self.spec, self._synchronize, self._in_flight = controller, spec, synchronize, in_flight
         self.process_set, self.membership, self.described = process_set, membership, described
+        self.params, self.size = params, controller.world_size
         self._sent = sum(self.bytes_per_step().values())
         self.synchronized = False  # since the last step
         self.further = False  # whether a closure's evaluations belong to a step that is counted already
@@ -108,6 +111,7 @@ def plain(
 
         def release(self) -> None:
             horovod_takeover.release(self)
+            rivals.withdraw(self._hvd)
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict(state_dict)
@@ -137,6 +141,8 @@ def plain(
         settings.process_set,
         membership,
         lambda: configuration.described(params, str(compression), settings, frozen=False),
+        params,
     )
+    rivals.claim(result._hvd)
     result.synchronize = result._hvd.synchronize  # Horovod's step() calls it
     return result

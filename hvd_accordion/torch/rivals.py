@@ -31,8 +31,8 @@ def check(p: int, name: str) -> None:
     _look()
     if p in _shared:
         raise ValueError(
-            f"parameter {name} belongs to two DistributedOptimizers, which would both exchange its gradient: let go of "
-            "one of them, and of schedulers and others that hold it, before backward()"
+            f"parameter {name} belongs to two DistributedOptimizers, which would both exchange its gradient: call "
+            "release() of one of them, or let go of it and of all that holds it, such as schedulers, before backward()"
         )
 
 

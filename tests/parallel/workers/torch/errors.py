@@ -1,5 +1,7 @@
 """Ranks that are configured differently: the same clear error on all of them, no hang."""
 
+import gc
+
 import pytest
 import torch
 from common import model, sgd
@@ -186,6 +188,15 @@ def test_two_optimizers_of_the_same_parameters():
     net.zero_grad()
     old.itself = old
     del old
+    step(optimizer)
+    step(optimizer)
+    del optimizer
+    old = build(net)  # Horovod's own, whose hooks outlive it
+    optimizer = build(net, compression=TopK(0.1))
+    assert "belongs to two DistributedOptimizers" in error_of(lambda: step(optimizer))
+    net.zero_grad()
+    old.release()
+    gc.collect()  # the graph of the pass that failed, at which its hooks are
     step(optimizer)
     step(optimizer)
 
