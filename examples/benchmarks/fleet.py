@@ -65,14 +65,15 @@ class Fleet:
         """Brings a mode's processes up to their first step, and stops them."""
         hosts = len(self.network.addresses)
         command = [sys.executable, str(WORKER), self.path, self.model, mode.name]
+        env = {**self.env, **({"PYTHONPATH": mode.checkout} if mode.checkout else {})}
         self.port += 1  # another for each mode: their stores live side by side
         with open(self.log(mode), "wb") as log:
             if mode.horovod:
                 command = [*mpirun(self.network, self.agent), *command]
-                launched = [self.network.start(0, command, self.env, log)]
+                launched = [self.network.start(0, command, env, log)]
             else:
                 common = {"MASTER_ADDR": self.network.addresses[0], "MASTER_PORT": str(self.port)}
-                common |= {"WORLD_SIZE": str(hosts), **self.env}
+                common |= {"WORLD_SIZE": str(hosts), **env}
                 launched = [self.network.start(i, command, {**common, "RANK": str(i)}, log) for i in range(hosts)]
         crew = self.crews[mode.name] = Crew(launched, [], [])
         waited = 0.0

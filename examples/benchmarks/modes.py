@@ -18,6 +18,7 @@ class Mode:
     horovod: bool = True  # started by mpirun; else by itself, with torch.distributed's variables
     warmup: int = 3  # steps until it does what it always does
     adapts: bool = False  # to the link: starts afresh for each
+    checkout: str = ""  # where the package is taken from, if not from where it is installed
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
@@ -92,6 +93,7 @@ def in_order(hook: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return one
 
 
+BEFORE = ", before"  # a mode's name ends so where another checkout's package runs it
 ALONE, HOROVOD, DDP_POWERSGD = "compute alone", "Horovod", "DDP powerSGD(4)"
 
 MODES = {

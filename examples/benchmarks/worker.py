@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from models import TASKS
-from modes import MODES, Mode
+from modes import BEFORE, MODES, Mode
 
 
 def main(path: str, model: str, name: str) -> None:
     with Client(path, family="AF_UNIX") as controller:  # a path is the same in every network namespace
         try:
-            step = training(model, MODES[name])
+            step = training(model, MODES[name.removesuffix(BEFORE)])
         except Exception as error:
             controller.send(f"{type(error).__name__}: {error}")
             raise
