@@ -22,8 +22,8 @@ class GradientExchange(Callback):
     Args:
         compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
             returns; those that are DistributedOptimizers already stay as they are.
-        options: its other arguments, but for `named_parameters`, `backward_passes_per_step` and `process_set`, which
-            follow from the module and the Trainer.
+        options: its other arguments, but for `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and
+            `process_set`, which follow from the module and the Trainer.
     """
 
     def __init__(self, compression: Any, options: Mapping[str, Any]) -> None:
@@ -39,9 +39,13 @@ class GradientExchange(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         refuse_scaler(trainer, pl_module)
+        steps = None
+        if self.options.get("batch_size") is not None:  # has to know where an epoch's last batch may be smaller
+            refuse_accumulation(trainer, pl_module)
+            steps = steps_of_epoch(trainer)
         ranks.broadcast_module(pl_module)
         self._distributed = [
-            distribute(optimizer, pl_module, self.compression, self.options)
+            distribute(optimizer, pl_module, self.compression, self.options, steps)
             for optimizer in trainer.optimizers
             if optimizer.param_groups and not hasattr(optimizer, "_hvd")
         ]
@@ -58,9 +62,8 @@ class GradientExchange(Callback):
         self._agree(trainer, float(trainer.num_training_batches))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.options.get("steps_per_epoch") is None:
-            for optimizer in distributed(trainer):
-                optimizer.end_epoch()
+        for optimizer in distributed(trainer):
+            optimizer.end_epoch()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._agree(trainer, 0.0)
@@ -160,6 +163,28 @@ def refuse_scaler(trainer: Any, pl_module: Any) -> None:
         )
 
 
+def refuse_accumulation(trainer: Any, pl_module: Any) -> None:
+    """A batch of an AccordionBatchSize is made of the Trainer's own steps."""
+    if not pl_module.automatic_optimization:
+        raise ValueError("batch_size does not work with manual optimization; use automatic optimization")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"accumulate_grad_batches must be 1 with batch_size, which accumulates by itself, got "
+            f"{trainer.accumulate_grad_batches}"
+        )
+    if scaler_of(trainer) is not None:
+        raise ValueError(
+            f"batch_size does not work with precision={trainer.precision!r}; use 'bf16-mixed' or '32-true'"
+        )
+
+
+def steps_of_epoch(trainer: Any) -> int | None:
+    """None where nobody knows."""
+    if trainer.estimated_stepping_batches and trainer.num_training_batches != float("inf"):  # the first loads the data
+        return int(trainer.num_training_batches)
+    return None
+
+
 @torch.no_grad()
 def synchronize_unscaled(optimizer: Any, scaler: torch.amp.GradScaler) -> None:
     """Exchanges gradients without their loss scale: residuals outlive the scale of now."""
@@ -184,8 +209,8 @@ class HorovodCallback(GradientExchange):
     Args:
         compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
             returns; those that are DistributedOptimizers already stay as they are.
-        options: its other arguments, but for `named_parameters`, `backward_passes_per_step` and `process_set`, which
-            follow from the module and the Trainer.
+        options: its other arguments, but for `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and
+            `process_set`, which follow from the module and the Trainer.
 
     Raises TypeError for an unknown option. When training starts, ValueError on all ranks for a Trainer of several
     devices, a GradScaler with manual optimization, checkpoints that several ranks would write to the same place.

@@ -12,7 +12,10 @@ import hvd_accordion.torch as hvd
 from hvd_accordion.settings import is_horovods, plain_spec
 
 # what the trainer decides
-NOT_THEIRS = ("optimizer", "named_parameters", "compression", "backward_passes_per_step", "process_set")
+NOT_THEIRS = {
+    *("optimizer", "named_parameters", "compression"),
+    *("backward_passes_per_step", "process_set", "steps_per_epoch"),
+}
 OPTIONS = [name for name in inspect.signature(hvd.DistributedOptimizer).parameters if name not in NOT_THEIRS]
 
 
@@ -32,7 +35,11 @@ def named(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> Iterator
 
 
 def distribute(
-    optimizer: torch.optim.Optimizer, module: torch.nn.Module, compression: Any, options: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    module: torch.nn.Module,
+    compression: Any,
+    options: Mapping[str, Any],
+    steps_per_epoch: int | None,
 ) -> torch.optim.Optimizer:
     """Turns this very object into a DistributedOptimizer: schedulers, callbacks and the user's module hold it already.
 
@@ -42,7 +49,8 @@ def distribute(
     if compression is None or is_horovods(compression):
         compression = plain_spec(compression)
     scheduled = "step" in vars(optimizer)  # torch's schedulers wrap it, and warn where they miss their wrapper
-    result = hvd.DistributedOptimizer(optimizer, list(named(optimizer, module)), compression, **options)
+    names = list(named(optimizer, module))
+    result = hvd.DistributedOptimizer(optimizer, names, compression, steps_per_epoch=steps_per_epoch, **options)
     optimizer.__class__ = type(result)
     optimizer.__dict__ = result.__dict__
     if scheduled:

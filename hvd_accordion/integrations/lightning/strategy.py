@@ -54,11 +54,12 @@ class HorovodStrategy(ParallelStrategy):
     Args:
         compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
             returns; those that are DistributedOptimizers already stay as they are.
-        options: its other arguments, but for `named_parameters`, `backward_passes_per_step` and `process_set`, which
-            follow from the module and the Trainer.
+        options: its other arguments, but for `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and
+            `process_set`, which follow from the module and the Trainer.
 
     Raises TypeError for an unknown option; ValueError on all ranks for `devices` that do not fit the ranks,
-    `sync_batchnorm=True`, a GradScaler with manual optimization, ranks with different numbers of batches.
+    `sync_batchnorm=True`, a GradScaler with manual optimization, `batch_size` with either or with
+    `accumulate_grad_batches`, ranks with different numbers of batches.
     """
 
     strategy_name = "horovod"

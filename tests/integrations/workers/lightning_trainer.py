@@ -14,7 +14,7 @@ from lightning_common import Module, assert_equal_ranks, data, loader, trainer, 
 from torch.utils.data import DataLoader, IterableDataset
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import Dense, TopK
+from hvd_accordion import AccordionBatchSize, Dense, TopK
 from hvd_accordion.integrations.lightning import HorovodCallback, HorovodStrategy
 
 mine = torch.tensor
@@ -182,6 +182,10 @@ def test_refused():
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="precision='16-mixed' does not work with manual optimization"):
         trainer(HorovodStrategy(), plugins=[scaled], **two).fit(by_hand, loader())
+
+    grows = HorovodStrategy(batch_size=AccordionBatchSize(8, 16))
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches must be 1 with batch_size, .* got 2"):
+        trainer(grows, accumulate_grad_batches=2, **two).fit(Module(), loader())
 
     uneven = DataLoader(data(32 if hvd.rank() else 24), batch_size=4)
     with pytest.raises(ValueError, match="in epoch 0 the ranks have 6, 8 batches before them"):

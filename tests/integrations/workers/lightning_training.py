@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import Accordion, Dense, PowerSGD, TopK
+from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, TopK
 from hvd_accordion.integrations.lightning import HorovodCallback, HorovodStrategy
 
 CLIPPED = {"gradient_clip_val": 0.05}
@@ -175,3 +175,32 @@ def test_precision(precision):
         if compression == Dense():
             expected = one_process(Module(), accumulate_grad_batches=3, **options())
             close(weights(module), weights(expected), 1e-2 if "16" in precision else 1e-6)
+
+
+def test_batch_size():
+    """The batch grows after two epochs; each has one smaller batch at its end. As a loop by hand."""
+    clip, epochs = 0.5, 5
+    rule = AccordionBatchSize(4 * hvd.size(), 16 * hvd.size(), eta=1e3, interval=1, warmup=2)
+    module = Module(schedule=lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9))
+    options = {"batch_size": rule, "min_compress_numel": 1}
+    run = trainer(HorovodStrategy(TopK(0.1), **options), max_epochs=epochs, gradient_clip_val=clip)
+    run.fit(module, loader(samples=56))
+
+    net, whole = Module().net, data(56)
+    sampler = DistributedSampler(whole, hvd.size(), hvd.rank())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    optimizer = hvd.DistributedOptimizer(optimizer, net.named_parameters(), TopK(0.1), steps_per_epoch=7, **options)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        for x, y in DataLoader(whole, 4, sampler=sampler):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(net(x), y).backward()
+            optimizer.synchronize()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        scheduler.step()
+    assert torch.equal(weights(module), weights(net))
+    assert run.optimizers[0].stats.updates == optimizer.stats.updates < 7 * epochs
+    assert_equal_ranks(module)
