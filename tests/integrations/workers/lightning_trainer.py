@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -146,6 +150,19 @@ def test_trained_twice(make):
         assert stats.steps == 8
         assert (stats.sent_bytes < stats.dense_bytes) == (getattr(module, "compression", True) is not None)
         assert_equal_ranks(module)
+
+
+def test_example(capsys, monkeypatch):
+    script = str(Path(__file__).parents[3] / "examples" / "lightning" / "lightning_mnist.py")
+    monkeypatch.setattr("sys.argv", [script, "--epochs", "1", "--batch-size", "64", "--lr", "0.05"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which the script sets, and Lightning's samplers read ever after
+    runpy.run_path(script, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert bool(printed) == (hvd.rank() == 0)
+    if printed:
+        result = json.loads(printed.splitlines()[-1])
+        assert result["accuracy"] > 0.6 and result["ranks"] == 2
+        assert 0 < result["sent_bytes"] < result["dense_bytes"] / 10
 
 
 class Stream(IterableDataset):
