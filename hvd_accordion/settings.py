@@ -33,11 +33,13 @@ class Settings:
     seed: int = 0
     min_compress_numel: int = MIN_NUMEL
     batch_size: AccordionBatchSize | None = None
+    uneven_inputs: bool = False
 
     def __post_init__(self) -> None:
         checks.integer("backward_passes_per_step", self.backward_passes_per_step, 1)
         checks.real("gradient_predivide_factor", self.gradient_predivide_factor, 0.0)
         checks.boolean("sparse_as_dense", self.sparse_as_dense)
+        checks.boolean("uneven_inputs", self.uneven_inputs)
         checks.integer("seed", self.seed, 0)
         checks.integer("min_compress_numel", self.min_compress_numel, 1)
         if self.steps_per_epoch is not None:
@@ -66,7 +68,7 @@ class Settings:
         """As text, for `agreement.require_equal`; without `groups`, whose members only the framework can name."""
         ours, horovod = version("hvd_accordion"), version("horovod")
         names = "op backward_passes_per_step gradient_predivide_factor sparse_as_dense steps_per_epoch seed "
-        names += "min_compress_numel"
+        names += "min_compress_numel uneven_inputs"
         versions = f"hvd_accordion {ours}, horovod {horovod}, {framework} {framework_version}"
         plain = {name: str(getattr(self, name)) for name in names.split()}
         return {"versions": versions, **plain, "batch_size": repr(self.batch_size)}

@@ -47,14 +47,14 @@ class Context:
 class Exchanged:
     """What the rounds of an exchange came to: one entry a layer, in the order of the values it got.
 
-    split: gives the averaged gradients, as every rank holds them, and what this rank's values still hold unsent. May use up
-        the values. Its first argument, unless None, is memory of their shapes and dtypes for the averages; the second
-        says whether the remainder is wanted.
+    split: gives the averaged gradients, as every rank holds them, and what this rank's values still hold unsent, which may
+        take the values' memory. Its first argument, unless None, has memory of their shapes and dtypes for the averages,
+        or None for some of them; the second says whether the remainder is wanted.
     memory: what to keep for the next step, given whether this one was sound.
     sound: a flag on the device: no NaN, no Inf in what came from the ranks; equal on all of them.
     """
 
-    split: Callable[[list[Tensor] | None, bool], tuple[list[Tensor], list[Tensor] | None]]
+    split: Callable[[list[Tensor | None] | None, bool], tuple[list[Tensor], list[Tensor] | None]]
     memory: Callable[[Any], list[Memory]]
     sound: Callable[[], Tensor]
 

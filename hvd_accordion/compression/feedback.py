@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hvd_accordion.collectives import Agree, Rounds, Tensor
@@ -26,21 +27,29 @@ def exchange(
     residual: list[Tensor] | None,
     memory: list[Memory],
     ctx: Context,
+    places: Callable[[], Sequence[Tensor | None]] | None = None,
 ) -> Rounds[Step]:
     """v = g + e; C(v) is sent; e' = v - C(v).
 
     A residual is also taken in by a spec that loses nothing: then all of it is sent. Where a step met NaN or Inf (`ok`
-    false) residual and memory stay as they were.
+    false) residual and memory stay as they were. Gradients that meet a residual are only read; v may take its memory.
+
+    Args:
+        places: asked at the end for memory that averages may take, of a gradient's shape and the values' dtype each, or
+            None where there is none.
     """
     if residual is not None and not spec.error_feedback:  # left by another level; only a contraction works it off
         spec = replace(spec, error_feedback=True)
     values = ops.widen(grads)
-    if residual is not None:
+    if residual is not None and spec.lossy:
         values = ops.add(values, residual)
+    elif residual is not None:  # what loses nothing may average in place: the residual's memory must outlive that
+        values = [v + e for v, e in zip(values, residual, strict=True)]
     done = yield from spec.exchange(ops, values, memory, ctx)
     ok = yield Agree(done.sound)
+    into = None if places is None else list(places())
     if residual is None:
-        mean, _ = done.split(values, False)
+        mean, _ = done.split(into, False)
     else:
-        mean, residual = ops.settle(ok, done.split, residual)
+        mean, residual = ops.settle(ok, lambda left: done.split(into, left), values, residual, grads)
     return Step(mean, residual, done.memory(ok), ok)

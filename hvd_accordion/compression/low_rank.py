@@ -98,12 +98,13 @@ class PowerSGD(CompressionSpec):
             ps = orthonormalise(ops, ps)
             qs = yield from joined_mean(ops, [ops.project_t(m, p) for m, p in zip(stacks, ps, strict=True)])
 
-        def split(into: list[Tensor] | None, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+        def split(into: list[Tensor | None] | None, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
             mean: list[Tensor] = [None] * len(values)
             left: list[Tensor] = [None] * len(values)
             for batch, p, q in zip(batches, ps, qs, strict=True):
                 for row, i in enumerate(batch):
-                    place = None if into is None else ops.reshape(into[i], matrices[i].shape)
+                    place = None if into is None else into[i]
+                    place = None if place is None else ops.reshape(place, matrices[i].shape)
                     whole, rest = ops.low_rank(matrices[i], p[row], q[row], place, remainder)
                     mean[i] = ops.reshape(whole, values[i].shape)
                     left[i] = ops.reshape(rest, values[i].shape) if remainder else None

@@ -26,8 +26,11 @@ def zeros_like(xs: Sequence[Array]) -> list[Array]:
     return [np.zeros_like(x) for x in xs]
 
 
-def settle(ok: Array, split: Callable, residual: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-    mean, left = split(None, True)
+def settle(
+    ok: Array, split: Callable, values: Sequence[Array], residual: Sequence[Array], xs: Sequence[Array]
+) -> tuple[list[Array], list[Array]]:
+    del values, xs
+    mean, left = split(True)
     return mean, [np.where(ok, new, old) for new, old in zip(left, residual, strict=True)]
 
 

@@ -17,10 +17,17 @@ class Ops(Protocol):
     def widen(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Each in fp32, or in fp64 if it is so already; contiguous."""
 
-    def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]: ...
+    def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+        """Each x + y. May take the memory of y, unless x holds NaN or Inf; the xs stay as they are."""
+
     def zeros_like(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
-    def settle(self, ok: Tensor, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The averages of `Exchanged.split`, and the new residual: its remainder where `ok` holds, else the old one."""
+    def settle(
+        self, ok: Tensor, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages, and the new residual: the remainder where `ok` holds, else the old one.
+
+        `values` are what `add(xs, residual)` gave. `split` gives averages, and the remainder if its argument asks for it.
+        """
 
     def all_finite(self, xs: Sequence[Tensor]) -> Tensor:
         """A flag: no NaN, no Inf in any."""

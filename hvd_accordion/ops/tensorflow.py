@@ -26,8 +26,11 @@ def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [tf.zeros_like(x) for x in xs]
 
 
-def settle(ok: Any, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    mean, left = split(None, True)
+def settle(
+    ok: Any, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    del values, xs
+    mean, left = split(True)
     return mean, [where(ok, new, old) for new, old in zip(left, residual, strict=True)]
 
 

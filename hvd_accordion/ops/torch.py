@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,13 +14,41 @@ from hvd_accordion.ops import selection
 __all__ = ["floor", "reshape", "stack", "where"]
 
 
+CACHED = 2**16  # entries that stay in a core's cache between two passes over them
+
+
 def widen(xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous() for x in xs]
 
 
 def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    torch._foreach_add_(list(xs), list(ys))
-    return list(xs)
+    if not at_hand(ys[0]):
+        return list(torch._foreach_add(list(xs), list(ys)))
+    return [added(x, y) for x, y in zip(xs, ys, strict=True)]
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y in y's memory; elsewhere, and y as it was up to rounding, where x holds NaN or Inf."""
+    done = []
+    for new, old in zip(x.view(-1).split(CACHED), y.view(-1).split(CACHED), strict=True):
+        if not fit(new):
+            for new, old in done:
+                old.sub_(new)
+            return x + y
+        old.add_(new)  # while the core's cache holds the new values
+        done.append((new, old))
+    return y
+
+
+def fit(block: Tensor) -> bool:
+    """False where the block holds NaN or Inf, or nearly does."""
+    return math.isfinite(block.sum().item())
+
+
+def taken_back(y: Tensor, x: Tensor) -> Tensor:
+    """y as it was before `added(x, y)` took its memory, up to rounding."""
+    (x,) = widen([x])
+    return y - x if at_hand(y) and all(map(fit, x.view(-1).split(CACHED))) else y
 
 
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -31,12 +60,15 @@ def at_hand(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def settle(ok: Tensor, split: Callable, residual: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    if at_hand(
-        ok
-    ):  # nothing is copied: the remainder stays where the values were, the averages take the old residual's place
-        return split(list(residual), True) if ok else (split(None, False)[0], list(residual))
-    mean, left = split(None, True)
+def settle(
+    ok: Tensor, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    if at_hand(residual[0]):  # nothing is copied: the remainder stays where the values are, in the residual's memory
+        if ok:
+            return split(True)
+        mean, _ = split(False)
+        return mean, [e.sub_(x) if v is e else e for v, e, x in zip(values, residual, xs, strict=True)]
+    mean, left = split(True)
     return mean, [torch.where(ok, new, old, out=old) for new, old in zip(left, residual, strict=True)]
 
 
@@ -228,9 +260,6 @@ def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
     for i, matrix in enumerate(matrices):
         torch.mm(p[i], matrix, out=out[i])
     return out
-
-
-CACHED = 2**16  # entries that stay in a core's cache between two passes over them
 
 
 def low_rank(

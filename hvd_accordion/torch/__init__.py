@@ -15,6 +15,7 @@ from hvd_accordion.torch import elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer
 from hvd_accordion.torch.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
 from hvd_accordion.torch.state import broadcast_optimizer_state
+from hvd_accordion.torch.uneven import join
 
 __all__ += [
     "ECLK",
@@ -27,6 +28,7 @@ __all__ += [
     "broadcast_optimizer_state",
     "elastic",
     "estimate_smoothness",
+    "join",
 ]
 
 init = _initialiser(_horovod)

@@ -31,35 +31,14 @@ class LocalSums:
         self.count += 1
 
     @torch.no_grad()
-    def merge(self, name: str, p: torch.nn.Parameter) -> None:
-        """Makes `.grad` the mean of the gradients that were added and of the last one, which it holds."""
-        if self.count == 0:
-            return
-        total, passes = self.sums.pop(name, None), self.count + 1
-        if p.grad is None:
-            if total is not None:
-                p.grad = (total / passes).to(p.dtype)
-            return
+    def batch(self, name: str, last: torch.Tensor | None, divisor: float, dtype: torch.dtype) -> torch.Tensor | None:
+        """What was added and the last gradient, over `divisor`; None where there is neither. Gives up the sum."""
+        total = self.sums.pop(name, None)
         if total is None:
-            p.grad.div_(passes)
-        elif p.grad.is_sparse:
-            p.grad = ((total + p.grad) / passes).to(p.dtype)
-        else:
-            p.grad.copy_(total.add_(p.grad).div_(passes))
-
-    @torch.no_grad()
-    def settle(self, params: Mapping[str, torch.nn.Parameter]) -> None:
-        """Makes `.grad` the mean of what was added, whatever it holds, and forgets the sums."""
-        for name, p in params.items():
-            if name not in self.sums:
-                p.grad = None
-                continue
-            mean = (self.sums[name] / self.count).to(p.dtype)
-            if p.grad is None or p.grad.is_sparse:
-                p.grad = mean
-            else:
-                p.grad.copy_(mean)
-        self.clear()
+            return last if last is None or divisor == 1 else last / divisor
+        if last is not None:
+            total = total + last if last.is_sparse or total.is_sparse else total.add_(last)
+        return (total / divisor if total.is_sparse else total.div_(divisor)).to(dtype)
 
     def clear(self) -> None:
         self.count, self.sums = 0, {}

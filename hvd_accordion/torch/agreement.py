@@ -25,11 +25,11 @@ def gather(data: bytes, name: str, process_set: hvd.ProcessSet) -> list[bytes]:
     return [joined[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
 
-def from_rank_0(numbers: Sequence[float], name: str, process_set: hvd.ProcessSet) -> list[float]:
-    """The numbers as the first rank of the process set has them; floats survive exactly."""
+def from_rank_0(numbers: Sequence[float], name: str, process_set: hvd.ProcessSet, source: int = 0) -> list[float]:
+    """The numbers as the first rank of the process set has them, or another; floats survive exactly."""
     values = torch.tensor(numbers, dtype=torch.float64)
     if process_set.size() > 1:
-        values = hvd.broadcast(values, root_rank=root(process_set), name=name, process_set=process_set)
+        values = hvd.broadcast(values, root_rank=root(process_set, source), name=name, process_set=process_set)
     return values.tolist()
 
 
@@ -40,6 +40,6 @@ def any_rank(flag: bool, name: str, process_set: hvd.ProcessSet) -> bool:
     return bool(hvd.allreduce(torch.tensor([int(flag)]), op=hvd.Max, name=name, process_set=process_set))
 
 
-def root(process_set: hvd.ProcessSet) -> int:
-    """Global rank of the process set's first member."""
-    return process_set.ranks[0] if process_set.ranks else 0
+def root(process_set: hvd.ProcessSet, member: int = 0) -> int:
+    """Global rank of the process set's first member, or another."""
+    return process_set.ranks[member] if process_set.ranks else member

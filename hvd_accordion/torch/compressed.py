@@ -18,7 +18,7 @@ from hvd_accordion.membership import Membership
 from hvd_accordion.naming import Prefix
 from hvd_accordion.plan import Compression, assign
 from hvd_accordion.settings import Settings
-from hvd_accordion.torch import configuration, state
+from hvd_accordion.torch import configuration, state, uneven
 from hvd_accordion.torch.engine import Engine
 from hvd_accordion.torch.grad_scaler import refuse_scaler
 from hvd_accordion.torch.learning_rate import batch_rate, largest_rate
@@ -105,13 +105,29 @@ def compressed(
                     "optimizer.end_epoch() was called after loss.backward() but before optimizer.step() or "
                     "optimizer.synchronize(): call it between two steps"
                 )
-            if self._hvd.waiting:
-                self._hvd.flush()
-                with batch_rate(self) as scale:
-                    scale()
-                    super().step()
-                super().zero_grad()
+            uneven.wait([self])
             super().end_epoch()
+
+        def release(self) -> None:
+            super().release()
+            uneven.live.discard(self)
+
+        def _apply_what_waited(self) -> None:
+            """A step with micro-batches that no backward pass of now completes, when all ranks wait."""
+            with batch_rate(self) as scale:
+                scale()
+                super().step()
+            super().zero_grad()
+
+        def _follow(self, leader: int) -> None:
+            """Takes parameters and state of a rank (of the process set) that stepped where this one only took part."""
+            groups = self.param_groups
+            theirs = uneven.from_leader(self._hvd, leader, super().state_dict())
+            if leader != self._hvd.rank:
+                super().load_state_dict(theirs)
+                for old, new in zip(groups, self.param_groups, strict=True):
+                    old.update(new)
+                self.param_groups = groups
 
         def synchronize(self) -> None:
             """Waits until `.grad` of every parameter is the average over the ranks; if it is by now, nothing is sent.
@@ -192,4 +208,5 @@ def compressed(
     result.op, result.process_set = settings.op, settings.process_set
     itself = weakref.ref(result)  # no cycle: its hooks go as soon as the user lets go of it
     result._hvd = Engine(params, controller, settings, lambda: largest_rate(itself()), prefix, membership)
+    uneven.live.add(result)
     return result

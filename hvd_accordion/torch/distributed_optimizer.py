@@ -42,6 +42,7 @@ def DistributedOptimizer(
     seed: int = 0,
     min_compress_numel: int = MIN_NUMEL,
     batch_size: AccordionBatchSize | None = None,
+    uneven_inputs: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimizer that averages gradients over the ranks, compressed, before it steps.
 
@@ -69,6 +70,10 @@ def DistributedOptimizer(
             `end_epoch()`, which must come before a scheduler's step. `compression=None` is `Dense()` then, exchanged by this
             package. Not with `backward_passes_per_step`, nor with an optimizer that calls its closure several times. The
             sums take as much memory as the gradients.
+
+        uneven_inputs: ranks may have different numbers of batches: one without calls `hvd.join()`, as under Horovod, and
+            takes part in the others' exchanges with zeros until all have. `join()` and `end_epoch()` wait for all ranks
+            then. Costs an allreduce of 8 bytes a rank an update; on as well with `batch_size`.
 
     The result is a `torch.optim.Optimizer` that also has `synchronize`, `skip_synchronize`,
     `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `completes_batch`, `compression_report`, `advice` and `stats`.
@@ -105,6 +110,7 @@ def DistributedOptimizer(
         seed,
         min_compress_numel,
         batch_size,
+        uneven_inputs,
     )
 
     elastic.check_process_set(process_set, hvd.global_process_set)

@@ -56,6 +56,12 @@ class Driver:
             self._receive(running)
         return bool(done)
 
+    def wait(self, name: str) -> None:
+        """Until nothing of an exchange is on its way."""
+        while self.running[name].handle is not None:
+            if not self.poll():
+                time.sleep(PAUSE)
+
     def finish(self, asked: bool, others: Sequence[torch.Tensor] = ()) -> dict[str, tuple[Step, float]]:
         """Waits for all rounds of all exchanges. Name -> result and the bytes that this rank sent for it.
 

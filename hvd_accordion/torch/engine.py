@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import horovod.torch as hvd
@@ -27,6 +29,7 @@ from hvd_accordion.torch.configuration import described, layer_of
 from hvd_accordion.torch.driver import Driver
 from hvd_accordion.torch.evaluation import Evaluation
 from hvd_accordion.torch.probe import Probe
+from hvd_accordion.torch.turnout import Turnout, Turnouts
 from hvd_accordion.torch.watching import Watching
 
 TOO_MANY_PASSES = (
@@ -66,7 +69,12 @@ class Engine:
         self.watch = Watching(controller.watched, settings.seed)  # of adaptive layers, for their Accordions
         self.whole = Watching(lambda _, count: controller.watched_of_whole(count), settings.seed)  # of all layers
         self.sums = LocalSums()
-        self.expected = self.of_update = 1  # micro-batches of the update to come, and of this one
+        self.loans = gradients.Loans()
+        self.fed: dict[str, torch.Tensor] = {}  # gradients of exchanges under way, which the residuals hold by now
+        uneven = self.active and (settings.uneven_inputs or settings.batch_size is not None)
+        self.turnouts = Turnouts(prefix, self.process_set) if uneven else None
+        self.expected = 1  # micro-batches of the update to come
+        self.of_update = 1.0  # of this one, in the mean over the ranks
         self.lr_scale = 1.0  # of the update that was exchanged last
         self.sent: dict[
             str, tuple[CompressionSpec | None, float]
@@ -78,6 +86,7 @@ class Engine:
         self.evaluation = Evaluation()
         self.when_exchanged: Callable[[], None] | None = None  # to be done once, after the exchange under way
         self._hooks: dict[str, Any] = {}
+        weakref.finalize(self, _unhook, self._hooks)
         self.probe: Probe | None = None  # as long as an Auto has yet to choose
         self.advice: Advice | None = None
         rivals.claim(self)
@@ -104,13 +113,13 @@ class Engine:
 
         A residual counts for as much in the mean as it did.
         """
+        self.drop()
         old = self.size
         self.join()
         if self.residual:
             torch._foreach_mul_(list(self.residual.values()), self.size / old)
         self.membership.move(self.controller, self.size)
         self.sparse = self.probe = None
-        self.drop()
         self.replan()
 
     # plan: which layers, in which groups
@@ -150,9 +159,7 @@ class Engine:
         for name in names:
             self.passes.setdefault(name, self.backward_passes_per_step)
             if self.active and name not in self._hooks:
-                self._hooks[name] = self.params[name].register_post_accumulate_grad_hook(
-                    _hook(weakref.ref(self), name, id(self.params[name]))
-                )
+                self._hooks[name] = _hooked(weakref.ref(self), name, self.params[name])
         undecided = self.size > 1 and self.controller.undecided
         self.probe = self.probe or Probe(self.process_set, self.prefix) if undecided else None
         self.controller.changed = False
@@ -178,6 +185,7 @@ class Engine:
     def _begin(self) -> None:
         self.missing = {group.name: {layer.name for layer in group.layers} for group in self.groups}
         self.started: dict[str, Group] = {}
+        self.update = Update(None, own=True)
         self.measured, self.measures_whole = set(self.controller.measured), self.controller.measures_whole
 
     # a step: hooks, then synchronize
@@ -234,15 +242,25 @@ class Engine:
         if not self.active:
             return True
         if self.evaluation.averaged is not None:  # ranks may differ in what is new to them
-            new = self.evaluation.has_new(self.params)
-            if not any_rank(new, f"{self.prefix}.fresh", self.process_set):
+            if not self._any_new():
                 return False
         if self.due:
-            self._update(self.sums.count + 1)
+            self._update()
         else:
             self.sums.add(self.params)
             self.reset()
         return True
+
+    def _any_new(self) -> bool:
+        """Whether there are gradients that are not averaged yet, on any rank that would exchange them now."""
+        new = self.evaluation.has_new(self.params)
+        if self.turnouts is None:
+            return any_rank(new, f"{self.prefix}.fresh", self.process_set)
+        if not self.due:
+            return new
+        self.turnouts.start(self.sums.count + 1, new=new, further=self.evaluation.further)
+        self.update = Update(self.turnouts.finish(), own=True)
+        return self.update.turnout.happens
 
     def discard(self) -> None:
         """The gradients are zeroed: backward passes since the last exchange, of which nothing was sent, do not count."""
@@ -252,26 +270,27 @@ class Engine:
             self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
             self._begin()
 
-    def flush(self) -> None:
-        """Exchanges the micro-batches that wait, as a batch of their own."""
-        count = self.sums.count
-        self.sums.settle(self.params)
-        self._update(count)
+    def take_part(self, turnout: Turnout) -> None:
+        """In an update for which this rank has no gradient of now: with micro-batches that wait, or with zeros.
+
+        Where other ranks have one, only their optimizers step: `.grad` stays as it is here.
+        """
+        self.update = Update(turnout)
+        self.evaluation.begin(turnout.further)
+        self._update()
+        self.evaluation.begin()
 
     @torch.no_grad()
-    def _update(self, micro_batches: int) -> None:
+    def _update(self) -> None:
         """The exchange of a batch, and what is to be decided after it."""
         self.membership.check()
-        self.of_update = micro_batches
-        self.lr_scale = self.controller.lr_scale * (micro_batches / self.controller.passes)
         begin = time.perf_counter()
+        if self.turnouts is not None and self.update.turnout is None:
+            self.turnouts.start(self.sums.count + 1, new=True, further=self.evaluation.further)
         if self.probe is not None:
             self.probe.end_backward()
         try:
-            if self.size > 1:
-                sent = self._exchange()
-            else:
-                sent = self._alone()
+            sent = self._exchange() if self.size > 1 else self._alone()
         except BaseException:
             self.reset()
             raise
@@ -287,18 +306,25 @@ class Engine:
             self.controller.exchanged_again(sent, self.seconds)
             self.reset()
             return
-        ended = self.controller.advance(sent, self.seconds, micro_batches)
+        turnout = self.update.turnout
+        steps, source = (1, 0) if turnout is None else (max(turnout.counts), turnout.leader)
+        ended = self.controller.advance(sent, self.seconds, steps)
         self.reset()
         if self.controller.wants_lr:
-            (lr,) = from_rank_0([self.lr()], f"{self.prefix}.lr", self.process_set)
+            (lr,) = from_rank_0([self.lr()], f"{self.prefix}.lr", self.process_set, source)
             self.controller.observe_lr(lr)
         if ended:
             self.controller.end_epoch()
-        self._check()
+        self._check(source)
 
     def end_epoch(self) -> None:
         if self.active and self.controller.end_epoch():
             self._check()
+
+    def unsent(self) -> dict[str, torch.Tensor]:
+        """The residuals, without gradients whose exchanges have not come to their end."""
+        back = {name: ops.taken_back(self.residual[name], grad) for name, grad in self.fed.items()}
+        return {**self.residual, **back}
 
     def reset(self) -> None:
         """Ready for the next backward pass, whatever became of the last."""
@@ -306,6 +332,11 @@ class Engine:
         self.driver.reset()
         self.seconds = 0.0
         self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
+        for name, x in self.unsent().items():
+            if name in self.fed:
+                self.residual[name].copy_(x)
+        self.fed = {}
+        self.loans.clear()
         self._begin()
 
     def drop(self) -> None:
@@ -316,7 +347,7 @@ class Engine:
 
     def _exchange(self) -> float:
         if self.sparse is None:
-            now = {name: self.params[name] for name in self.trainable()}
+            now = {name: self.sums.sums.get(name, self.params[name].grad) for name in self.trainable()}
             self.sparse = sparse.agree(now, f"{self.prefix}.sparse", self.settings)
             self.replan()
         late = [name for name in self.trainable() if name not in self.planned]
@@ -330,27 +361,58 @@ class Engine:
         for name in self.sparse.dims:
             if name not in self.started:
                 self._start_sparse(name)
+        self.places = gradients.places(self.params, self.loans.names) if self.writes else {}
         flags, total = [], 0.0
         for name in self.sparse.dims:
-            flag, nbytes = self.sparse.finish(name, self.params[name])
+            flag, nbytes = self.sparse.finish(name)
             self.sent[name] = None, nbytes
             flags.append(flag)
             total += nbytes
         measured = self.measures_whole or bool(self.measured)
         asked = measured or any(group.feeds_back or group.spec.lossy for group in self.groups)
         results = self.driver.finish(asked, flags)
+        self.fed = {}
+        factor = self._turned_out()
+        for name in self.sparse.dims:
+            self.sparse.put(name, self.params[name], factor, self.writes)
         for group in self.groups:
             step, nbytes = results[group.name]
-            self._accept(group, step)
+            self._accept(group, step, factor)
             self._count(group, nbytes)
             total += nbytes
         return total
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank's optimizer steps after the update."""
+        return self.update.own or (self.update.turnout is not None and self.update.turnout.all_wait)
+
+    def _turned_out(self) -> float:
+        """Learns what the other ranks had for the update, and gives what that makes of a mean over the ranks."""
+        if self.turnouts is None:
+            return 1.0
+        divisor, n = self.divisor, self.size
+        if self.update.turnout is None:
+            self.update = Update(self.turnouts.finish(), own=True)
+        turnout = self.update.turnout
+        assert turnout is not None
+        if self.settings.batch_size is None:
+            return 1.0
+        self.of_update = turnout.mean
+        self.lr_scale = self.controller.lr_scale * (turnout.mean / self.controller.passes)
+        return n * divisor / turnout.total
 
     @torch.no_grad()
     def _start(self, group: Group) -> None:
         self.started[group.name] = group
         names = tuple(layer.name for layer in group.layers)
-        grads = [self._gradient(layer) for layer in group.layers]
+        grads = []
+        for layer in group.layers:
+            grad = self._gradient(layer)
+            holder = self.loans.holder(grad)
+            if holder not in (None, group.name):  # which may average in that memory: then it holds the mean
+                self.driver.wait(holder)
+            grads.append(grad if group.feeds_back else self.loans.lend(group.name, layer.name, grad))
         residual = None
         if group.feeds_back:
             for name, grad in zip(names, grads, strict=True):
@@ -358,33 +420,52 @@ class Engine:
                     layout = torch.contiguous_format
                     self.residual[name] = torch.zeros_like(grad, dtype=wide(grad), memory_format=layout)
             residual = [self.residual[name] for name in names]
+            if group.spec.lossy:
+                self.fed.update(zip(names, grads, strict=True))
         memory = [self.memory.get(name, {}) for name in names]
         ctx = Context(names, group.layers[0].dtype, self.controller.step, self.settings.seed, self.rank, self.size)
-        self.driver.start(group.name, exchange(group.spec, ops, grads, residual, memory, ctx))
+        places = partial(self._places, names)
+        self.driver.start(group.name, exchange(group.spec, ops, grads, residual, memory, ctx, places))
+
+    def _places(self, names: Sequence[str]) -> list[torch.Tensor | None]:
+        return [gradients.room(self.places.get(name)) for name in names]
 
     def _start_sparse(self, name: str) -> None:
         assert self.sparse is not None
         self.started[name] = None  # type: ignore[assignment]
-        self.sums.merge(name, self.params[name])
-        self.sparse.start(name, self.params[name])
+        p = self.params[name]
+        self.sparse.start(name, p, self._batch(name, p))
 
     def _gradient(self, layer: Layer) -> torch.Tensor:
-        """Of this step, or of the batch that it completes."""
+        """Of the update, dense."""
         p = self.params[layer.name]
-        if p.requires_grad:
-            self.sums.merge(layer.name, p)
-        return gradients.taken(p, layer, self.kinds[layer.name], self.settings.sparse_as_dense)
+        kind = self.kinds[layer.name]
+        return gradients.dense(self._batch(layer.name, p), p, layer, kind, self.settings.sparse_as_dense)
 
-    def _accept(self, group: Group, step: Any) -> None:
-        """Writes the means into the gradients, keeps residuals and memory, adds to the window's sums."""
+    @property
+    def divisor(self) -> float:
+        """Of the sum of a rank's micro-batches, so that the mean over the ranks is near to that of all micro-batches."""
+        turnout = self.update.turnout
+        return turnout.mean if turnout is not None and turnout.all_wait else self.expected
+
+    def _batch(self, name: str, p: torch.Tensor) -> torch.Tensor | None:
+        last = p.grad if self.update.own and p.requires_grad else None
+        return self.sums.batch(name, last, self.divisor, p.dtype)
+
+    def _accept(self, group: Group, step: Any, factor: float) -> None:
+        """Writes the means, times a factor, into the gradients; keeps residuals and memory; adds to the window's sums."""
         names = [layer.name for layer in group.layers]
         if step.residual is not None:
             self.residual.update(zip(names, step.residual, strict=True))
         self.memory.update(zip(names, step.memory, strict=True))
-        self._watch(dict(zip(names, step.mean, strict=True)), step.ok)
+        if factor != 1.0:
+            torch._foreach_mul_(step.mean, factor)
+        means = dict(zip(names, step.mean, strict=True))
+        self._watch(means, step.ok)
         if self.settings.op == hvd.Sum:
             torch._foreach_mul_(step.mean, float(self.size))
-        gradients.replace([self.params[name] for name in names], step.mean)
+        if self.writes:
+            gradients.put(self.params, self.places, means)
 
     def _watch(self, means: Mapping[str, torch.Tensor], ok: torch.Tensor) -> None:
         """For the norms of the window; a mean counts for as much as it is made of, a closure's first alone."""
@@ -404,25 +485,28 @@ class Engine:
             self.sent[layer.name] = group.spec, nbytes * part / sum(predicted)
 
     def _alone(self) -> float:
-        """One rank: gradients stay as they are, but for what waits since there were more; norms are watched all the same."""
+        """One rank: gradients stay, but for those of a batch, and what waits since there were more; norms are watched."""
+        factor, sums = self._turned_out(), {}
         for name in self.trainable():
-            self.sums.merge(name, self.params[name])
-            if name in self.residual:
-                p, waits = self.params[name], self.residual.pop(name)
-                p.grad = (waits if p.grad is None else waits + p.grad).to(p.dtype)
+            grad, waits = self._batch(name, self.params[name]), self.residual.pop(name, None)
+            if waits is not None:
+                sums[name] = waits if grad is None else waits + grad
+            elif grad is not None and self.turnouts is not None:
+                sums[name] = grad * factor
+        gradients.put(self.params, gradients.places(self.params, set()), sums)
         for name in self.trainable() if self.measures_whole else self.measured:
             grad = self.params[name].grad
             if grad is not None and not grad.is_sparse:
                 self._watch({name: grad.detach()}, ops.all_finite([grad]))
         return 0.0
 
-    def _check(self) -> None:
+    def _check(self, source: int = 0) -> None:
         """Between steps: the regimes from the norms that are due, and the plan that follows from them."""
         names = self.controller.due()
         all_names = list(self.controller.layers) if self.controller.whole_due else []
         if names or all_names:
             mine = [*self.watch.norms(names), *self.whole.norms(all_names), self.lr()]
-            *shared, lr = from_rank_0(mine, f"{self.prefix}.norms", self.process_set)
+            *shared, lr = from_rank_0(mine, f"{self.prefix}.norms", self.process_set, source)
             norms = dict(zip(names, shared, strict=False))
             self.controller.observe(norms, lr, dict(zip(all_names, shared[len(names) :], strict=True)))
         if self.probe is not None and self.probe.complete:
@@ -451,18 +535,40 @@ class Engine:
         return found
 
 
-def _hook(engine: weakref.ref[Engine], name: str, p: int) -> Callable[[torch.Tensor], None]:
-    def hook(_: torch.Tensor) -> None:
-        rivals.check(p, name)  # before this holds the engine
+@dataclass(frozen=True)
+class Update:
+    """Of the parameters.
+
+    Args:
+        turnout: the ranks' parts in it, as far as they are known.
+        own: whether this rank has a gradient of now, or only what waits.
+    """
+
+    turnout: Turnout | None
+    own: bool = False
+
+
+def _hooked(engine: weakref.ref[Engine], name: str, p: torch.Tensor) -> tuple[Any, Any]:
+    """Calls the engine when a backward pass is done with the parameter. Gives what must be kept for that, and a handle.
+
+    At the node that accumulates the gradient, as Horovod does: hooks of the parameter itself, whenever they are added,
+    have run by then.
+    """
+
+    number = id(p)
+
+    def hook(*_: Any) -> None:
+        rivals.check(number, name)  # before this holds the engine
         alive = engine()
         if alive is not None:
             alive.on_gradient(name)
 
-    return hook
+    node = torch.autograd.graph.get_gradient_edge(p).node
+    return node, node.register_hook(hook)
 
 
-def _unhook(hooks: dict[str, Any]) -> None:
-    for handle in hooks.values():
+def _unhook(hooks: dict[str, tuple[Any, Any]]) -> None:
+    for _, handle in hooks.values():
         handle.remove()
 
 

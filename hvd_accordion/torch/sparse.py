@@ -22,10 +22,10 @@ class SparseLayers:
     process_set: hvd.ProcessSet
     handles: dict[str, Any] = field(default_factory=dict)
     nbytes: dict[str, float] = field(default_factory=dict)
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def start(self, name: str, p: torch.nn.Parameter) -> None:
+    def start(self, name: str, p: torch.nn.Parameter, grad: torch.Tensor | None) -> None:
         """Sends the gradient off; a missing one as a sparse tensor without entries."""
-        grad = p.grad
         if grad is None:
             dims = self.dims[name]
             indices = torch.empty((dims, 0), dtype=torch.int64, device=p.device)
@@ -37,16 +37,22 @@ class SparseLayers:
         self.nbytes[name] = sent(AllGather, entries, self.process_set.size())
         self.handles[name] = hvd.sparse_allreduce_async(grad, f"{self.prefix}.{name}", self.op, self.process_set)
 
-    def finish(self, name: str, p: torch.nn.Parameter) -> tuple[torch.Tensor, float]:
-        """Sets the joined gradient; returns whether it is finite and the bytes that this rank sent."""
-        p.grad = self.handles.pop(name)()
-        return torch.isfinite(p.grad._values()).all(), self.nbytes.pop(name)
+    def finish(self, name: str) -> tuple[torch.Tensor, float]:
+        """Waits for the joined gradient; returns whether it is finite and the bytes that this rank sent."""
+        self.means[name] = self.handles.pop(name)()
+        return torch.isfinite(self.means[name]._values()).all(), self.nbytes.pop(name)
+
+    def put(self, name: str, p: torch.nn.Parameter, factor: float, wanted: bool) -> None:
+        """Sets the joined gradient, times a factor, where it is wanted."""
+        mean = self.means.pop(name)
+        if wanted:
+            p.grad = mean * factor if factor != 1.0 else mean
 
 
-def agree(params: Mapping[str, torch.nn.Parameter], prefix: str, settings: Any) -> SparseLayers:
+def agree(grads: Mapping[str, torch.Tensor | None], prefix: str, settings: Any) -> SparseLayers:
     """Which gradients are sparse on any rank: one small allreduce, at the first step."""
-    found = [0 if p.grad is None or not p.grad.is_sparse else p.grad.sparse_dim() for p in params.values()]
+    found = [0 if g is None or not g.is_sparse else g.sparse_dim() for g in grads.values()]
     dims = torch.tensor(found, dtype=torch.int32)
     dims = hvd.allreduce(dims, op=hvd.Max, name=f"{prefix}.dims", process_set=settings.process_set)
-    chosen = {} if settings.sparse_as_dense else {n: d for n, d in zip(params, dims.tolist(), strict=True) if d}
+    chosen = {} if settings.sparse_as_dense else {n: d for n, d in zip(grads, dims.tolist(), strict=True) if d}
     return SparseLayers(chosen, prefix, settings.op, settings.process_set)

@@ -26,7 +26,7 @@ def saved(engine: Engine) -> dict[str, Any]:
         "rank": engine.rank,
         "size": engine.size,
         "controller": engine.controller.state_dict(),
-        "residual": dict(engine.residual),
+        "residual": engine.unsent(),
         "memory": {name: dict(memory) for name, memory in engine.memory.items() if memory},
         "summed": dict(engine.watch.summed),
         "summed_whole": dict(engine.whole.summed),
@@ -82,11 +82,11 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     engine.watch.load(fitting(state["summed"]), params)
     engine.whole.load(fitting(whole), params)
     engine.sums.load_state_dict({**accumulated, "sums": fitting(accumulated["sums"])}, params)
+    engine.reset()
     engine.residual = {}
     if state["rank"] == engine.rank:
         scale = engine.size / state["size"]
         engine.residual = {name: own(name, x).mul_(scale) for name, x in fitting(state["residual"]).items()}
-    engine.reset()
     engine.replan()
     resume.warn_of(left, stacklevel=5)
 
@@ -139,7 +139,7 @@ def _plain(engine: Any) -> bool:
 
 def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What a rank keeps where it takes up what another shares."""
-    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": engine.residual}
+    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": engine.unsent()}
     if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
         own["accumulated"] = engine.sums.state_dict()
     return own

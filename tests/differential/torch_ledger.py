@@ -19,9 +19,9 @@ class Ledger:
         self.applied: dict[str, Any] = {}
         self.waiting: dict[str, Any] = {}
 
-    def recorded(self, exchange: Any, spec: Any, ops: Any, grads: Any, residual: Any, memory: Any, ctx: Any) -> Any:
-        copies = [grad.detach().double() for grad in grads]
-        done = yield from exchange(spec, ops, grads, residual, memory, ctx)
+    def recorded(self, exchange: Any, spec: Any, ops: Any, grads: Any, residual: Any, *rest: Any) -> Any:
+        copies, ctx = [grad.detach().double() for grad in grads], rest[1]
+        done = yield from exchange(spec, ops, grads, residual, *rest)
         for i, name in enumerate(ctx.names):
             self.waiting[name] = done.residual[i] if done.residual is not None else torch.zeros(())
             if done.ok and all(torch.isfinite(mean).all() for mean in done.mean):
