@@ -45,7 +45,7 @@ class ByHand:
                 for i, p in enumerate(p for group in self.param_groups for p in group["params"] if p.requires_grad):
                     mine = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
                     mean = horovod.allreduce(mine, op=horovod.Average, name=f"by.hand.{i}")
-                    p.grad = mean if p.grad is None else p.grad.copy_(mean)
+                    p.grad = p.grad.copy_(mean) if p.grad is not None and p.grad.is_contiguous() else mean
 
         result = Averaging.__new__(Averaging)
         result.__dict__.update(optimizer.__dict__)
