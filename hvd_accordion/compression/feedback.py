@@ -51,5 +51,7 @@ def exchange(
     if residual is None:
         mean, _ = done.split(into, False)
     else:
-        mean, residual = ops.settle(ok, lambda left: done.split(into, left), values, residual, grads)
+        # where no remainder is wanted, gradients of other exchanges may yet be read: nothing is written into them
+        split = lambda left: done.split(into if left else None, left)  # noqa: E731
+        mean, residual = ops.settle(ok, split, values, residual, grads)
     return Step(mean, residual, done.memory(ok), ok)

@@ -51,6 +51,11 @@ def test_batch_size():
     worker("torch/batch_size", ranks=2)
 
 
+@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (3, "mpi")])
+def test_uneven_inputs(ranks, transport):
+    worker("torch/uneven", ranks, transport, timeout=300)
+
+
 def test_keras_batch_size():
     worker("tensorflow/keras_batch_size", ranks=2, timeout=300)
 
