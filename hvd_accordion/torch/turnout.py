@@ -70,7 +70,7 @@ class Turnouts:
         self._mine[self.process_set.rank()] = torch.tensor([count, waits, new, further], dtype=torch.int32)
         if size > 1:
             name = f"{self.prefix}.turnout"
-            self._handle = hvd.allreduce_async_(self._mine, op=hvd.Sum, name=name, process_set=self.process_set)
+            self._handle = hvd.allreduce_async(self._mine, op=hvd.Sum, name=name, process_set=self.process_set)
 
     @property
     def ready(self) -> bool:
@@ -79,7 +79,7 @@ class Turnouts:
     def finish(self) -> Turnout:
         handle, self._handle = self._handle, None
         if handle is not None:
-            hvd.synchronize(handle)
+            self._mine = hvd.synchronize(handle)
         assert self._mine is not None
         counts, waits, new, further = self._mine.t().tolist()
         turnout = Turnout(tuple(counts), tuple(map(bool, waits)), tuple(map(bool, new)), any(further))

@@ -20,7 +20,7 @@ class Ledger:
         self.waiting: dict[str, Any] = {}
 
     def recorded(self, exchange: Any, spec: Any, ops: Any, grads: Any, residual: Any, *rest: Any) -> Any:
-        copies, ctx = [grad.detach().double() for grad in grads], rest[1]
+        copies, ctx = [grad.detach().double().clone() for grad in grads], rest[1]
         done = yield from exchange(spec, ops, grads, residual, *rest)
         for i, name in enumerate(ctx.names):
             self.waiting[name] = done.residual[i] if done.residual is not None else torch.zeros(())
