@@ -9,7 +9,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_accordion import checks
+from hvd_accordion import checks, elastic
 from hvd_accordion.controller import Logger
 from hvd_accordion.naming import Prefix
 from hvd_accordion.ops import tensorflow as ops
@@ -42,6 +42,7 @@ class ErrorCompensated(Reports):
         steps_per_epoch: int | None = None,
         logger: Logger | None = None,
     ) -> None:
+        elastic.refuse(type(self).__name__, "its ranks hold parts of one sum, which a rank that leaves takes along")
         self.variables = [value_of(v) for v in params]
         if not self.variables or not all(hasattr(v, "assign") for v in self.variables):
             raise ValueError(f"params must be variables, at least one, got {params!r}")
@@ -172,6 +173,7 @@ def estimate_smoothness(
         params: the variables.
         iterations: at most, >= 1; two gradients each.
     """
+    elastic.refuse("estimate_smoothness", "it exchanges where ranks that have just come do not")
     checks.integer("iterations", iterations, 1)
     variables, prefix = [value_of(v) for v in params], f"{Prefix(process_set)}.smoothness"
     x = ops.widen([v.read_value() for v in variables])

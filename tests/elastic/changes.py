@@ -65,11 +65,6 @@ class Changes:
             self._carry_out(i)
         return False
 
-    def be_patient(self, seconds: int = 60) -> None:
-        """Where frameworks take long to import: those that are there wait so long for one that comes, not after a death."""
-        due = next((change for i, change in enumerate(self.changes) if not self._carried_out(i)), "")
-        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "5" if due.startswith("kill") else str(seconds)
-
     def record(self, **event: Any) -> None:
         """A line for the test to read."""
         with open(self.folder / "events", "a") as file:

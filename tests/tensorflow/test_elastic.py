@@ -212,6 +212,13 @@ def test_some_of_the_ranks_are_refused(monkeypatch):
         hvd.GradientExchange(Dense(), process_set=hvd.ProcessSet([0]))
 
 
+def test_what_can_not_follow_a_change_is_refused():
+    with pytest.raises(ValueError, match="ECLK does not work in elastic training: its ranks hold parts of one sum"):
+        hvd.ECLK([variable()], PowerSGD(2), smoothness=1.0, strong_convexity=0.1)
+    with pytest.raises(ValueError, match="estimate_smoothness does not work in elastic training"):
+        hvd.estimate_smoothness(lambda: 0.0, [variable()])
+
+
 # states
 
 

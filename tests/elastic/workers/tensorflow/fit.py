@@ -3,6 +3,8 @@
 After every batch ranks are bit-equal; a weight whose gradient is known tells whether a mean has the right scale.
 """
 
+import os
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -19,6 +21,7 @@ SPECS = {
 }
 
 hvd.init()
+os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "60"  # from the first change on: whoever comes has TensorFlow to import
 changes = Changes()
 keras.utils.set_random_seed(3)
 
@@ -75,17 +78,23 @@ class Check(keras.callbacks.Callback):
             steps, weight = int(opt._hvd.state.step), float(probe.weight)
             if self.begin is not None:
                 moved = (steps - self.begin[0]) * LR * hvd.size() * (hvd.size() + 1) / 2
-                assert abs(self.begin[1] - moved - weight) < 1e-4, f"{hvd.size()} ranks: {self.begin, steps, weight, moved}"
+                assert abs(self.begin[1] - moved - weight) < 1e-4, (
+                    f"{hvd.size()} ranks: {self.begin, steps, weight, moved}"
+                )
             self.begin = self.begin or (steps, weight)
-        losses = {name: float(value) for name, value in logs.items() if "_b_loss" in name}
         if changes.steps == 0 or state.step % 8 == 0:
-            record(losses=losses)
-        changes.be_patient()
+            record(losses=losses())
         if changes.step(hvd.rank(), hvd.size()):
             regimes = sorted({row.regime for row in opt.compression_report() if row.regime})
             passes = int(opt._hvd.state.passes)
-            record(losses=losses, regimes=regimes, passes=passes, epochs=opt._hvd._engine.controller.epoch, over=True)
+            record(losses=losses(), regimes=regimes, passes=passes, epochs=opt._hvd._engine.controller.epoch, over=True)
             model.stop_training = True
+
+
+def losses():
+    """Of all examples."""
+    predicted = model((tf.constant(examples), tf.zeros((len(examples), 1))))
+    return [float(tf.reduce_mean((y - targets) ** 2)) for y in predicted[:4]]
 
 
 def record(**what):

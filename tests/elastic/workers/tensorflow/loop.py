@@ -55,7 +55,7 @@ def train_one_batch(data, target, allreduce=True):
     if allreduce:
         gradients = hvd.DistributedGradientTape(tape).gradient(loss, plain)
         gradients += hvd.DistributedGradientTape(tape, compression=SPECS).gradient(loss, others)
-    optimizer.apply_gradients(zip(gradients, plain + others))
+    optimizer.apply_gradients(zip(gradients, plain + others, strict=True))
     return tf.stack(losses), given
 
 
@@ -106,7 +106,6 @@ def train(state):
         state.batch += 1
         if state.batch % 3 == 0:
             state.commit()
-        changes.be_patient()
         done = changes.step(hvd.rank(), hvd.size())
     (compressed,) = (x for x in registry.alive() if x.knows_any(others))
     regimes = sorted({row.regime for row in compressed.compression_report() if row.regime})
