@@ -75,14 +75,29 @@ def test_uneven_last_batches(samples):
         close(weights(module), weights(one_process(Module(), samples)))
 
 
+class Watched(Module):
+    """Notes after each backward pass whether an exchange is on its way."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.on_their_way = []
+
+    def backward(self, loss):
+        super().backward(loss)
+        self.on_their_way.append(self.optimizers().optimizer._hvd.in_flight)
+
+
 @pytest.mark.parametrize("compression", LOSSY)
 def test_lossy(compression):
-    module = Module(seed=hvd.rank())
+    module = Watched(seed=hvd.rank())
     before = module.loss(data().tensors)
     fit = trainer(lossy(LOSSY[compression]), max_epochs=8, accumulate_grad_batches=2, gradient_clip_val=0.5)
     fit.fit(module, loader())
     assert_equal_ranks(module)
     assert module.loss(data().tensors) < 0.8 * before
+    assert (
+        module.on_their_way == [False, False] + [False, True] * 15
+    )  # begun in the last backward pass; not the first time
     (optimizer,) = fit.optimizers
     assert optimizer.stats.steps == 8 * 2
     assert optimizer.stats.sent_bytes < 0.6 * optimizer.stats.dense_bytes
