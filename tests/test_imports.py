@@ -27,6 +27,7 @@ REPLACED = {
         "DistributedOptimizer",
         "PartialDistributedGradientTape",
         "broadcast_global_variables",
+        "broadcast_object_fn",
         "broadcast_variables",
         "elastic",
         "init",

@@ -10,7 +10,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_accordion import plan, resume, sampling
+from hvd_accordion import plan, sampling
 from hvd_accordion.auto import Advice, advise
 from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
 from hvd_accordion.controller import Controller
@@ -23,7 +23,8 @@ from hvd_accordion.tensorflow.agreement import largest, require_equal
 from hvd_accordion.tensorflow.clock import Clock
 from hvd_accordion.tensorflow.driver import Driver
 from hvd_accordion.tensorflow.probe import measured
-from hvd_accordion.tensorflow.state import State, outside, resizable, variable
+from hvd_accordion.tensorflow.rows import Rows, initial_memory
+from hvd_accordion.tensorflow.state import State, outside, variable
 
 NONE, SLICES, DENSE = range(3)  # kinds of gradients; where ranks have different ones the last of these counts
 
@@ -51,9 +52,7 @@ class Engine:
         self.entries: dict[tuple[str, int], tf.Tensor] = {}  # of a layer, if so many are watched: which; missing: all
         self.kinds: dict[str, int] = {}
         self.traffic: dict[tuple[str, CompressionSpec], float] = {}  # of a layer under a spec, as traced
-        self.rows: dict[
-            int, int
-        ] = {}  # that a resizable variable has, by its id, unless a checkpoint had another number
+        self.rows = Rows()
         self.clock = Clock(controller, state, self.numbers, prefix, self.process_set, self.refit)
         self.advice: Advice | None = None
         self._signatures: dict[tuple[str, ...], int] = {}
@@ -90,7 +89,7 @@ class Engine:
 
     def _watch(self, layer: Layer, size: int) -> tf.Variable:
         """Room for the sum of so many of the layer's entries."""
-        summed = self._resizable(tf.zeros(size, wide_of(layer)), layer)
+        summed = self.rows.made(tf.zeros(size, wide_of(layer)), wide_of(layer))
         if size < layer.numel and (layer.name, size) not in self.entries:
             seed, count = self.settings.seed, layer.numel
             self.entries[layer.name, size] = sampling.entries(ops, layer.name, count, size, seed, summed)
@@ -107,47 +106,17 @@ class Engine:
             return
         memory = self._initial_memory(layer, specs)
         if memory:
-            state.memory[key] = {part: self._resizable(value, layer) for part, value in memory.items()}
+            state.memory[key] = {part: self.rows.made(value, wide) for part, value in memory.items()}
 
     def _initial_memory(self, layer: Layer, specs: Sequence[CompressionSpec]) -> dict[str, tf.Tensor]:
-        like = tf.zeros(layer.shape, wide_of(layer))
-        largest_of: dict[str, tf.Tensor] = {}
-        for memory in [spec.initial_memory(ops, like, layer.name, self.settings.seed) for spec in specs]:
-            for part, value in memory.items():
-                if part not in largest_of or value.shape[0] > largest_of[part].shape[0]:
-                    largest_of[part] = value
-        return largest_of
-
-    def _resizable(self, value: tf.Tensor, layer: Layer) -> tf.Variable:
-        made = resizable(value, wide_of(layer))
-        self.rows[id(made)] = value.shape[0]
-        return made
+        return initial_memory(specs, layer, wide_of(layer), self.settings.seed)
 
     def refit(self) -> list[str]:
-        """Gives what was restored from other settings the sizes of now; returns of what it took up a part, in words.
-
-        Of memory the rows that both have stay. Sums of other entries start anew.
-        """
-        state, cut = self.state, []
-        for name, key in self.numbers.items():
-            for summed in (state.summed.get(key), state.summed_whole.get(key)):
-                if summed is not None and self._missized(summed):
-                    summed.assign(tf.zeros(self.rows[id(summed)], summed.dtype))
-            missized = {part: v for part, v in state.memory.get(key, {}).items() if self._missized(v)}
-            if missized:
-                layer = self.controller.layers[name]
-                fresh = self._initial_memory(layer, self._specs(layer))
-                for part, v in missized.items():
-                    both = v.read_value()[: self.rows[id(v)]]
-                    v.assign(tf.concat([both, tf.cast(fresh[part], v.dtype)[both.shape[0] :]], 0))
-                cut.append(name)
-        return [f"rows of the memory of {resume.in_words(cut)}, which has another number of them now"] if cut else []
-
-    def _missized(self, v: tf.Variable) -> bool:
-        return v.read_value().shape[0] != self.rows[id(v)]
-
-    def _sized(self, v: tf.Variable) -> tf.Tensor:
-        return tf.ensure_shape(v.read_value(), [self.rows[id(v)], *v.shape[1:]])
+        """Gives what was restored from other settings the sizes of now; returns of what it took up a part, in words."""
+        layers = self.controller.layers
+        return self.rows.refit(
+            self.state, self.numbers, lambda name: self._initial_memory(layers[name], self._specs(layers[name]))
+        )
 
     def _specs(self, layer: Layer) -> tuple[CompressionSpec, ...]:
         """All that the layer may travel under, whatever an Auto will choose."""
@@ -335,7 +304,7 @@ class Engine:
         spec, state = part.specs[index], self.state
         keys = [self.numbers[name] for name in context.names]
         residual = [state.residual[key].read_value() for key in keys] if part.feeds_back else None
-        memory = [{name: self._sized(v) for name, v in state.memory.get(key, {}).items()} for key in keys]
+        memory = [{name: self.rows.read(v) for name, v in state.memory.get(key, {}).items()} for key in keys]
         rounds = exchange(spec, ops, grads, residual, memory, context)
         done, ok, nbytes = driver.run(rounds, f"{part.name}.{index}.{spec.tag}")
         self._count(part, spec, nbytes)
@@ -393,7 +362,7 @@ class Engine:
         def add() -> tf.Tensor:
             for name, summed in sums.items():
                 if name in means:
-                    seen = tf.cast(self._watched(name, means[name], self.rows[id(summed)]), summed.dtype)
+                    seen = tf.cast(self._watched(name, means[name], self.rows.of(summed)), summed.dtype)
                     summed.assign_add(seen * tf.cast(steps, summed.dtype))
             return really
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +20,11 @@ from hvd_accordion.settings import Settings, check_logger, check_op, is_horovods
 from hvd_accordion.tensorflow import bridge, registry
 from hvd_accordion.tensorflow.broadcasting import send
 from hvd_accordion.tensorflow.engine import Engine
+from hvd_accordion.tensorflow.known import Known
 from hvd_accordion.tensorflow.shared import Shared
 from hvd_accordion.tensorflow.state import State, outside
 from hvd_accordion.tensorflow.uneven import compresses
-from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
+from hvd_accordion.tensorflow.variables import check_groups, check_process_set, layer_of, names_of, value_of
 from hvd_accordion.tensorflow.xla import refuse_xla
 
 GATHERED = "slices, gathered"  # what the report says of gradients that are IndexedSlices
@@ -395,42 +395,6 @@ class _Asked:
     optimizer: str
     scale_local_gradients: bool
     learning_rate: Any
-
-
-class Known:
-    """Names of variables, by the identity of the tf.Variable; keeps none of them alive."""
-
-    def __init__(self) -> None:
-        self._names: dict[int, tuple[weakref.ref[Any], str]] = {}
-        self.local: set[int] = set()
-
-    def add(self, names: Sequence[str], variables: Sequence[Any]) -> None:
-        for name, variable in zip(names, map(value_of, variables), strict=True):
-            self._names[id(variable)] = weakref.ref(variable), name
-
-    def name(self, variable: Any) -> str | None:
-        value = value_of(variable)
-        found = self._names.get(id(value))
-        return found[1] if found is not None and found[0]() is value else None
-
-    def names(self) -> list[str]:
-        return [name for _, name in self._names.values()]
-
-    def local_names(self) -> frozenset[str]:
-        return frozenset(name for key, (_, name) in self._names.items() if key in self.local)
-
-    def is_local(self, variable: Any) -> bool:
-        return id(value_of(variable)) in self.local
-
-
-def check_process_set(process_set: Any) -> None:
-    """TypeError for what is none, ValueError for one that Horovod doesn't know."""
-    if not isinstance(process_set, hvd.ProcessSet):
-        raise TypeError(f"process_set must be an hvd.ProcessSet, got {process_set!r}")
-    if process_set.process_set_id is None and hvd.is_initialized():
-        raise ValueError(
-            f"process_set must be known to Horovod, by hvd.init(process_sets=[...]) or hvd.add_process_set, got {process_set}"
-        )
 
 
 def divided(gradient: Any, by: int) -> Any:

@@ -135,8 +135,3 @@ def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = N
     return tf.Variable(
         tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape
     )
-
-
-def resizable(value: tf.Tensor, dtype: tf.DType) -> tf.Variable:
-    """One that a checkpoint of other settings may give another number of rows."""
-    return variable(value, dtype, [None, *value.shape[1:]])

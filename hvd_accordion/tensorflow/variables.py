@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
@@ -75,3 +76,13 @@ def check_groups(groups: Any) -> None:
         raise ValueError("groups should be a non-negative integer or a list of list of tf.Variable.")
     if len({id(v) for v in members}) != len(members):
         raise ValueError("A variable can only appear once in groups.")
+
+
+def check_process_set(process_set: Any) -> None:
+    """TypeError for what is none, ValueError for one that Horovod doesn't know."""
+    if not isinstance(process_set, hvd.ProcessSet):
+        raise TypeError(f"process_set must be an hvd.ProcessSet, got {process_set!r}")
+    if process_set.process_set_id is None and hvd.is_initialized():
+        raise ValueError(
+            f"process_set must be known to Horovod, by hvd.init(process_sets=[...]) or hvd.add_process_set, got {process_set}"
+        )
