@@ -147,10 +147,9 @@ class Engine:
         self.backward_passes_per_step = passes
         self.passes = dict.fromkeys(self.passes, passes)
 
-    def replan(self) -> None:
-        """Between steps: takes in a change of the trainable parameters or of the levels."""
-        names = self.trainable()
-        self.planned = names
+    def replan(self, names: list[str] | None = None) -> None:
+        """Between steps: takes in a change of the trainable parameters (or the given ones) or of the levels."""
+        names = self.planned = self.trainable() if names is None else names
         layers = [layer_of(name, self.params[name]) for name in names]
         self.controller.set_layers(layers)
         dense = [x for x in layers if x.numel and (self.sparse is None or x.name not in self.sparse.dims)]
@@ -269,6 +268,8 @@ class Engine:
             self.evaluation.fresh = False
             self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
             self._begin()
+        if self.planned != self.trainable():  # what is frozen before the backward pass gets no update
+            self.replan()
 
     def take_part(self, turnout: Turnout) -> None:
         """In an update for which this rank has no gradient of now: with micro-batches that wait, or with zeros.
@@ -347,9 +348,11 @@ class Engine:
 
     def _exchange(self) -> float:
         if self.sparse is None:
-            now = {name: self.sums.sums.get(name, self.params[name].grad) for name in self.trainable()}
+            # with what was frozen since the backward pass, of which there is a gradient
+            names = [name for name, p in self.params.items() if p.requires_grad or name in self.planned]
+            now = {name: self.sums.sums.get(name, self.params[name].grad) for name in names}
             self.sparse = sparse.agree(now, f"{self.prefix}.sparse", self.settings)
-            self.replan()
+            self.replan(names)
         late = [name for name in self.trainable() if name not in self.planned]
         if late:  # unfrozen since the last step: every rank sees so, and they go in groups of their own
             layers = [layer_of(name, self.params[name]) for name in late]
@@ -449,7 +452,7 @@ class Engine:
         return turnout.mean if turnout is not None and turnout.all_wait else self.expected
 
     def _batch(self, name: str, p: torch.Tensor) -> torch.Tensor | None:
-        last = p.grad if self.update.own and p.requires_grad else None
+        last = p.grad if self.update.own else None  # of a layer that was frozen since, too
         return self.sums.batch(name, last, self.divisor, p.dtype)
 
     def _accept(self, group: Group, step: Any, factor: float) -> None:

@@ -23,7 +23,7 @@ def kind(x: torch.Tensor) -> Kind:
 
 def dense(grad: torch.Tensor | None, p: torch.Tensor, layer: Layer, planned: Kind, as_dense: bool) -> torch.Tensor:
     """The gradient, zeros where there is none, dense; ValueError where it is not what the layer was planned for."""
-    if grad is None or not p.requires_grad:
+    if grad is None:
         return torch.zeros(layer.shape, dtype=p.dtype, device=p.device)
     if grad.is_sparse:
         if not as_dense:
@@ -71,7 +71,7 @@ def places(params: Mapping[str, torch.Tensor], first: set[str]) -> dict[str, tor
     found = {}
     for name in [*(n for n in params if n in first), *(n for n in params if n not in first)]:
         grad = params[name].grad
-        if grad is None or grad.is_sparse or not params[name].requires_grad:
+        if grad is None or grad.is_sparse:
             continue
         sides = [(size, stride) for size, stride in zip(grad.shape, grad.stride(), strict=True) if size > 1]
         begin = grad.data_ptr()
@@ -96,8 +96,6 @@ def put(
     into, new = [], []
     for name, mean in means.items():
         p = params[name]
-        if not p.requires_grad:
-            continue
         if mean.is_sparse:
             p.grad = mean
         elif p.grad is None:

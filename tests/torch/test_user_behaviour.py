@@ -132,8 +132,7 @@ class User:
         self.optimizer.zero_grad()
 
     def freeze(self, act: Act) -> None:
-        if not self.pending:
-            self.net[act.layer].requires_grad_(False)
+        self.net[act.layer].requires_grad_(False)
 
     def unfreeze(self, act: Act) -> None:
         self.net[act.layer].requires_grad_(True)

@@ -225,3 +225,15 @@ def perturbed_parameters(hvd):
             torch._foreach_copy_(list(net.parameters()), kept)
         optimizer.step()
     return net
+
+
+@script
+def frozen_between_backward_and_step(hvd):
+    net, optimizer = wrapped(hvd)
+    for step, (x, y) in enumerate(batches(hvd, 6)):
+        optimizer.zero_grad()
+        loss_of(net, x, y).backward()
+        net[0].requires_grad_(step % 2 == 1)
+        optimizer.step()
+        net[0].requires_grad_(True)
+    return net
