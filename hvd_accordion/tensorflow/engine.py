@@ -380,12 +380,21 @@ class Engine:
             self.traffic[layer.name, spec] = nbytes * share / sum(predicted)
 
     def _alone(self, given: dict[str, Any], steps: Any) -> dict[str, Any]:
-        """One rank: gradients stay as they are; norms are watched all the same."""
-        names = self.controller.layers if self.controller.batch is not None else self.clock.adaptive
-        dense = {x.name: self._gradient(x, given[x.name]) for x in self._dense(given) if x.name in names}
-        if dense:
-            self._measure(dense, ops.all_finite(list(dense.values())), steps)
-        return given
+        """One rank: gradients stay as they are, but for what it kept among others; norms are watched all the same."""
+        kept = {layer.name: self.state.residual.get(self.numbers[layer.name]) for layer in self._dense(given)}
+        held = {name: residual for name, residual in kept.items() if residual is not None}
+        watched = self.controller.layers if self.controller.batch is not None else self.clock.adaptive
+        names = [name for name in kept if name in watched or name in held]
+        if not names:
+            return given
+        layers = self.controller.layers
+        dense = {name: self._gradient(layers[name], given[name]) for name in names}
+        ok = ops.all_finite(list(dense.values()))
+        for name, residual in held.items():
+            dense[name] = tf.cast(dense[name], residual.dtype) + residual
+            residual.assign(tf.where(ok, tf.zeros_like(residual), residual))
+        self._measure(dense, ok, steps)
+        return {**given, **{name: tf.cast(dense[name], layers[name].dtype) for name in held}}
 
     def _plainly(self, given: dict[str, Any], prefix: str) -> tuple[dict[str, Any], tf.Tensor]:
         """As Horovod itself does it: no state, no compression but a cast."""
