@@ -43,9 +43,10 @@ class ByHand:
 
             def average(self) -> None:
                 for i, p in enumerate(p for group in self.param_groups for p in group["params"] if p.requires_grad):
-                    mine = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+                    mine = torch.zeros_like(p) if p.grad is None else p.grad.to_dense().contiguous()
                     mean = horovod.allreduce(mine, op=horovod.Average, name=f"by.hand.{i}")
-                    p.grad = p.grad.copy_(mean) if p.grad is not None and p.grad.is_contiguous() else mean
+                    kept = p.grad is not None and not p.grad.is_sparse and p.grad.is_contiguous()
+                    p.grad = p.grad.copy_(mean) if kept else mean
 
         result = Averaging.__new__(Averaging)
         result.__dict__.update(optimizer.__dict__)
