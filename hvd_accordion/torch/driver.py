@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,11 @@ class Driver:
 
     def wait(self, name: str) -> None:
         """Until nothing of an exchange is on its way."""
-        while self.running[name].handle is not None:
+        self.until(lambda: self.running[name].handle is None)
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Goes on with all exchanges until `done()`."""
+        while not done():
             if not self.poll():
                 time.sleep(PAUSE)
 
@@ -69,9 +73,7 @@ class Driver:
             asked: whether anybody wants to know if the step was sound.
             others: flags of what else was exchanged in this step, which is sound only if they hold too.
         """
-        while any(running.handle is not None for running in self.running.values()):
-            if not self.poll():
-                time.sleep(PAUSE)
+        self.until(lambda: all(running.handle is None for running in self.running.values()))
         # all wait for the same answer now: was the step sound in every exchange
         questions = [running.request for running in self.running.values() if isinstance(running.request, Agree)]
         assert len(questions) == len(self.running), "an exchange ended without asking whether the step was sound"

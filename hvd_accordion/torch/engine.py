@@ -152,7 +152,7 @@ class Engine:
         names = self.planned = self.trainable() if names is None else names
         layers = [layer_of(name, self.params[name]) for name in names]
         self.controller.set_layers(layers)
-        dense = [x for x in layers if x.numel and (self.sparse is None or x.name not in self.sparse.dims)]
+        dense = [x for x in layers if x.numel and (self.sparse is None or self.sparse.is_dense(x.name))]
         self.groups = self._grouped(dense)
         self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
         for name in names:
@@ -222,7 +222,7 @@ class Engine:
             self.probe.gradient(name)
         if complete and self.sparse is not None:
             group = self.group_of.get(name)
-            if name in self.sparse.dims:
+            if self.sparse.known.get(name):
                 self._start_sparse(name)
             elif group is not None:
                 self.missing[group.name].discard(name)
@@ -347,26 +347,12 @@ class Engine:
         self.reset()
 
     def _exchange(self) -> float:
-        if self.sparse is None:
-            # with what was frozen since the backward pass, of which there is a gradient
-            names = [name for name, p in self.params.items() if p.requires_grad or name in self.planned]
-            now = {name: self.sums.sums.get(name, self.params[name].grad) for name in names}
-            self.sparse = sparse.agree(now, f"{self.prefix}.sparse", self.settings)
-            self.replan(names)
-        late = [name for name in self.trainable() if name not in self.planned]
-        if late:  # unfrozen since the last step: every rank sees so, and they go in groups of their own
-            layers = [layer_of(name, self.params[name]) for name in late]
-            self.controller.set_layers([*self.controller.layers.values(), *layers])
-            self.groups = [*self.groups, *(_renamed(group, "late") for group in self._grouped(layers))]
-        for group in self.groups:
-            if group.name not in self.started:
-                self._start(group)
-        for name in self.sparse.dims:
-            if name not in self.started:
-                self._start_sparse(name)
+        unseen = self._start_rest()
+        assert self.sparse is not None
+        sparse_names = self._sparse_names()
         self.places = gradients.places(self.params, self.loans.names) if self.writes else {}
         flags, total = [], 0.0
-        for name in self.sparse.dims:
+        for name in sparse_names:
             flag, nbytes = self.sparse.finish(name)
             self.sent[name] = None, nbytes
             flags.append(flag)
@@ -376,14 +362,65 @@ class Engine:
         results = self.driver.finish(asked, flags)
         self.fed = {}
         factor = self._turned_out()
-        for name in self.sparse.dims:
+        for name in sparse_names:
             self.sparse.put(name, self.params[name], factor, self.writes)
         for group in self.groups:
             step, nbytes = results[group.name]
             self._accept(group, step, factor)
             self._count(group, nbytes)
             total += nbytes
+        for p in (self.params[name] for name in unseen if self.writes):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # as Horovod leaves it
         return total
+
+    def _start_rest(self) -> list[str]:
+        """Starts what backward has not, and names the layers that no rank has had a gradient of yet.
+
+        As long as there are such layers, ranks ask each other about them while the rest is under way.
+        """
+        first = self.sparse is None
+        if self.sparse is None:
+            self.sparse = sparse.SparseLayers(self.settings, f"{self.prefix}.sparse")
+        names = [name for name in self.params if self._takes_part(name)]
+        unseen = [name for name in names if name not in self.sparse.known]
+        if unseen:
+            held = self.sums.sums
+            self.sparse.ask({n: held[n] if n in held else self._own(self.params[n]) for n in unseen})
+        if not first:
+            self._start_known()
+        if unseen:
+            self.driver.until(lambda: self.sparse.answered)  # type: ignore[union-attr]
+            self.sparse.learn()
+            if first:
+                update = self.update
+                self.replan(names)
+                self.update = update
+        late = [name for name in names if self.sparse.is_dense(name) and name not in self.group_of]
+        layers = [layer for layer in (layer_of(name, self.params[name]) for name in late) if layer.numel]
+        if layers:  # every rank sees so, and they go in groups of their own; the next plan has them with the others
+            self.controller.set_layers([*({x.name: x for x in [*self.controller.layers.values(), *layers]}.values())])
+            groups = [_renamed(group, f"late.{len(self.groups)}") for group in self._grouped(layers)]
+            self.groups = [*self.groups, *groups]
+            self.group_of |= {layer.name: group for group in groups for layer in group.layers}
+            self.controller.changed = True
+        self._start_known()
+        return [name for name in unseen if name not in self.sparse.known]
+
+    def _start_known(self) -> None:
+        for group in self.groups:
+            if group.name not in self.started:
+                self._start(group)
+        for name in self._sparse_names():
+            if name not in self.started:
+                self._start_sparse(name)
+
+    def _sparse_names(self) -> list[str]:
+        assert self.sparse is not None
+        return [name for name in self.sparse.dims if self._takes_part(name)]
+
+    def _takes_part(self, name: str) -> bool:
+        """Whether the update has this layer, be it frozen since the backward pass."""
+        return self.params[name].requires_grad or name in self.planned
 
     @property
     def writes(self) -> bool:
@@ -443,7 +480,7 @@ class Engine:
         """Of the update, dense."""
         p = self.params[layer.name]
         kind = self.kinds[layer.name]
-        return gradients.dense(self._batch(layer.name, p), p, layer, kind, self.settings.sparse_as_dense)
+        return gradients.dense(self._batch(layer.name, p), p, layer, kind)
 
     @property
     def divisor(self) -> float:
@@ -452,8 +489,11 @@ class Engine:
         return turnout.mean if turnout is not None and turnout.all_wait else self.expected
 
     def _batch(self, name: str, p: torch.Tensor) -> torch.Tensor | None:
-        last = p.grad if self.update.own else None  # of a layer that was frozen since, too
-        return self.sums.batch(name, last, self.divisor, p.dtype)
+        return self.sums.batch(name, self._own(p), self.divisor, p.dtype)
+
+    def _own(self, p: torch.Tensor) -> torch.Tensor | None:
+        """What a backward pass for this update has left; of a layer that was frozen since, too."""
+        return p.grad if self.update.own else None
 
     def _accept(self, group: Group, step: Any, factor: float) -> None:
         """Writes the means, times a factor, into the gradients; keeps residuals and memory; adds to the window's sums."""

@@ -21,15 +21,11 @@ def kind(x: torch.Tensor) -> Kind:
     return x.shape, x.dtype, x.device
 
 
-def dense(grad: torch.Tensor | None, p: torch.Tensor, layer: Layer, planned: Kind, as_dense: bool) -> torch.Tensor:
+def dense(grad: torch.Tensor | None, p: torch.Tensor, layer: Layer, planned: Kind) -> torch.Tensor:
     """The gradient, zeros where there is none, dense; ValueError where it is not what the layer was planned for."""
     if grad is None:
         return torch.zeros(layer.shape, dtype=p.dtype, device=p.device)
-    if grad.is_sparse:
-        if not as_dense:
-            raise ValueError(
-                f"the gradient of {layer.name} is sparse but was dense at the first step: pass sparse_as_dense=True"
-            )
+    if grad.is_sparse:  # sparse_as_dense, or the layer's first gradient was dense
         return grad.to_dense()
     if kind(grad) != planned:
         raise ValueError(
