@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -50,5 +51,6 @@ def in_flight(optimizer: torch.optim.Optimizer) -> Callable[[], bool]:
 
 
 def release(optimizer: torch.optim.Optimizer) -> None:
-    """Its hooks live in the gradient accumulators that it keeps; they go when it lets go of those."""
+    """Its hooks live in the gradient accumulators that it keeps, and go with them; those that others keep do nothing more."""
     optimizer._grad_accs.clear()
+    optimizer._allreduce_delay = dict.fromkeys(optimizer._allreduce_delay, sys.maxsize)  # backward passes to wait for
