@@ -219,7 +219,9 @@ def test_a_table_of_slices_is_none_of_its_business(link):
     for _ in range(2):
         slices = tf.IndexedSlices(tf.ones((3, 16)), tf.constant([1, 2, 5 + hvd.rank()]), tf.constant([500, 16]))
         averaging([slices, tf.ones((64, 32))], [table, w])
-    assert [row.name for row in averaging.advice()] == ["w"] and compressed(averaging) == {"w"}
+    assert [row.name for row in averaging.advice()] == ["w"]
+    assert {row.name: row.spec for row in averaging.compression_report()}["table"] == "slices, gathered"
+    assert compressed(averaging) == {"table", "w"}  # what is not dense
 
 
 def test_on_the_real_link_the_prediction_is_made_of_what_was_measured():
