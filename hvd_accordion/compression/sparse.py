@@ -123,12 +123,21 @@ class TopK(_Sparse):
         k = where.shape[0]
         message = code.encode(ops, ops.reshape(mine, (1, k)), ops.reshape(where, (1, k)))
         arrived, places = code.decode(ops, (yield AllGather(ops.reshape(message, (-1,)))), k, mine)
-        mean = ops.zeros(sum(counts), mine)
-        for r in range(ctx.size):  # rank by rank: a fixed order of addition keeps the ranks bit-equal
-            mean = ops.scatter_add(mean, places[r], arrived[r] / ctx.size)
 
-        def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
-            averages = ops.unflatten(mean, values)
+        def average(into: Tensor, begin: int, end: int, offset: int) -> Tensor:
+            """Adds up entries begin .. end of each rank, of layers that begin at `offset`."""
+            for r in range(ctx.size):  # rank by rank: a fixed order of addition keeps the ranks bit-equal
+                into = ops.scatter_add(into, places[r][begin:end] - offset, arrived[r][begin:end] / ctx.size)
+            return into
+
+        def split(into: list[Tensor | None] | None, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            if into is None:
+                averages = ops.unflatten(average(ops.zeros(sum(counts), mine), 0, k, 0), values)
+            else:
+                ends = [*offsets([p.shape[0] for p in picks]), k]
+                rooms = [ops.zeros(d, mine) if x is None else ops.cleared(x) for d, x in zip(counts, into, strict=True)]
+                spans = zip(rooms, ends[:-1], ends[1:], offsets(counts), values, strict=True)
+                averages = [ops.reshape(average(room, *span), value.shape) for room, *span, value in spans]
             if not remainder:
                 return averages, None
             sent = ops.unflatten(-arrived[ctx.rank], picks)

@@ -67,6 +67,10 @@ def zeros(size: int, like: Array) -> Array:
     return np.zeros(size, like.dtype)
 
 
+def cleared(x: Array) -> Array:
+    return np.zeros_like(x).reshape(-1)
+
+
 def full(size: int, value: Array) -> Array:
     return np.full(size, value)
 

@@ -52,6 +52,9 @@ class Ops(Protocol):
         """(b, r, n) with zeros behind each row, up to `width`."""
 
     def zeros(self, size: int, like: Tensor) -> Tensor: ...
+    def cleared(self, x: Tensor) -> Tensor:
+        """A vector of as many zeros; may take the memory of x."""
+
     def full(self, size: int, value: Tensor) -> Tensor:
         """A vector of one value, which is a scalar tensor."""
 

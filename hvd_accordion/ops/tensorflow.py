@@ -63,6 +63,10 @@ def zeros(size: int, like: Tensor) -> Tensor:
     return tf.zeros(size, like.dtype)
 
 
+def cleared(x: Tensor) -> Tensor:
+    return tf.zeros_like(tf.reshape(x, (-1,)))
+
+
 def full(size: int, value: Tensor) -> Tensor:
     return tf.fill([size], value)
 

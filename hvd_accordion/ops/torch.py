@@ -14,9 +14,6 @@ from hvd_accordion.ops import selection
 __all__ = ["floor", "reshape", "stack", "where"]
 
 
-CACHED = 2**16  # entries that stay in a core's cache between two passes over them
-
-
 def widen(xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous() for x in xs]
 
@@ -28,27 +25,19 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
 
 
 def added(x: Tensor, y: Tensor) -> Tensor:
-    """x + y in y's memory; elsewhere, and y as it was up to rounding, where x holds NaN or Inf."""
-    done = []
-    for new, old in zip(x.view(-1).split(CACHED), y.view(-1).split(CACHED), strict=True):
-        if not fit(new):
-            for new, old in done:
-                old.sub_(new)
-            return x + y
-        old.add_(new)  # while the core's cache holds the new values
-        done.append((new, old))
-    return y
+    """x + y, in y's memory unless x holds NaN or Inf."""
+    return y.add_(x) if fit(x) else x + y
 
 
-def fit(block: Tensor) -> bool:
-    """False where the block holds NaN or Inf, or nearly does."""
-    return math.isfinite(block.sum().item())
+def fit(x: Tensor) -> bool:
+    """False where x holds NaN or Inf, or nearly does."""
+    return math.isfinite(x.sum().item())
 
 
 def taken_back(y: Tensor, x: Tensor) -> Tensor:
-    """y as it was before `added(x, y)` took its memory, up to rounding."""
+    """y as it was before `added(x, y)`, up to rounding."""
     (x,) = widen([x])
-    return y - x if at_hand(y) and all(map(fit, x.view(-1).split(CACHED))) else y
+    return y - x if at_hand(y) and fit(x) else y
 
 
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -100,7 +89,8 @@ def concat(xs: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
-    return torch.nn.functional.pad(flat, (0, size - flat.numel())).view(*shape)
+    more = size - flat.numel()
+    return (torch.nn.functional.pad(flat, (0, more)) if more else flat).view(*shape)
 
 
 def widened(x: Tensor, width: int) -> Tensor:
@@ -109,6 +99,10 @@ def widened(x: Tensor, width: int) -> Tensor:
 
 def zeros(size: int, like: Tensor) -> Tensor:
     return torch.zeros(size, dtype=like.dtype, device=like.device)
+
+
+def cleared(x: Tensor) -> Tensor:
+    return x.view(-1).zero_()
 
 
 def full(size: int, value: Tensor) -> Tensor:
@@ -260,6 +254,9 @@ def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
     for i, matrix in enumerate(matrices):
         torch.mm(p[i], matrix, out=out[i])
     return out
+
+
+CACHED = 2**16  # entries that stay in a core's cache between two passes over them
 
 
 def low_rank(

@@ -104,10 +104,9 @@ def test_add_and_zeros(dtype):
     assert not any(z.any() for z in same("zeros_like", xs))
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (300, 500)], ids=["one block", "several blocks"])
 @pytest.mark.parametrize("bad", [None, np.nan, np.inf])
-def test_add_takes_the_memory_of_what_is_added_to_unless_that_would_spoil_it(shape, bad):
-    x, y = torch.from_numpy(numbers(*shape)), torch.from_numpy(numbers(*shape, seed=1))
+def test_add_takes_the_memory_of_what_is_added_to_unless_that_would_spoil_it(bad):
+    x, y = torch.from_numpy(numbers(3, 4)), torch.from_numpy(numbers(3, 4, seed=1))
     was, given = y.clone(), x.clone()
     if bad is not None:
         x[-1, -1] = given[-1, -1] = bad
@@ -116,7 +115,7 @@ def test_add_takes_the_memory_of_what_is_added_to_unless_that_would_spoil_it(sha
     np.testing.assert_array_equal(x, given)
     assert (value.data_ptr() == y.data_ptr()) is (bad is None)
     if bad is not None:
-        np.testing.assert_allclose(y, was, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(y, was)
     np.testing.assert_allclose(torch_ops.taken_back(y, x), was, rtol=0, atol=1e-6)
 
 
@@ -605,6 +604,7 @@ def in_a_graph(function):
 CALLS = {
     "widen": ([numbers(3, 4).astype(np.float16), numbers(5)],),
     "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
+    "cleared": (numbers(3, 4),),
     "zeros_like": ([numbers(3, 4), numbers(5)],),
     "settle": (np.array(True), halves([tf.constant(numbers(3, 4))]), *[[numbers(3, 4, seed=i)] for i in range(3)]),
     "all_finite": ([numbers(3, 4), numbers(5)],),
