@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 
 from hvd_accordion import plan
 from hvd_accordion.auto import Advice, advise
-from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
+from hvd_accordion.compression import Context, exchange
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.controller import Controller
 from hvd_accordion.membership import Membership
@@ -28,8 +26,10 @@ from hvd_accordion.torch.agreement import any_rank, from_rank_0, require_equal
 from hvd_accordion.torch.configuration import described, layer_of
 from hvd_accordion.torch.driver import Driver
 from hvd_accordion.torch.evaluation import Evaluation
+from hvd_accordion.torch.hooks import Hooks
 from hvd_accordion.torch.probe import Probe
-from hvd_accordion.torch.turnout import Turnout, Turnouts
+from hvd_accordion.torch.traffic import Traffic
+from hvd_accordion.torch.turnout import Turnout, Turnouts, Update
 from hvd_accordion.torch.watching import Watching
 
 TOO_MANY_PASSES = (
@@ -76,17 +76,14 @@ class Engine:
         self.expected = 1  # micro-batches of the update to come
         self.of_update = 1.0  # of this one, in the mean over the ranks
         self.lr_scale = 1.0  # of the update that was exchanged last
-        self.sent: dict[
-            str, tuple[CompressionSpec | None, float]
-        ] = {}  # of each layer at its last exchange: spec, bytes
+        self.traffic = Traffic()
         self.sparse: sparse.SparseLayers | None = None  # unknown until the first gradients are
         self.backward_passes_per_step = settings.backward_passes_per_step
         self.passes: dict[str, int] = {}
         self.seconds = 0.0
         self.evaluation = Evaluation()
         self.when_exchanged: Callable[[], None] | None = None  # to be done once, after the exchange under way
-        self._hooks: dict[str, Any] = {}
-        weakref.finalize(self, _unhook, self._hooks)
+        self._hooks = Hooks(self)
         self.probe: Probe | None = None  # as long as an Auto has yet to choose
         self.advice: Advice | None = None
         rivals.claim(self)
@@ -119,6 +116,8 @@ class Engine:
         if self.residual:
             torch._foreach_mul_(list(self.residual.values()), self.size / old)
         self.membership.move(self.controller, self.size)
+        if self.turnouts is not None:
+            self.turnouts = Turnouts(self.prefix, self.process_set)
         self.sparse = self.probe = None
         self.replan()
 
@@ -139,8 +138,7 @@ class Engine:
 
     def release(self) -> None:
         """Takes its hooks off the parameters; what it knows can still be asked."""
-        _unhook(self._hooks)
-        self._hooks.clear()
+        self._hooks.release()
         rivals.withdraw(self)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -157,12 +155,12 @@ class Engine:
         self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
         for name in names:
             self.passes.setdefault(name, self.backward_passes_per_step)
-            if self.active and name not in self._hooks:
-                self._hooks[name] = _hooked(weakref.ref(self), name, self.params[name])
+            if self.active:
+                self._hooks.add(name, self.params[name])
         undecided = self.size > 1 and self.controller.undecided
         self.probe = self.probe or Probe(self.process_set, self.prefix) if undecided else None
         self.controller.changed = False
-        self.counted: dict[str, float] = {}
+        self.traffic.replan()
         self.expected = self.controller.micro_batches()
         self._begin()
 
@@ -354,7 +352,7 @@ class Engine:
         flags, total = [], 0.0
         for name in sparse_names:
             flag, nbytes = self.sparse.finish(name)
-            self.sent[name] = None, nbytes
+            self.traffic.sent[name] = None, nbytes
             flags.append(flag)
             total += nbytes
         measured = self.measures_whole or bool(self.measured)
@@ -367,7 +365,7 @@ class Engine:
         for group in self.groups:
             step, nbytes = results[group.name]
             self._accept(group, step, factor)
-            self._count(group, nbytes)
+            self.traffic.count(group, nbytes, self.size)
             total += nbytes
         for p in (self.params[name] for name in unseen if self.writes):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # as Horovod leaves it
@@ -518,15 +516,6 @@ class Engine:
         if self.measures_whole:
             self.whole.add(means, ok, self.of_update)
 
-    def _count(self, group: Group, nbytes: float) -> None:
-        """Shares a group's bytes among its layers as their own specs would have it."""
-        if self.counted.get(group.name) == nbytes:
-            return
-        self.counted[group.name] = nbytes
-        predicted = [group.spec.bytes_per_step(x.shape, x.dtype, self.size) for x in group.layers]
-        for layer, part in zip(group.layers, predicted, strict=True):
-            self.sent[layer.name] = group.spec, nbytes * part / sum(predicted)
-
     def _alone(self) -> float:
         """One rank: gradients stay, but for those of a batch, and what waits since there were more; norms are watched."""
         factor, sums = self._turned_out(), {}
@@ -570,49 +559,7 @@ class Engine:
 
     def bytes_per_step(self) -> dict[str, float]:
         """Bytes of each layer a step: as counted at the last, or what the spec says where that is a new one."""
-        specs, found = self.controller.specs(), {}
-        for name, layer in self.controller.layers.items():
-            spec, nbytes = self.sent.get(name, (Dense(), 0.0))
-            counted = name in self.sent and spec in (None, specs[name])
-            found[name] = nbytes if counted else specs[name].bytes_per_step(layer.shape, layer.dtype, self.size)
-        return found
-
-
-@dataclass(frozen=True)
-class Update:
-    """Of the parameters.
-
-    Args:
-        turnout: the ranks' parts in it, as far as they are known.
-        own: whether this rank has a gradient of now, or only what waits.
-    """
-
-    turnout: Turnout | None
-    own: bool = False
-
-
-def _hooked(engine: weakref.ref[Engine], name: str, p: torch.Tensor) -> tuple[Any, Any]:
-    """Calls the engine when a backward pass is done with the parameter. Gives what must be kept for that, and a handle.
-
-    At the node that accumulates the gradient, as Horovod does: hooks of the parameter itself, whenever they are added,
-    have run by then.
-    """
-
-    number = id(p)
-
-    def hook(*_: Any) -> None:
-        rivals.check(number, name)  # before this holds the engine
-        alive = engine()
-        if alive is not None:
-            alive.on_gradient(name)
-
-    node = torch.autograd.graph.get_gradient_edge(p).node
-    return node, node.register_hook(hook)
-
-
-def _unhook(hooks: dict[str, tuple[Any, Any]]) -> None:
-    for _, handle in hooks.values():
-        handle.remove()
+        return self.traffic.per_step(self.controller.layers, self.controller.specs(), self.size)
 
 
 def _renamed(group: Group, prefix: str) -> Group:

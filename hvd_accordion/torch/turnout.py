@@ -54,6 +54,19 @@ class Turnout:
         return self.waits.index(False) if not self.all_wait else 0
 
 
+@dataclass(frozen=True)
+class Update:
+    """Of the parameters, as this rank sees it.
+
+    Args:
+        turnout: the ranks' parts in it, as far as they are known.
+        own: whether this rank has a gradient of now, or only what waits.
+    """
+
+    turnout: Turnout | None
+    own: bool = False
+
+
 class Turnouts:
     """Of the updates of one optimizer. `leader`: of the last update to which only some ranks came, until it is forgotten."""
 
