@@ -63,6 +63,8 @@ class Engine(Exchanging):
         if self.turnouts is not None:
             self.turnouts = Turnouts(self.prefix, self.process_set)
         self.sparse = self.probe = None
+        if self.turnouts is not None:
+            self.turnouts = Turnouts(self.prefix, self.process_set)
         self.replan()
 
     # a step: hooks, then synchronize

@@ -11,6 +11,7 @@ import torch
 
 from hvd_accordion import plan, resume
 from hvd_accordion.controller import Controller
+from hvd_accordion.torch.accumulation import wide
 from hvd_accordion.torch.eclk import ErrorCompensated
 from hvd_accordion.torch.engine import Engine
 from hvd_accordion.torch.plain import PlainEngine
@@ -52,9 +53,10 @@ def take_up(engine: Engine, state: Mapping[str, Any] | None) -> None:
 def load(engine: Engine, state: Mapping[str, Any]) -> None:
     """Takes up what fits of saved state, starts the rest anew, and warns of it once.
 
-    A residual is its rank's own: saved by another rank, it is not taken. After a change of the number of ranks it is
-    scaled by new/old, so that it counts for as much in the mean. Sums of other entries than an Accordion's `norm` asks for
-    now are not taken. Micro-batches under way are taken from whichever rank saved them: all must have as many.
+    A residual is its rank's own: saved by another rank, it begins at zero, for ranks plan by which layers have one. After a
+    change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of other
+    entries than an Accordion's `norm` asks for now are not taken. Micro-batches under way are taken from whichever rank
+    saved them: all must have as many.
     """
     params, controller = engine.params, engine.controller
     whole = state.get("summed_whole", {})  # neither is in files of older versions
@@ -83,10 +85,12 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     engine.whole.load(fitting(whole), params)
     engine.sums.load_state_dict({**accumulated, "sums": fitting(accumulated["sums"])}, params)
     engine.reset()
-    engine.residual = {}
-    if state["rank"] == engine.rank:
-        scale = engine.size / state["size"]
-        engine.residual = {name: own(name, x).mul_(scale) for name, x in fitting(state["residual"]).items()}
+    engine.residual = {name: own(name, x) for name, x in fitting(state["residual"]).items()}
+    for residual in engine.residual.values():
+        if state["rank"] == engine.rank:
+            residual.mul_(engine.size / state["size"])
+        else:
+            residual.zero_()
     engine.replan()
     resume.warn_of(left, stacklevel=5)
 
@@ -116,9 +120,12 @@ def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def shared(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Of `everything`, what all ranks should have in common."""
     found = everything(optimizer)
-    if STATE in found:
-        found[STATE] = {key: part for key, part in found[STATE].items() if key not in OWN}
-    return found
+    return {**found, STATE: _common(found[STATE])} if STATE in found else found
+
+
+def _common(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of residuals only which layers have one: ranks plan by that."""
+    return {**{key: part for key, part in state.items() if key not in OWN}, "held": list(state.get("residual", ()))}
 
 
 def take(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -138,8 +145,14 @@ def _plain(engine: Any) -> bool:
 
 
 def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """What a rank keeps where it takes up what another shares."""
-    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": engine.unsent()}
+    """What a rank keeps where it takes up what another shares; where it has no residual and the other has, zeros."""
+    mine = engine.unsent()
+    held = {name: engine.params[name] for name in shared["held"]}
+    residual = {
+        name: mine[name] if name in mine else torch.zeros(p.shape, dtype=wide(p), device=p.device)
+        for name, p in held.items()
+    }
+    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": residual}
     if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
         own["accumulated"] = engine.sums.state_dict()
     return own
@@ -158,8 +171,9 @@ def broadcast_optimizer_state(
     engine = getattr(optimizer, "_hvd", None)
     if not isinstance(engine, Engine) or not engine.active or engine.size == 1:
         return
-    mine = {key: part for key, part in saved(engine).items() if key not in OWN}
-    theirs = hvd.broadcast_object(mine, root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set)
+    theirs = hvd.broadcast_object(
+        _common(saved(engine)), root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set
+    )
     # a rank without gradients has not started the exchange that others are in, and must follow when they do
     flag = torch.tensor([engine.in_flight], dtype=torch.int32)
     if hvd.allreduce(flag, op=hvd.Max, name=f"{engine.prefix}.in_flight", process_set=engine.process_set).item():

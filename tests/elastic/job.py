@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "HOROVOD_FUSION_THRESHOLD": "0",  # the order of a sum is that of the ranks, whatever Horovod would fuse
     # how long survivors wait for each other when one has seen before the others that a peer died
-    "HOROVOD_GLOO_TIMEOUT_SECONDS": "5",
+    "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",
 }
 
 
