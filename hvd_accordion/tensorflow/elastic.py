@@ -103,7 +103,7 @@ class _State(ObjectState):
         if rank() != 0:
             for exchange, its in zip(exchanges, told, strict=False):
                 exchange.take(its)
-            registry.wait(told[len(exchanges) :])
+        registry.wait(told[len(exchanges) :])
         self._save()
         super().sync()
 

@@ -113,6 +113,11 @@ class GradientExchange(tf.Module):
         """Whether this rank takes part."""
         return self.settings.process_set.included()
 
+    @property
+    def _stateless(self) -> bool:
+        """Whether a step is the same whatever was before: what a rank that has just come may do beside the others."""
+        return self._asked.plain and self.settings.backward_passes_per_step == 1
+
     def register_local(self, variable: Any) -> None:
         """From now on the variable's gradient stays this rank's own."""
         self._known.local.add(id(value_of(variable)))
@@ -263,6 +268,10 @@ class GradientExchange(tf.Module):
         refuse_xla()
         self.build(variables)
         rate, steps = self._learning_rate(), 1 if steps is None else steps
+        if elastic.active() and not registry.synchronised() and not self._stateless:
+            raise elastic.unsynchronised(
+                "what exchanges compressed, or after several passes,", "a state of hvd.elastic"
+            )
         if not elastic.active() or tf.executing_eagerly():
             return self._averages(averaged, variables, rate, steps)
         touched = [self.state.step, self.state.step_of_epoch, self.state.passes, self.state.lr_scale]

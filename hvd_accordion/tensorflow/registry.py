@@ -10,6 +10,12 @@ from hvd_accordion.tensorflow.shared import Shared
 
 _built: list[weakref.ref[Any]] = []
 _waiting: list[Shared] = []  # of exchanges that rank 0 has and this rank will have
+_synchronised = False
+
+
+def synchronised() -> bool:
+    """Whether an elastic state has told this rank what the others know."""
+    return _synchronised
 
 
 def alive() -> list[Any]:
@@ -26,8 +32,9 @@ def add(exchange: Any) -> None:
 
 
 def wait(told: Sequence[Shared]) -> None:
-    """Exchanges to come take up what is theirs of this."""
-    _waiting[:] = told
+    """Exchanges to come take up what is theirs of this; all others have."""
+    global _synchronised
+    _waiting[:], _synchronised = told, True
 
 
 def move() -> None:

@@ -30,6 +30,7 @@ def job(monkeypatch):
     monkeypatch.setattr(elastic, "check_process_set", lambda *_: None)  # made-up ranks
     monkeypatch.setattr(registry, "_built", [])
     monkeypatch.setattr(registry, "_waiting", [])
+    monkeypatch.setattr(registry, "_synchronised", True)
     monkeypatch.setattr(of_tensorflow, "broadcast_object", lambda x, *_, **__: x)
     monkeypatch.setattr(of_tensorflow, "broadcast_variables", lambda *_: None)
 
@@ -211,6 +212,26 @@ def test_some_of_the_ranks_are_refused(monkeypatch):
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
     with pytest.raises(ValueError, match=r"process_set must be hvd.global_process_set"):
         hvd.GradientExchange(Dense(), process_set=hvd.ProcessSet([0]))
+
+
+@pytest.mark.parametrize(
+    ("compression", "options"),
+    [(None, {"backward_passes_per_step": 2}), (None, {"batch_size": AccordionBatchSize(6, 12)}), (TopK(0.1), {})],
+    ids=str,
+)
+def test_what_knows_of_steps_before_must_wait_for_the_state(compression, options, twins, monkeypatch):
+    """Others may be in the midst of an update, or at another level, where a rank that has just come begins."""
+    monkeypatch.setattr(registry, "_synchronised", False)
+    with pytest.raises(RuntimeError, match=r"must be part of a state of hvd.elastic"):
+        fit(compiled(twins, compression, **options))
+    net = compiled(twins, compression, **options)
+    hvd_keras.elastic.KerasState(net).sync()
+    fit(net)
+
+
+def test_what_knows_of_no_step_before_may_begin_at_once_as_in_horovods_example(twins, monkeypatch):
+    monkeypatch.setattr(registry, "_synchronised", False)
+    fit(compiled(twins, None))
 
 
 def test_what_can_not_follow_a_change_is_refused():
