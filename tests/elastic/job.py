@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "TF_NUM_INTRAOP_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
     "HOROVOD_FUSION_THRESHOLD": "0",  # the order of a sum is that of the ranks, whatever Horovod would fuse
-    # how long survivors wait for each other when one has seen before the others that a peer died
+    # how long ranks wait for one that comes, and survivors for each other when one has seen before that a peer died
     "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",
 }
 
