@@ -56,6 +56,9 @@ class Exchanging(Planned):
         self.missing = {group.name: {layer.name for layer in group.layers} for group in self.groups}
         self.started: dict[str, Group] = {}
         self.update = Update(None, own=True)
+        self.places: dict[
+            str, torch.Tensor
+        ] = {}  # known when all gradients of an update are taken; no longer kept alive
         self.measured, self.measures_whole = set(self.controller.measured), self.controller.measures_whole
 
     def unsent(self) -> dict[str, torch.Tensor]:

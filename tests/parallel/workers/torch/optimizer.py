@@ -1,7 +1,9 @@
 """The compressing optimizer in the situations that a torch user gets into."""
 
+import gc
 import itertools
 import warnings
+import weakref
 
 import horovod.torch as horovod
 import pytest
@@ -541,6 +543,20 @@ def test_a_dropped_optimizer_lets_go_of_its_hooks():
     optimizer = wrap(net)
     train(net, optimizer, range(2))
     assert_ranks_equal(flat(net))
+
+
+@pytest.mark.parametrize("compression", [LOSSY, TopK(0.05), BF16(), Dense()], ids=str)
+def test_gradients_that_are_let_go_of_do_not_stay(compression):
+    net = model()
+    optimizer = wrap(net, compression=compression)
+    for step in range(3):
+        train(net, optimizer, range(step, step + 1))
+        kept = [weakref.ref(p.grad) for p in net.parameters()]
+        storages = {p.grad.untyped_storage().data_ptr() for p in net.parameters()}
+        optimizer.zero_grad()
+        assert not any(grad() for grad in kept)
+        held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+        assert not storages & {x.untyped_storage().data_ptr() for x in held}
 
 
 def test_lbfgs():
