@@ -18,7 +18,7 @@ SPECS = {
     "dense*": Dense(),
     "power*": PowerSGD(2),
     "top*": TopK(0.1),
-    "adaptive*": Accordion(TopK(0.2), TopK(0.05), unit="steps", interval=5),
+    "adaptive*": Accordion(TopK(0.2), TopK(0.05), eta=1e9, unit="steps", interval=5),
 }
 
 hvd.init()
