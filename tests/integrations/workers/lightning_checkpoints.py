@@ -101,7 +101,7 @@ def test_a_rank_without_its_file(shared, recwarn):
         recwarn.clear()
         module = Module()
         again = fit(module, 2, LOSSY["topk"], path=shared / name)
-        assert bool(residuals(again)) == (hvd.rank() == 0)
+        assert any(x.any() for x in residuals(again).values()) == (hvd.rank() == 0)
         told = [str(w.message) for w in recwarn if "residuals start at zero" in str(w.message)]
         assert len(told) == (hvd.rank() == 0) and (hvd.rank() or "of ranks 1 there is no state" in told[0])
         assert_equal_ranks(module)
