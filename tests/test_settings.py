@@ -84,6 +84,7 @@ def test_described_has_all_in_which_ranks_must_agree_but_groups():
         "steps_per_epoch": "7",
         "seed": "3",
         "min_compress_numel": "1024",
+        "uneven_inputs": "False",
         "batch_size": "None",
     }
 
