@@ -42,6 +42,7 @@ class Exchanging(Planned):
         self.evaluation = Evaluation()
         self.sums = LocalSums()
         self.loans = gradients.Loans()
+        self.kept: list[torch.Tensor] = []
         self.fed: dict[str, torch.Tensor] = {}  # gradients of exchanges under way, which the residuals hold by now
         uneven = self.active and (settings.uneven_inputs or settings.batch_size is not None)
         self.turnouts = Turnouts(prefix, self.process_set) if uneven else None
@@ -56,9 +57,7 @@ class Exchanging(Planned):
         self.missing = {group.name: {layer.name for layer in group.layers} for group in self.groups}
         self.started: dict[str, Group] = {}
         self.update = Update(None, own=True)
-        self.places: dict[
-            str, torch.Tensor
-        ] = {}  # known when all gradients of an update are taken; no longer kept alive
+        self.places: dict[str, torch.Tensor] = {}  # of an update, known when all of its gradients are taken
         self.measured, self.measures_whole = set(self.controller.measured), self.controller.measures_whole
 
     def unsent(self) -> dict[str, torch.Tensor]:
@@ -71,6 +70,7 @@ class Exchanging(Planned):
         assert self.sparse is not None
         sparse_names = self._sparse_names()
         self.places = gradients.places(self.params, self.loans.names) if self.writes else {}
+        self.kept = gradients.kept(self.places)
         flags, total = [], 0.0
         for name in sparse_names:
             flag, nbytes = self.sparse.finish(name)

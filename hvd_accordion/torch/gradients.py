@@ -79,6 +79,15 @@ def places(params: Mapping[str, torch.Tensor], first: set[str]) -> dict[str, tor
     return found
 
 
+def kept(places: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients to keep alive until the next update's are there.
+
+    The C library gives memory that zero_grad() frees back to the system, and backward faults it in again page by page:
+    a tenth of a backward pass. CUDA's allocator keeps what is freed.
+    """
+    return [grad for grad in places.values() if grad.is_cpu]
+
+
 def room(place: torch.Tensor | None) -> torch.Tensor | None:
     """Such a place if an average can be made there."""
     fits = place is not None and place.is_contiguous() and place.dtype in (torch.float32, torch.float64)
