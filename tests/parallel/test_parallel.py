@@ -17,6 +17,11 @@ def test_plain_is_horovod():
     worker("torch/plain", ranks=2)
 
 
+def test_trajectories_are_as_recorded():
+    worker("torch/golden", ranks=2)
+    worker("tensorflow/keras_golden", ranks=2, timeout=400)
+
+
 def test_scripts_of_users():
     worker("torch/differential", ranks=2, transport="gloo", timeout=240)
     worker("tensorflow/differential", ranks=2, timeout=500)
