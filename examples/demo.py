@@ -183,7 +183,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
-    from hvd_accordion.figures import demo_figure
+    from hvd_accordion.tracking.figures import demo_figure
 
     curves = {name: [(sent / 1e6, accuracy) for sent, accuracy in r["points"]] for name, r in results.items()}
     regimes = {name: r["regimes"] for name, r in results.items() if any(r["regimes"])}

@@ -1,10 +1,10 @@
 """Adaptive gradient compression for Horovod. This package imports no framework; its subpackages import one each."""
 
-from hvd_accordion.accordion import Accordion, Regime
-from hvd_accordion.auto import Auto
-from hvd_accordion.batch_size import AccordionBatchSize
 from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, PowerSGD, RandomK, TopK
-from hvd_accordion.tracking import MLflowLogger
+from hvd_accordion.policy.accordion import Accordion, Regime
+from hvd_accordion.policy.auto import Auto
+from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.tracking.mlflow_logger import MLflowLogger
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from hvd_accordion.command_line import main
+from hvd_accordion.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

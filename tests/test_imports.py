@@ -80,8 +80,10 @@ def test_the_package_imports_no_framework():
 @pytest.mark.parametrize(
     "module",
     (
-        "plan controller report collectives compression tracking ops.protocol agreement settings naming mirror seeds launch "
-        "batch_size optim.family optim.training command_line"
+        "comm.collectives comm.agreement comm.naming comm.launch ops.protocol compression policy.assignment "
+        "policy.batch_size "
+        "training.controller training.settings training.reports tracking.mlflow_logger optim.methods optim.training cli "
+        "utils.horovod_mirror utils.seeds"
     ).split(),
 )
 def test_nor_does_the_framework_free_part(module):

@@ -26,10 +26,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvd_accordion import Accordion, sampling
-from hvd_accordion.accordion import WATCHED
+from hvd_accordion import Accordion
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.plan import Layer, adaptive
+from hvd_accordion.policy import norm_sampling
+from hvd_accordion.policy.accordion import NORM_SAMPLES
+from hvd_accordion.policy.assignment import Layer, adaptive
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pytorch"))
 
@@ -161,7 +162,7 @@ def adapts(name: str, p: nn.Parameter) -> bool:
 
 
 def picked(name: str, p: nn.Parameter, size: int, seed: int) -> torch.Tensor:
-    return sampling.entries(ops, name, p.numel(), size, seed, p)
+    return norm_sampling.entries(ops, name, p.numel(), size, seed, p)
 
 
 def norm(x: torch.Tensor) -> float:
@@ -169,7 +170,7 @@ def norm(x: torch.Tensor) -> float:
 
 
 def estimate(summed: torch.Tensor, entries: torch.Tensor) -> float:
-    return sampling.scale(len(summed), len(entries)) * norm(ops.take(summed, entries))
+    return norm_sampling.scale(len(summed), len(entries)) * norm(ops.take(summed, entries))
 
 
 # decisions
@@ -226,7 +227,7 @@ def markdown(rows: list[dict[str, object]], pairs: int, critical: float, eta: fl
         "|" + "--:|" * len(columns),
     ]
     for r in rows:
-        default = f"**{r['m']:,}**" if r["m"] == WATCHED else f"{r['m']:,}"
+        default = f"**{r['m']:,}**" if r["m"] == NORM_SAMPLES else f"{r['m']:,}"
         shares = [f"{r[key]:.2%}" for key in columns[1:-1]]
         lines.append("| " + " | ".join([default, *shares, f"{r['distance']:.3f}"]) + " |")
     return "\n".join(lines)

@@ -13,9 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from models import resnet18
 
-from hvd_accordion import FP16, QSGD, CompressionSpec, Dense, PowerSGD, TopK, collectives, plan
-from hvd_accordion.cost import Gamma, Link, Sample, fit, seconds, step_seconds, wire_seconds
-from hvd_accordion.figures import LINES, MARKERS
+from hvd_accordion import FP16, QSGD, CompressionSpec, Dense, PowerSGD, TopK
+from hvd_accordion.comm import collectives
+from hvd_accordion.policy import assignment
+from hvd_accordion.policy.cost_model import Gamma, Link, Sample, fit, seconds, step_seconds, wire_seconds
+from hvd_accordion.tracking.figures import LINES, MARKERS
 
 UNSHAPED = "unshaped"
 SPECS: tuple[CompressionSpec, ...] = (Dense(), FP16(), QSGD(7), TopK(0.01), PowerSGD(4))
@@ -30,14 +32,14 @@ def nominal(link: str) -> float:
     return 0.0 if link == UNSHAPED else float(link[:-4]) * units[link[-4:]] / 8
 
 
-def resnet18_layers() -> list[plan.Layer]:
-    return [plan.Layer(name, tuple(p.shape), "float32") for name, p in resnet18().network.named_parameters()]
+def resnet18_layers() -> list[assignment.Layer]:
+    return [assignment.Layer(name, tuple(p.shape), "float32") for name, p in resnet18().network.named_parameters()]
 
 
-def groups(layers: Sequence[plan.Layer], spec: CompressionSpec, n: int) -> list[plan.Group]:
+def groups(layers: Sequence[assignment.Layer], spec: CompressionSpec, n: int) -> list[assignment.Group]:
     """As the engines of the frameworks group them."""
-    specs = {layer.name: plan.level(layer, spec, 0, n) for layer in layers}
-    return plan.grouped([layers[::-1]], specs, (), plan.BUCKET_BYTES)
+    specs = {layer.name: assignment.level(layer, spec, 0, n) for layer in layers}
+    return assignment.grouped([layers[::-1]], specs, (), assignment.BUCKET_BYTES)
 
 
 def samples(part: dict[str, Any]) -> list[Sample]:
@@ -48,7 +50,7 @@ def samples(part: dict[str, Any]) -> list[Sample]:
     ]
 
 
-def gammas(part: dict[str, Any], link: Link, layers: Sequence[plan.Layer]) -> dict[CompressionSpec, float]:
+def gammas(part: dict[str, Any], link: Link, layers: Sequence[assignment.Layer]) -> dict[CompressionSpec, float]:
     """Seconds a value: what an unshaped exchange took beyond its rounds."""
     values, found = sum(layer.numel for layer in layers), {}
     for row, spec in zip(part["exchanges"], SPECS, strict=True):
@@ -111,7 +113,7 @@ def collective_checks(part: dict[str, Any], link: Link) -> list[dict[str, Any]]:
 
 
 def exchange_checks(
-    part: dict[str, Any], link: Link, gamma: Gamma, layers: Sequence[plan.Layer], cores: int
+    part: dict[str, Any], link: Link, gamma: Gamma, layers: Sequence[assignment.Layer], cores: int
 ) -> list[dict[str, Any]]:
     """Nothing hides, and ranks that share cores compress the slower for it."""
     n, values, rows = part["ranks"], sum(layer.numel for layer in layers), []
@@ -128,7 +130,9 @@ def check(part: dict[str, Any], what: str, predicted: float, times: Sequence[flo
     return {**known, "predicted": predicted, "measured": found, "ratio": predicted / found}
 
 
-def steps(name: str, link: Link, gamma: Gamma, compute: float, layers: Sequence[plan.Layer]) -> list[dict[str, Any]]:
+def steps(
+    name: str, link: Link, gamma: Gamma, compute: float, layers: Sequence[assignment.Layer]
+) -> list[dict[str, Any]]:
     rows = []
     gamma = {
         **gamma,

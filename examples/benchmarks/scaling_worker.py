@@ -21,7 +21,7 @@ from worker import sent_bytes
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import CompressionSpec
-from hvd_accordion.collectives import AllGather, AllReduce, AllToAll, sent
+from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll, sent
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 8_000_000)
 REPEATS = 5

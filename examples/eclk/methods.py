@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eclk.problems import Problem, Vectors
-from hvd_accordion import Dense, RandomK, TopK, plan
+from hvd_accordion import Dense, RandomK, TopK
 from hvd_accordion.compression import CompressionSpec
-from hvd_accordion.optim import family, recipes
-from hvd_accordion.plan import Layer
+from hvd_accordion.optim import factories, methods
+from hvd_accordion.policy import assignment
+from hvd_accordion.policy.assignment import Layer
 
 CLASSES = {"ECLK": "ECLK", "L-Katyusha": "LKatyusha", "EC-LSVRG": "ECLSVRG", "EF21": "EF21", "EC-GD": "ECSGD"}
 RATIOS = {"breast": 1 / 30, "mnist": 0.01, "multinomial": 0.01}  # share of the entries that TopK and RandomK send
@@ -150,22 +151,22 @@ def arguments(entry: Entry, problem: Problem, seed: int) -> dict[str, Any]:
 
 def on(entry: Entry, shell: type) -> Any:
     """The method's class over something else than a framework's optimizer: called with (x, compression, make, seed)."""
-    return type(entry.method, (getattr(family, CLASSES[entry.method]), shell), {})
+    return type(entry.method, (getattr(methods, CLASSES[entry.method]), shell), {})
 
 
 class Counted:
     """What a node sends, counted as the papers do."""
 
-    def __init__(self, x: Vectors, compression: CompressionSpec, make: recipes.Make, seed: int, size: int) -> None:
-        layers = [recipes.layer_of(str(i), v.shape, "float64") for i, v in enumerate(x)]
-        specs = [plan.level(layer, compression, 0, size, 1) for layer in layers]
+    def __init__(self, x: Vectors, compression: CompressionSpec, make: factories.Make, seed: int, size: int) -> None:
+        layers = [factories.layer_of(str(i), v.shape, "float64") for i, v in enumerate(x)]
+        specs = [assignment.level(layer, compression, 0, size, 1) for layer in layers]
         self.method = make(layers, specs, size)
         self.dense = 32.0 * sum(layer.numel for layer in layers)
         self.compressed = sum(bits(spec, layer, size) for spec, layer in zip(specs, layers, strict=True))
 
     def bits(self, step: int) -> float:
         """In the round of this step: the compressed message; that of the learnt shift; the dense one where w has moved."""
-        total = self.compressed if self.method.feeds_back else 0.0
+        total = self.compressed if self.method.has_residual else 0.0
         if self.method.shift == "learnt":
             total += self.compressed if step else self.dense
         elif self.method.shift == "refresh" and (step == 0 or self.method.coin(step - 1)):
@@ -183,6 +184,6 @@ def bits(spec: CompressionSpec, layer: Layer, size: int) -> float:
         return 32.0 * d
     if isinstance(spec, RandomK):
         return 32.0 * round(spec.delta(layer.shape) * d)
-    if isinstance(spec, TopK) and not spec.in_two_steps(size):
+    if isinstance(spec, TopK) and not spec.is_sharded(size):
         return round(spec.delta(layer.shape) * d) * (32.0 + math.ceil(math.log2(d)))
     return 8.0 * sum(nbytes for _, nbytes in spec.messages(layer.shape, layer.dtype, size))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eclk.runs import Outcome
-from hvd_accordion.figures import LINES
+from hvd_accordion.tracking.figures import LINES
 
 PICTURES = {"rounds.png": ("rounds", 0), "bits.png": ("kilobits sent per node", 1)}  # and the place in Outcome.points
 COUNTED = (

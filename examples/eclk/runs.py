@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from eclk.methods import Counted, Entry, arguments, on
 from eclk.optimum import minimum
 from eclk.problems import Problem, Vectors, breast_cancer, mnist, multinomial
-from hvd_accordion.optim import recipes
+from hvd_accordion.optim import factories
 from hvd_accordion.optim.simulated import Simulated
 
 LOOK = 10  # rounds from one evaluation of P to the next
@@ -51,7 +51,7 @@ class Cluster(Protocol):
 class Nodes(Simulated):
     """`Simulated` as the shell of a method's class."""
 
-    def __init__(self, x: Vectors, compression: Any, make: recipes.Make, seed: int, size: int) -> None:
+    def __init__(self, x: Vectors, compression: Any, make: factories.Make, seed: int, size: int) -> None:
         super().__init__(make, x, compression, size, seed)
 
 

@@ -1,6 +1,6 @@
 """Compression specs: frozen values that say what to do to a gradient, and how its exchange goes. One family a file."""
 
-from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged
+from hvd_accordion.compression.base import CompressionSpec, Context
 from hvd_accordion.compression.dense import Dense
 from hvd_accordion.compression.feedback import exchange
 from hvd_accordion.compression.half import BF16, FP16

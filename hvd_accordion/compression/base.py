@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
 
-from hvd_accordion import checks, seeds
-from hvd_accordion.collectives import AllReduce, Request, Rounds, Tensor, sent
+from hvd_accordion.comm.collectives import AllReduce, Request, Rounds, Tensor, sent
 from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.utils import seeds, validation
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -44,19 +44,19 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class Decoded:
     """What the rounds of an exchange came to: one entry a layer, in the order of the values it got.
 
-    split: gives the averaged gradients, as every rank holds them, and what this rank's values still hold unsent, which may
+    finish: gives the averaged gradients, as every rank holds them, and what this rank's values still hold unsent, which may
         take the values' memory. Its first argument, unless None, has memory of their shapes and dtypes for the averages,
         or None for some of them; the second says whether the remainder is wanted.
     memory: what to keep for the next step, given whether this one was sound.
     sound: a flag on the device: no NaN, no Inf in what came from the ranks; equal on all of them.
     """
 
-    split: Callable[[list[Tensor | None] | None, bool], tuple[list[Tensor], list[Tensor] | None]]
+    finish: Callable[[list[Tensor | None] | None, bool], tuple[list[Tensor], list[Tensor] | None]]
     memory: Callable[[Any], list[Memory]]
-    sound: Callable[[], Tensor]
+    is_finite: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class CompressionSpec(ABC):
     memory_keys: ClassVar[tuple[str, ...]] = ()  # of what an exchange may keep of a layer
 
     def __post_init__(self) -> None:
-        self._checked(error_feedback=checks.boolean("error_feedback", self.error_feedback))
+        self._checked(error_feedback=validation.boolean("error_feedback", self.error_feedback))
 
     def _checked(self, **values: Any) -> None:
         """Keeps arguments in the plain types that their checks return: equal specs have equal texts."""
@@ -109,7 +109,7 @@ class CompressionSpec(ABC):
     def delta(self, shape: Sequence[int]) -> float:
         """The contraction parameter: E||x - C(x)||^2 <= (1 - delta) ||x||^2, 0 < delta <= 1."""
 
-    def suits(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
+    def shrinks(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
         """Whether a tensor of this shape gets smaller on the wire (of two ranks, where there is but one)."""
         n = max(2, world_size)
         return self.bytes_per_step(shape, dtype, n) < dense_bytes(shape, dtype, n)
@@ -125,7 +125,7 @@ class CompressionSpec(ABC):
         return {}
 
     @abstractmethod
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         """One round trip for a group of layers: yields the collectives it needs, returns what came of it."""
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvd_accordion.collectives import AllReduce, Rounds, Tensor
+from hvd_accordion.comm.collectives import AllReduce, Rounds, Tensor
 from hvd_accordion.compression.base import (
     ITEMSIZE,
     CompressionSpec,
     Context,
-    Exchanged,
+    Decoded,
     Memory,
     Message,
     dtype_name,
@@ -40,7 +40,7 @@ class Dense(CompressionSpec):
     def delta(self, shape: Sequence[int]) -> float:
         return 1.0
 
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         if ITEMSIZE[ctx.dtype] == 2:
             return (yield from two_hop(ops, values, memory, HalfCode(ctx.dtype), ctx))
         if sum(size(v.shape) for v in values) <= FEW:
@@ -51,4 +51,4 @@ class Dense(CompressionSpec):
         def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
             return mean, ops.zeros_like(mean) if remainder else None
 
-        return Exchanged(split, lambda _: memory, lambda: ops.all_finite(mean))
+        return Decoded(split, lambda _: memory, lambda: ops.all_finite(mean))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvd_accordion.collectives import Rounds, Tensor
-from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, Message, size
+from hvd_accordion.comm.collectives import Rounds, Tensor
+from hvd_accordion.compression.base import CompressionSpec, Context, Decoded, Memory, Message, size
 from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
 
@@ -37,7 +37,7 @@ class _Half(CompressionSpec):
     def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
         return two_hop_messages(HalfCode(self.dtype), size(shape), world_size)
 
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         return (yield from two_hop(ops, values, memory, HalfCode(self.dtype), ctx))
 
 

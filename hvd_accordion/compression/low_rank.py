@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvd_accordion import checks, seeds
-from hvd_accordion.collectives import AllReduce, Rounds, Tensor
+from hvd_accordion.comm.collectives import AllReduce, Rounds, Tensor
 from hvd_accordion.compression.base import (
     ITEMSIZE,
     CompressionSpec,
     Context,
-    Exchanged,
+    Decoded,
     Memory,
     Message,
     dtype_name,
@@ -20,6 +19,7 @@ from hvd_accordion.compression.base import (
     size,
 )
 from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.utils import seeds, validation
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -58,11 +58,11 @@ class PowerSGD(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._checked(rank=checks.integer("rank", self.rank, 1))
-        self._checked(start_after=checks.integer("start_after", self.start_after, 0))
-        self._checked(min_compression_rate=checks.real("min_compression_rate", self.min_compression_rate, 0.0))
-        self._checked(iterations=checks.integer("iterations", self.iterations, 1))
-        self._checked(warm_start=checks.boolean("warm_start", self.warm_start))
+        self._checked(rank=validation.integer("rank", self.rank, 1))
+        self._checked(start_after=validation.integer("start_after", self.start_after, 0))
+        self._checked(min_compression_rate=validation.real("min_compression_rate", self.min_compression_rate, 0.0))
+        self._checked(iterations=validation.integer("iterations", self.iterations, 1))
+        self._checked(warm_start=validation.boolean("warm_start", self.warm_start))
 
     def columns(self, shape: Sequence[int]) -> int:
         return min(self.rank, *matrix_shape(shape))
@@ -77,15 +77,15 @@ class PowerSGD(CompressionSpec):
         """r / min(n, m): what the best rank-r matrix keeps at least; a converged warm start comes to it."""
         return self.columns(shape) / min(matrix_shape(shape))
 
-    def suits(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
+    def shrinks(self, shape: Sequence[int], dtype: Any, world_size: int) -> bool:
         n, m = matrix_shape(shape)
         factors = self.columns(shape) * (n + m)
-        return super().suits(shape, dtype, world_size) and n * m >= self.min_compression_rate * factors
+        return super().shrinks(shape, dtype, world_size) and n * m >= self.min_compression_rate * factors
 
     def active(self, step: int) -> bool:
         return step >= self.start_after
 
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         # factors lie in memory as rows, P^T and Q^T: products with long rows are several times as fast as with thin columns
         matrices = [ops.reshape(v, matrix_shape(v.shape)) for v in values]
         batches = by_shape(matrices)
@@ -119,7 +119,7 @@ class PowerSGD(CompressionSpec):
                         kept[i] = {"q": joined(ops, warm[row], olds[i])}
             return kept
 
-        return Exchanged(split, keep, lambda: ops.all_finite(qs))
+        return Decoded(split, keep, lambda: ops.all_finite(qs))
 
     def start(self, ops: Ops, matrix: Tensor, memory: Memory, name: str, ctx: Context) -> Tensor:
         """Q^T to start from, with at least the rows of this rank: the last step's, random ones where there are none yet."""
@@ -168,9 +168,9 @@ def orthonormalise(ops: Ops, factors: list[Tensor]) -> list[Tensor]:
     for r in sorted({p.shape[1] for p in factors}):
         same = [i for i, p in enumerate(factors) if p.shape[1] == r]
         width = max(factors[i].shape[2] for i in same)
-        wide = ops.concat([ops.widened(factors[i], width) for i in same], 0)
-        waves = [ops.widened(ops.waves(factors[i]), width) for i in same]
-        basis, start = gram_schmidt(ops, scaled(ops, wide), ops.concat(waves, 0)), 0
+        wide = ops.concat([ops.pad_rows(factors[i], width) for i in same], 0)
+        filler = [ops.pad_rows(ops.filler_basis(factors[i]), width) for i in same]
+        basis, start = gram_schmidt(ops, scaled(ops, wide), ops.concat(filler, 0)), 0
         for i in same:
             b, _, n = factors[i].shape
             done[i] = basis[start : start + b, :, :n]

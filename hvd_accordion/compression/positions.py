@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_accordion import seeds
-from hvd_accordion.collectives import Tensor
+from hvd_accordion.comm.collectives import Tensor
 from hvd_accordion.compression.base import ITEMSIZE, Context
 from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.utils import seeds
 
 BLOCK = 2**16
 LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127}

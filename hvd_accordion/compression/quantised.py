@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_accordion import checks
-from hvd_accordion.collectives import Rounds, Tensor
-from hvd_accordion.compression.base import CompressionSpec, Context, Exchanged, Memory, Message, size
+from hvd_accordion.comm.collectives import Rounds, Tensor
+from hvd_accordion.compression.base import CompressionSpec, Context, Decoded, Memory, Message, size
 from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.utils import validation
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class QSGD(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._checked(levels=checks.integer("levels", self.levels, 1, 127))
-        self._checked(bucket_size=checks.integer("bucket_size", self.bucket_size, 8))
+        self._checked(levels=validation.integer("levels", self.levels, 1, 127))
+        self._checked(bucket_size=validation.integer("bucket_size", self.bucket_size, 8))
         if self.bucket_size % 8:
             raise ValueError(f"bucket_size must be a multiple of 8, got {self.bucket_size!r}")
-        self._checked(norm=checks.choice("norm", self.norm, ("max", "l2")))
+        self._checked(norm=validation.choice("norm", self.norm, ("max", "l2")))
 
     @property
     def omega(self) -> float:
@@ -107,5 +107,5 @@ class QSGD(CompressionSpec):
         """1/(1 + omega), of the shrunk compressor."""
         return 1 / (1 + self.omega)
 
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         return (yield from two_hop(ops, values, memory, self.code, ctx))

@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from hvd_accordion import checks
-from hvd_accordion.collectives import AllGather, AllReduce, AllToAll, Rounds, Tensor
+from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll, Rounds, Tensor
 from hvd_accordion.compression import positions
 from hvd_accordion.compression.base import (
     ITEMSIZE,
     CompressionSpec,
     Context,
-    Exchanged,
+    Decoded,
     Memory,
     Message,
     dtype_name,
     size,
 )
 from hvd_accordion.compression.positions import multipliers
-from hvd_accordion.compression.two_step import row_length, slice_size, two_step
+from hvd_accordion.compression.sharded_sparse_allreduce import row_length, sharded_sparse_allreduce, slice_size
 from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.utils import validation
 
 
 def kept(ratio: float, count: int) -> int:
@@ -50,7 +50,7 @@ class _Sparse(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._checked(ratio=checks.real("ratio", self.ratio, 0.0, 1.0))
+        self._checked(ratio=validation.real("ratio", self.ratio, 0.0, 1.0))
 
     def delta(self, shape: Sequence[int]) -> float:
         """k/d."""
@@ -80,10 +80,10 @@ class TopK(_Sparse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._checked(values=checks.choice("values", self.values, ("float32", "float16", "bfloat16")))
-        self._checked(algorithm=checks.choice("algorithm", self.algorithm, ("auto", "allgather", "two_step")))
+        self._checked(values=validation.choice("values", self.values, ("float32", "float16", "bfloat16")))
+        self._checked(algorithm=validation.choice("algorithm", self.algorithm, ("auto", "allgather", "two_step")))
 
-    def in_two_steps(self, world_size: int) -> bool:
+    def is_sharded(self, world_size: int) -> bool:
         return self.algorithm == "two_step" or (self.algorithm == "auto" and world_size >= 4)
 
     def wire_dtype(self, dtype: Any) -> str:
@@ -94,7 +94,7 @@ class TopK(_Sparse):
         """Those of the layer alone; layers of a group share rows and blocks, and take a few bytes less."""
         d, dtype = size(shape), self.wire_dtype(dtype)
         k = kept(self.ratio, d)
-        if not self.in_two_steps(world_size):
+        if not self.is_sharded(world_size):
             return [(AllGather, positions.nbytes(k, d, dtype))]
         row = positions.nbytes(row_length(k, d, world_size), slice_size(d, world_size) + 1, dtype)
         return [(AllToAll, world_size * row), (AllGather, row)]
@@ -109,15 +109,15 @@ class TopK(_Sparse):
         """
         return super().delta(shape) * (1 - {"float16": 2.0**-22, "bfloat16": 2.0**-16}.get(self.values, 0.0))
 
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         flats = [ops.reshape(v, (-1,)) for v in values]
         counts = [f.shape[0] for f in flats]
         picks = [ops.top_k(f, kept(self.ratio, d)) for f, d in zip(flats, counts, strict=True)]
         mine = ops.concat([ops.take(f, i) for f, i in zip(flats, picks, strict=True)], 0)
         where = ops.concat([i + start for i, start in zip(picks, offsets(counts), strict=True)], 0)
         dtype = self.wire_dtype(ctx.dtype)
-        if self.in_two_steps(ctx.size):
-            return (yield from two_step(ops, values, memory, where, mine, dtype, ctx))
+        if self.is_sharded(ctx.size):
+            return (yield from sharded_sparse_allreduce(ops, values, memory, where, mine, dtype, ctx))
 
         code = positions.Code(dtype, positions.block_edges(tuple(counts)))
         k = where.shape[0]
@@ -144,7 +144,7 @@ class TopK(_Sparse):
             left = [ops.scatter_add(f, i, x) for f, i, x in zip(flats, picks, sent, strict=True)]
             return averages, [ops.reshape(x, v.shape) for x, v in zip(left, values, strict=True)]
 
-        return Exchanged(split, lambda _: memory, lambda: ops.all_finite([arrived]))
+        return Decoded(split, lambda _: memory, lambda: ops.all_finite([arrived]))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class RandomK(_Sparse):
     def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
         return [(AllReduce, kept(self.ratio, size(shape)) * value_bytes(dtype))]
 
-    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Exchanged]:
+    def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         flats = [ops.reshape(v, (-1,)) for v in values]
         counts = [f.shape[0] for f in flats]
         picks = [
@@ -177,4 +177,4 @@ class RandomK(_Sparse):
         def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
             return ops.unflatten(mean, values), unsent(ops, flats, picks, values) if remainder else None
 
-        return Exchanged(split, lambda _: memory, lambda: ops.all_finite([mine]))
+        return Decoded(split, lambda _: memory, lambda: ops.all_finite([mine]))

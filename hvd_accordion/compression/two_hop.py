@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_accordion.collectives import AllGather, AllToAll, Rounds, Tensor
-from hvd_accordion.compression.base import Context, Exchanged, Memory, Message
+from hvd_accordion.comm.collectives import AllGather, AllToAll, Rounds, Tensor
+from hvd_accordion.compression.base import Context, Decoded, Memory, Message
 from hvd_accordion.ops.protocol import Ops
 
 
@@ -39,7 +39,7 @@ def two_hop_messages(code: Code, count: int, world_size: int) -> list[Message]:
     return [(AllToAll, part * world_size), (AllGather, part)]
 
 
-def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ctx: Context) -> Rounds[Exchanged]:
+def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ctx: Context) -> Rounds[Decoded]:
     """The mean of the ranks' coded values, coded again on the second hop.
 
     Error feedback on both hops: what the owner of a slice loses in coding the mean enters its own remainder, times n
@@ -64,4 +64,4 @@ def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ct
         left = ops.add_row(left, ctx.rank, n * (own[0] - mean[ctx.rank]))
         return averages, ops.unflatten(ops.reshape(left, (-1,)), values)
 
-    return Exchanged(split, lambda _: memory, lambda: ops.all_finite([mean]))
+    return Decoded(split, lambda _: memory, lambda: ops.all_finite([mean]))

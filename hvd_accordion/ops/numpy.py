@@ -14,7 +14,7 @@ Array = np.ndarray
 __all__ = ["clip", "floor", "reshape", "stack", "top_k", "where"]
 
 
-def widen(xs: Sequence[Array]) -> list[Array]:
+def upcast(xs: Sequence[Array]) -> list[Array]:
     return [np.asarray(x, dtype=np.float64 if x.dtype == np.float64 else np.float32, order="C") for x in xs]
 
 
@@ -26,7 +26,7 @@ def zeros_like(xs: Sequence[Array]) -> list[Array]:
     return [np.zeros_like(x) for x in xs]
 
 
-def settle(
+def commit_residual(
     ok: Array, split: Callable, values: Sequence[Array], residual: Sequence[Array], xs: Sequence[Array]
 ) -> tuple[list[Array], list[Array]]:
     del values, xs
@@ -59,7 +59,7 @@ def pad(flat: Array, size: int, shape: Sequence[int]) -> Array:
     return np.pad(flat, (0, size - flat.size)).reshape(shape)
 
 
-def widened(x: Array, width: int) -> Array:
+def pad_rows(x: Array, width: int) -> Array:
     return np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])))
 
 
@@ -163,7 +163,7 @@ def uniform(seed: int, count: int, like: Array) -> Array:
     return (x >> 8).astype(like.dtype) * like.dtype.type(2.0**-24)
 
 
-def waves(like: Array) -> Array:
+def filler_basis(like: Array) -> Array:
     _, r, n = like.shape
     return np.broadcast_to(
         np.sin(np.outer(np.arange(1.0, r + 1), np.arange(1.0, n + 1))).astype(like.dtype), like.shape

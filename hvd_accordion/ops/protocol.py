@@ -14,14 +14,14 @@ Tensor = Any
 
 class Ops(Protocol):
     # lists of tensors, many at once
-    def widen(self, xs: Sequence[Tensor]) -> list[Tensor]:
+    def upcast(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Each in fp32, or in fp64 if it is so already; contiguous."""
 
     def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
         """Each x + y. May take the memory of y, unless x holds NaN or Inf; the xs stay as they are."""
 
     def zeros_like(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
-    def settle(
+    def commit_residual(
         self, ok: Tensor, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Averages, and the new residual: the remainder where `ok` holds, else the old one.
@@ -48,7 +48,7 @@ class Ops(Protocol):
     def pad(self, flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
         """The vector, zeros behind it up to `size`, in `shape`."""
 
-    def widened(self, x: Tensor, width: int) -> Tensor:
+    def pad_rows(self, x: Tensor, width: int) -> Tensor:
         """(b, r, n) with zeros behind each row, up to `width`."""
 
     def zeros(self, size: int, like: Tensor) -> Tensor: ...
@@ -104,7 +104,7 @@ class Ops(Protocol):
     def uniform(self, seed: Any, count: int, like: Tensor) -> Tensor:
         """`count` numbers in [0, 1), multiples of 2^-24: number i is `mix(i * 0x9E3779B1 + seed)`, in like's dtype."""
 
-    def waves(self, like: Tensor) -> Tensor:
+    def filler_basis(self, like: Tensor) -> Tensor:
         """sin((j + 1) (i + 1)) in column i of row j of each matrix; `like` is (b, r, n)."""
 
     # packed codes, along the last axis: value i of each 8 takes bits [i b, (i + 1) b) of b little-endian bytes

@@ -14,7 +14,7 @@ from tensorflow import Tensor, concat, floor, reshape, stack
 __all__ = ["concat", "floor", "reshape", "stack"]
 
 
-def widen(xs: Sequence[Tensor]) -> list[Tensor]:
+def upcast(xs: Sequence[Tensor]) -> list[Tensor]:
     return [tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32) for x in xs]
 
 
@@ -26,7 +26,7 @@ def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [tf.zeros_like(x) for x in xs]
 
 
-def settle(
+def commit_residual(
     ok: Any, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     del values, xs
@@ -55,7 +55,7 @@ def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
     return tf.reshape(tf.pad(flat, [[0, size - flat.shape[0]]]), shape)
 
 
-def widened(x: Tensor, width: int) -> Tensor:
+def pad_rows(x: Tensor, width: int) -> Tensor:
     return tf.pad(x, [[0, 0], [0, 0], [0, width - x.shape[2]]])
 
 
@@ -177,7 +177,7 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _word(bits)))
 
 
-def waves(like: Tensor) -> Tensor:
+def filler_basis(like: Tensor) -> Tensor:
     _, r, n = like.shape
     row, times = tf.range(1, n + 1, dtype=tf.float64), tf.range(1, r + 1, dtype=tf.float64)
     return tf.broadcast_to(tf.cast(tf.sin(times[:, None] * row), like.dtype), like.shape)

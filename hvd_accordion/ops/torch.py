@@ -14,12 +14,12 @@ from hvd_accordion.ops import selection
 __all__ = ["floor", "reshape", "stack", "where"]
 
 
-def widen(xs: Sequence[Tensor]) -> list[Tensor]:
+def upcast(xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous() for x in xs]
 
 
 def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    if not at_hand(ys[0]):
+    if not is_on_cpu(ys[0]):
         return list(torch._foreach_add(list(xs), list(ys)))
     return [added(x, y) for x, y in zip(xs, ys, strict=True)]
 
@@ -49,23 +49,23 @@ def fit(x: Tensor) -> bool:
 
 def taken_back(y: Tensor, x: Tensor) -> Tensor:
     """y as it was before `added(x, y)`, up to rounding."""
-    (x,) = widen([x])
-    return y - x if at_hand(y) and fit(x) else y
+    (x,) = upcast([x])
+    return y - x if is_on_cpu(y) and fit(x) else y
 
 
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) for x in xs]
 
 
-def at_hand(x: Tensor) -> bool:
+def is_on_cpu(x: Tensor) -> bool:
     """Whether this is on the CPU: Python may look at the values, caches count, launches don't."""
     return x.device.type == "cpu"
 
 
-def settle(
+def commit_residual(
     ok: Tensor, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    if at_hand(residual[0]):  # nothing is copied: the remainder stays where the values are, in the residual's memory
+    if is_on_cpu(residual[0]):  # nothing is copied: the remainder stays where the values are, in the residual's memory
         if ok:
             return split(True)
         mean, _ = split(False)
@@ -78,7 +78,7 @@ def all_finite(xs: Sequence[Tensor]) -> Tensor:
     filled = [x for x in xs if x.numel()]  # an empty tensor has no largest entry
     if not filled:
         return torch.ones((), dtype=torch.bool, device=xs[0].device)
-    if at_hand(xs[0]):  # there the largest norm takes twenty times as long
+    if is_on_cpu(xs[0]):  # there the largest norm takes twenty times as long
         return torch.isfinite(torch.stack([end for x in filled for end in torch.aminmax(x)])).all()
     return torch.isfinite(torch.stack(torch._foreach_norm(filled, float("inf")))).all()
 
@@ -106,7 +106,7 @@ def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:
     return (torch.nn.functional.pad(flat, (0, more)) if more else flat).view(*shape)
 
 
-def widened(x: Tensor, width: int) -> Tensor:
+def pad_rows(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[2]))
 
 
@@ -168,7 +168,7 @@ def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
-    if at_hand(x):
+    if is_on_cpu(x):
         return torch.from_numpy(selection.fast(x.detach().numpy(), k))
     return x.abs().topk(k, sorted=False).indices.to(torch.int32).sort().values
 
@@ -217,7 +217,7 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def waves(like: Tensor) -> Tensor:
+def filler_basis(like: Tensor) -> Tensor:
     _, r, n = like.shape
     row = torch.arange(1, n + 1, dtype=torch.float64, device=like.device)
     times = torch.arange(1, r + 1, dtype=torch.float64, device=like.device)
@@ -249,7 +249,7 @@ SHORT = 1536  # entries of a row up to which M Q is faster than (Q^T M^T)^T, by 
 
 
 def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
-    if not at_hand(q):  # many small products cost launches
+    if not is_on_cpu(q):  # many small products cost launches
         return torch.bmm(q, torch.stack(list(matrices)).mT)
     out = q.new_empty(q.shape[0], q.shape[1], matrices[0].shape[0])
     for i, matrix in enumerate(matrices):
@@ -261,7 +261,7 @@ def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
 
 
 def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
-    if not at_hand(p):
+    if not is_on_cpu(p):
         return torch.bmm(p, torch.stack(list(matrices)))
     out = p.new_empty(p.shape[0], p.shape[1], matrices[0].shape[1])
     for i, matrix in enumerate(matrices):
@@ -277,7 +277,7 @@ def low_rank(
 ) -> tuple[Tensor, Tensor | None]:
     mean = torch.empty_like(matrix) if into is None else into
     n, m = matrix.shape
-    rows = CACHED // m + 1 if at_hand(matrix) else n
+    rows = CACHED // m + 1 if is_on_cpu(matrix) else n
     p = p.t().contiguous()
     for i in range(0, n, rows):
         torch.mm(p[i : i + rows], q, out=mean[i : i + rows])

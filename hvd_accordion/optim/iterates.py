@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from hvd_accordion.collectives import Tensor
+from hvd_accordion.comm.collectives import Tensor
 from hvd_accordion.ops.protocol import Ops
 
 Vectors: TypeAlias = list[Tensor]  # one tensor for each parameter

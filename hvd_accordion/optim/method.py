@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvd_accordion import seeds
 from hvd_accordion.optim.iterates import Descent, Katyusha, Vectors, each
+from hvd_accordion.utils import seeds
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Method:
     iterates: Katyusha | Descent
     reduced: bool
     shift: str
-    feeds_back: bool
+    has_residual: bool
     p: float
     seed: int = 0
 

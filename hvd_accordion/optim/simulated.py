@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from hvd_accordion import cluster
-from hvd_accordion.compression.feedback import Step
-from hvd_accordion.controller import Controller
+from hvd_accordion.comm import simulation
+from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.optim import recipes
+from hvd_accordion.optim import factories
 from hvd_accordion.optim.iterates import Vectors
-from hvd_accordion.optim.node import Gradient, Node
-from hvd_accordion.plan import Compression
+from hvd_accordion.optim.worker import Gradient, Worker
+from hvd_accordion.policy.assignment import Compression
+from hvd_accordion.training.controller import Controller
 
 
 class Simulated:
@@ -30,28 +30,28 @@ class Simulated:
 
     def __init__(
         self,
-        make: recipes.Make,
+        make: factories.Make,
         x: Vectors,
         compression: Compression,
         size: int,
         seed: int = 0,
         steps_per_epoch: int | None = None,
     ) -> None:
-        layers = [recipes.layer_of(str(i), v.shape, ops.dtype(v)) for i, v in enumerate(x)]
-        policy = recipes.policies(compression, [layer.name for layer in layers])
+        layers = [factories.layer_of(str(i), v.shape, ops.dtype(v)) for i, v in enumerate(x)]
+        policy = factories.policies(compression, [layer.name for layer in layers])
         self.x, self.sent_bytes = list(x), 0.0
-        self.method = recipes.made(make, layers, policy, size)
+        self.method = factories.made(make, layers, policy, size)
         controllers = [Controller(layers, policy, size, steps_per_epoch, min_numel=1) for _ in range(size)]
-        self.nodes = [Node(self.method, cast(Ops, ops), c, seed, rank, size) for rank, c in enumerate(controllers)]
+        self.nodes = [Worker(self.method, cast(Ops, ops), c, seed, rank, size) for rank, c in enumerate(controllers)]
 
     def step(self, sampled: Sequence[Gradient], full: Sequence[Gradient]) -> None:
         """A round; each rank's `sampled` and `full` give its gradients at a point (see `Node.gradients`)."""
         sides = zip(self.nodes, sampled, full, strict=True)
         rounds = [node.messages(*node.gradients(self.x, some, every)) for node, some, every in sides]
-        answers: list[dict[str, Step]] = [{} for _ in self.nodes]
+        answers: list[dict[str, ExchangeResult]] = [{} for _ in self.nodes]
         total = 0.0
         for name in rounds[0]:
-            results, nbytes = cluster.run([mine[name] for mine in rounds])
+            results, nbytes = simulation.run([mine[name] for mine in rounds])
             total += nbytes
             for answer, result in zip(answers, results, strict=True):
                 answer[name] = result

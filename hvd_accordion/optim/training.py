@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hvd_accordion import checks
-from hvd_accordion.collectives import Rounds
-from hvd_accordion.compression.feedback import Step
-from hvd_accordion.controller import Controller, Logger
+from hvd_accordion.comm.collectives import Rounds
+from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.optim import recipes
+from hvd_accordion.optim import factories
 from hvd_accordion.optim.iterates import Vectors
-from hvd_accordion.optim.node import Gradient, Node
-from hvd_accordion.optim.watching import Share
-from hvd_accordion.plan import Compression, Layer
-from hvd_accordion.report import CompressionReport, Stats
-from hvd_accordion.settings import check_logger
+from hvd_accordion.optim.worker import Gradient, Worker
+from hvd_accordion.policy.assignment import Compression, Layer
+from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.norm_window import Share
+from hvd_accordion.training.reports import CompressionReport, Logger, Stats
+from hvd_accordion.training.settings import check_logger
+from hvd_accordion.utils import validation
 
-Run = Callable[[Mapping[str, Rounds[Step]]], tuple[Mapping[str, Step], float]]  # exchanges -> answers, bytes sent
+Run = Callable[
+    [Mapping[str, Rounds[ExchangeResult]]], tuple[Mapping[str, ExchangeResult], float]
+]  # exchanges -> answers, bytes sent
 
 
 class Training:
@@ -39,7 +41,7 @@ class Training:
         ops: Ops,
         layers: Sequence[Layer],
         compression: Compression,
-        make: recipes.Make,
+        make: factories.Make,
         seed: int,
         rank: int,
         size: int,
@@ -47,17 +49,17 @@ class Training:
         steps_per_epoch: int | None,
         logger: Logger | None,
     ) -> None:
-        checks.integer("seed", seed, 0)
+        validation.integer("seed", seed, 0)
         if steps_per_epoch is not None:
-            checks.integer("steps_per_epoch", steps_per_epoch, 1)
+            validation.integer("steps_per_epoch", steps_per_epoch, 1)
         check_logger(logger)
-        policy = recipes.policies(compression, [layer.name for layer in layers])
-        self.method = recipes.made(make, layers, policy, size)
+        policy = factories.policies(compression, [layer.name for layer in layers])
+        self.method = factories.made(make, layers, policy, size)
         if logger is not None and rank == 0:
             logger.start({"optimizer": self.method.name, "compression": str(compression), "world_size": size})
         logger = logger if rank == 0 else None
         self.controller = Controller(layers, policy, size, steps_per_epoch, logger, min_numel=1)
-        self.node = Node(self.method, ops, self.controller, seed, rank, size, share)
+        self.node = Worker(self.method, ops, self.controller, seed, rank, size, share)
         self.size = size
         self._settings = {"method": repr(self.method), "compression": repr(policy), "seed": seed}
         self._settings |= {"steps_per_epoch": steps_per_epoch}

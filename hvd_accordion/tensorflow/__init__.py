@@ -7,8 +7,8 @@
 import horovod.tensorflow as _horovod
 from horovod.tensorflow import *  # noqa: F403
 
-from hvd_accordion.launch import initialiser as _initialiser
-from hvd_accordion.mirror import mirror as _mirror
+from hvd_accordion.comm.launch import initialiser as _initialiser
+from hvd_accordion.utils.horovod_mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
 
@@ -19,14 +19,22 @@ from hvd_accordion.tensorflow.broadcasting import (
     broadcast_variables,
 )
 from hvd_accordion.tensorflow.distributed_optimizer import DistributedOptimizer
-from hvd_accordion.tensorflow.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
+from hvd_accordion.tensorflow.exchange.uneven import join
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.gradient_tape import (
     DistributedGradientTape,
     PartialDistributedGradientTape,
 )
+from hvd_accordion.tensorflow.optim.error_compensated import (
+    ECLK,
+    ECLSVRG,
+    ECSGD,
+    EF21,
+    LSVRG,
+    LKatyusha,
+    estimate_smoothness,
+)
 from hvd_accordion.tensorflow.sync_batch_norm import SyncBatchNormalization
-from hvd_accordion.tensorflow.uneven import join
 
 __all__ += [
     "ECLK",

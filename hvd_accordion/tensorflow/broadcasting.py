@@ -8,7 +8,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_accordion.tensorflow.variables import value_of
+from hvd_accordion.tensorflow.exchange.variables import value_of
 
 # what Horovod can't send, as what it can
 CARRIED_AS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64}

@@ -8,7 +8,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
-from hvd_accordion.plan import Compression
+from hvd_accordion.policy.assignment import Compression
 
 
 def DistributedOptimizer(
@@ -55,7 +55,7 @@ def DistributedOptimizer(
         return of_keras(optimizer, compression=compression, **arguments, **options)
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
-    from hvd_accordion.settings import is_horovods
+    from hvd_accordion.training.settings import is_horovods
 
     if options or not (compression is None or is_horovods(compression)):
         raise TypeError(

@@ -9,23 +9,23 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_accordion import elastic
-from hvd_accordion.auto import Advice, advice_of
-from hvd_accordion.batch_size import AccordionBatchSize
-from hvd_accordion.controller import Controller, Logger
-from hvd_accordion.naming import Prefix
-from hvd_accordion.plan import MIN_NUMEL, Compression, Layer, assign
-from hvd_accordion.report import CompressionReport, Stats
-from hvd_accordion.settings import Settings, check_logger, check_op, is_horovods, plain_spec, translated
-from hvd_accordion.tensorflow import bridge, registry
+from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, Layer, assign
+from hvd_accordion.policy.auto import Advice, advice_of
+from hvd_accordion.policy.batch_size import AccordionBatchSize
 from hvd_accordion.tensorflow.broadcasting import send
-from hvd_accordion.tensorflow.engine import Engine
-from hvd_accordion.tensorflow.known import Known
-from hvd_accordion.tensorflow.shared import Shared
-from hvd_accordion.tensorflow.state import State, outside
-from hvd_accordion.tensorflow.uneven import compresses
-from hvd_accordion.tensorflow.variables import check_groups, check_process_set, layer_of, names_of, value_of
-from hvd_accordion.tensorflow.xla import refuse_xla
+from hvd_accordion.tensorflow.exchange import numpy_bridge, registry
+from hvd_accordion.tensorflow.exchange.engine import Engine
+from hvd_accordion.tensorflow.exchange.known import Known
+from hvd_accordion.tensorflow.exchange.shared import Shared
+from hvd_accordion.tensorflow.exchange.state import State, outside
+from hvd_accordion.tensorflow.exchange.uneven import compresses
+from hvd_accordion.tensorflow.exchange.variables import check_groups, check_process_set, layer_of, names_of, value_of
+from hvd_accordion.tensorflow.exchange.xla import refuse_xla
+from hvd_accordion.training import elastic
+from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.reports import CompressionReport, Logger, Stats
+from hvd_accordion.training.settings import Settings, check_logger, check_op, is_horovods, plain_spec, translated
 
 GATHERED = "slices, gathered"  # what the report says of gradients that are IndexedSlices
 
@@ -275,7 +275,7 @@ class GradientExchange(tf.Module):
         if not elastic.active() or tf.executing_eagerly():
             return self._averages(averaged, variables, rate, steps)
         touched = [self.state.step, self.state.step_of_epoch, self.state.passes, self.state.lr_scale]
-        return bridge.call(
+        return numpy_bridge.call(
             lambda grads, *told: self._averages(grads, variables, *told, traced=True),
             averaged,
             variables,

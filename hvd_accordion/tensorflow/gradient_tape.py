@@ -9,10 +9,10 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_accordion.plan import Compression
-from hvd_accordion.settings import groups_of
+from hvd_accordion.policy.assignment import Compression
+from hvd_accordion.tensorflow.exchange.variables import trainable_of, value_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
-from hvd_accordion.tensorflow.variables import trainable_of, value_of
+from hvd_accordion.training.settings import groups_of
 
 
 def DistributedGradientTape(

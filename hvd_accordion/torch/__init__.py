@@ -6,16 +6,24 @@
 import horovod.torch as _horovod
 from horovod.torch import *  # noqa: F403
 
-from hvd_accordion.launch import initialiser as _initialiser
-from hvd_accordion.mirror import mirror as _mirror
+from hvd_accordion.comm.launch import initialiser as _initialiser
+from hvd_accordion.utils.horovod_mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
 
 from hvd_accordion.torch import elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer
-from hvd_accordion.torch.eclk import ECLK, ECLSVRG, ECSGD, EF21, LSVRG, LKatyusha, estimate_smoothness
-from hvd_accordion.torch.state import broadcast_optimizer_state
-from hvd_accordion.torch.uneven import join
+from hvd_accordion.torch.exchange.state import broadcast_optimizer_state
+from hvd_accordion.torch.exchange.uneven import join
+from hvd_accordion.torch.optim.error_compensated import (
+    ECLK,
+    ECLSVRG,
+    ECSGD,
+    EF21,
+    LSVRG,
+    LKatyusha,
+    estimate_smoothness,
+)
 
 __all__ += [
     "ECLK",

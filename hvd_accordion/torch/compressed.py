@@ -12,17 +12,18 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_accordion import checks
-from hvd_accordion.controller import Controller
-from hvd_accordion.membership import Membership
-from hvd_accordion.naming import Prefix
-from hvd_accordion.plan import Compression, assign
-from hvd_accordion.settings import Settings
-from hvd_accordion.torch import configuration, state, uneven
-from hvd_accordion.torch.engine import Engine
+from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.policy.assignment import Compression, assign
+from hvd_accordion.torch import configuration
+from hvd_accordion.torch.exchange import state, uneven
+from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.grad_scaler import refuse_scaler
 from hvd_accordion.torch.learning_rate import batch_rate, largest_rate
 from hvd_accordion.torch.reports import STATE, Reports
+from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.membership import Membership
+from hvd_accordion.training.settings import Settings
+from hvd_accordion.utils import validation
 
 
 def compressed(
@@ -148,7 +149,7 @@ def compressed(
 
         def set_backward_passes_per_step(self, passes: int) -> None:
             """Backward passes whose gradients add up locally before they are exchanged."""
-            passes = checks.integer("passes", passes, 1)
+            passes = validation.integer("passes", passes, 1)
             if passes > 1 and self._hvd.settings.batch_size is not None:
                 raise ValueError(f"passes must be 1 with batch_size, got {passes}")
             self._hvd.set_backward_passes_per_step(passes)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from hvd_accordion import checks
 from hvd_accordion.compression.base import ITEMSIZE
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.plan import Layer
-from hvd_accordion.settings import Settings
+from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.training.settings import Settings
+from hvd_accordion.utils import validation
 
 
 def layer_of(name: str, p: torch.Tensor) -> Layer:
@@ -74,7 +74,7 @@ def check_groups(groups: Any) -> None:
     if groups is None:
         return
     if not isinstance(groups, list):
-        checks.integer("groups", groups, 0)
+        validation.integer("groups", groups, 0)
         return
     members = [p for group in groups for p in group]
     if any(not isinstance(p, torch.Tensor) for p in members):

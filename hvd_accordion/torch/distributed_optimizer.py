@@ -9,18 +9,27 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.compression import Compressor, NoneCompressor
 
-from hvd_accordion import elastic
-from hvd_accordion.batch_size import AccordionBatchSize
-from hvd_accordion.controller import Controller, Logger
-from hvd_accordion.membership import Membership
-from hvd_accordion.naming import Prefix
-from hvd_accordion.plan import MIN_NUMEL, Compression, assign
-from hvd_accordion.settings import Settings, check_logger, check_op, groups_of, is_horovods, plain_spec, translated
-from hvd_accordion.torch.agreement import require_equal
+from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
+from hvd_accordion.policy.batch_size import AccordionBatchSize
 from hvd_accordion.torch.compressed import compressed
 from hvd_accordion.torch.configuration import check_groups, described, layer_of, named
+from hvd_accordion.torch.exchange.agreement import require_equal
+from hvd_accordion.torch.exchange.plain import plain
 from hvd_accordion.torch.horovod_takeover import take_over
-from hvd_accordion.torch.plain import plain
+from hvd_accordion.training import elastic
+from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.membership import Membership
+from hvd_accordion.training.reports import Logger
+from hvd_accordion.training.settings import (
+    Settings,
+    check_logger,
+    check_op,
+    groups_of,
+    is_horovods,
+    plain_spec,
+    translated,
+)
 
 ELASTIC_STATE = "hvd.elastic.TorchState(model=model, optimizer=optimizer, ...)"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hvd_accordion.auto import Advice, advice_of
-from hvd_accordion.report import CompressionReport, Stats
+from hvd_accordion.policy.auto import Advice, advice_of
+from hvd_accordion.training.reports import CompressionReport, Stats
 
 if TYPE_CHECKING:
-    from hvd_accordion.torch.engine import Engine
-    from hvd_accordion.torch.plain import PlainEngine
+    from hvd_accordion.torch.exchange.engine import Engine
+    from hvd_accordion.torch.exchange.plain import PlainEngine
 
 STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
 

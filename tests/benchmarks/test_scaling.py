@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_accordion import collectives
-from hvd_accordion.cost import Link, seconds, wire_seconds
+from hvd_accordion.comm import collectives
+from hvd_accordion.policy.cost_model import Link, seconds, wire_seconds
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")

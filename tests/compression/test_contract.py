@@ -12,10 +12,11 @@ import tensorflow as tf
 import torch
 from backends import BACKENDS, FRAMEWORKS
 
-from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK, cluster
-from hvd_accordion.collectives import Agree, AllGather, AllReduce, AllToAll, payload
+from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.comm import simulation
+from hvd_accordion.comm.collectives import AllFinite, AllGather, AllReduce, AllToAll, payload
 from hvd_accordion.compression import Context, exchange
-from hvd_accordion.compression.feedback import Step
+from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.compression.half import HalfCode
 from hvd_accordion.ops import numpy as numpy_ops
 from hvd_accordion.ops import tensorflow as tensorflow_ops
@@ -54,14 +55,14 @@ NAMES = ("a.weight", "b.weight", "c.weight")
 # a step on a cluster: gradients, residuals and memory are numpy's, [rank][layer], whatever the backend
 
 
-def step(backend, spec, grads, residual, memory, number=0, seed=0, names=NAMES) -> tuple[list[Step], float]:
+def step(backend, spec, grads, residual, memory, number=0, seed=0, names=NAMES) -> tuple[list[ExchangeResult], float]:
     """Each rank's result of step `number` and the bytes that one rank sent."""
     (ops, to), size, names = BACKENDS[backend], len(grads), names[: len(grads[0])]
     rounds = []
     for rank, own in enumerate(zip(grads, residual, memory, strict=True)):
         context = Context(names, grads[0][0].dtype.name, number, seed, rank, size)
         rounds.append(over_numpy(exchange(spec, ops, *each(to, list(own)), context), to))
-    return cluster.run(rounds)
+    return simulation.run(rounds)
 
 
 def over_numpy(rounds, to, back=None):
@@ -72,13 +73,13 @@ def over_numpy(rounds, to, back=None):
             request = rounds.send(answer)
         except StopIteration as stop:
             done = stop.value
-            return Step(*each(back or to_numpy, [done.mean, done.residual, done.memory, done.ok]))
+            return ExchangeResult(*each(back or to_numpy, [done.mean, done.residual, done.memory, done.ok]))
         if isinstance(request, AllReduce):
             means = yield AllReduce([to_numpy(x) for x in request.tensors])
             answer = [reduced(x, to(mean)) for x, mean in zip(request.tensors, means, strict=True)]
-        elif isinstance(request, Agree):
-            flag = to_numpy(request.sound())
-            answer = to((yield Agree(lambda flag=flag: flag)))
+        elif isinstance(request, AllFinite):
+            flag = to_numpy(request.is_finite())
+            answer = to((yield AllFinite(lambda flag=flag: flag)))
         else:
             answer = to((yield type(request)(to_numpy(request.tensor))))
 
@@ -282,13 +283,15 @@ def test_a_traced_graph_does_what_eager_tensorflow_does(spec):
     state = each(tf.constant, eager[0]), [memory] * 2
     for number in range(3):
         grads = gradients(2, seed=number)
-        results = [Step(**done) for done in traced(tf.constant(number, tf.int64), each(tf.constant, grads), *state)]
+        results = [
+            ExchangeResult(**done) for done in traced(tf.constant(number, tf.int64), each(tf.constant, grads), *state)
+        ]
         state = kept(results)
         expected, _ = step("tensorflow", spec, grads, *eager, number)
         eager = kept(expected)
         for result, wanted in zip(results, expected, strict=True):
             assert result.ok
-            assert_equal(Step(*each(to_numpy, list(vars(result).values()))), wanted, 1e-5)
+            assert_equal(ExchangeResult(*each(to_numpy, list(vars(result).values()))), wanted, 1e-5)
     assert traced.experimental_get_tracing_count() == 1
 
 
@@ -309,8 +312,8 @@ def in_a_graph(exchanges):
         assert all(x.shape.is_fully_defined() for column in columns for x in column)
         if isinstance(requests[0], AllReduce):
             answers = [[tf.add_n(column) / n for column in columns]] * n
-        elif isinstance(requests[0], Agree):
-            answers = [request.sound() for request in requests]
+        elif isinstance(requests[0], AllFinite):
+            answers = [request.is_finite() for request in requests]
         elif isinstance(requests[0], AllGather):
             answers = [tf.stack(columns[0])] * n
         else:
@@ -333,7 +336,7 @@ def test_a_steps_tensors_share_no_memory(spec, backend, dtype):
         copied = kept(expected)
         contexts = [Context(NAMES, dtype, number, 0, rank, 2) for rank in range(2)]
         ranks = zip(each(to, grads), residual, memory, contexts, strict=True)
-        results, _ = cluster.run([over_numpy(exchange(spec, ops, *own), to, lambda x: x) for own in ranks])
+        results, _ = simulation.run([over_numpy(exchange(spec, ops, *own), to, lambda x: x) for own in ranks])
         for result, wanted in zip(results, expected, strict=True):
             assert_apart(tensors_of(result))
             assert same_bits(each(to_numpy, tensors_of(result)), tensors_of(wanted))
@@ -367,7 +370,7 @@ def requested(spec, dtype, ranks, shapes):
         context = Context(NAMES[: len(shapes)], dtype, 0, 0, rank, ranks)
         rounds = spec.exchange(numpy_ops, values, [{} for _ in shapes], context)
         exchanges.append(logged(rounds, log if rank == 0 else []))
-    return log, cluster.run(exchanges)[1]
+    return log, simulation.run(exchanges)[1]
 
 
 def logged(rounds, log):
@@ -516,7 +519,7 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace(spec, backend, bad):
         results, _ = step(backend, spec, grads, *fresh(2))
     for result in results:
         assert not result.ok
-        rest_is_zero = isinstance(spec, RandomK) or (isinstance(spec, TopK) and not spec.in_two_steps(2))
+        rest_is_zero = isinstance(spec, RandomK) or (isinstance(spec, TopK) and not spec.is_sharded(2))
         assert np.isfinite(result.mean[0]).any() == rest_is_zero
         assert not any(x.any() for x in result.residual)
         assert all(np.isfinite(x).all() for memory in result.memory for x in memory.values())

@@ -37,8 +37,10 @@ def exchange(backend, spec, grads, memory=None, step=0):
             except StopIteration as stop:
                 done.append(stop.value)
         if done:
-            assert all(d.sound() for d in done)
-            memory = [[{key: np.asarray(x) for key, x in kept.items()} for kept in d.memory(d.sound())] for d in done]
+            assert all(d.is_finite() for d in done)
+            memory = [
+                [{key: np.asarray(x) for key, x in kept.items()} for kept in d.memory(d.is_finite())] for d in done
+            ]
             split = [d.split(None, True) for d in done]
             return *([[np.asarray(x) for x in part] for part in parts] for parts in zip(*split, strict=True)), memory
         # AllReduce, whose mean any framework can take

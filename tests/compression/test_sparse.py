@@ -15,7 +15,7 @@ from hvd_accordion import TopK
 from hvd_accordion.compression import Context
 from hvd_accordion.compression.base import ITEMSIZE
 from hvd_accordion.compression.positions import BLOCK, LARGEST, Code, Shuffle, block_edges, nbytes
-from hvd_accordion.compression.two_step import row_length, slice_size
+from hvd_accordion.compression.sharded_sparse_allreduce import row_length, slice_size
 from hvd_accordion.ops import numpy as numpy_ops
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
-from hvd_accordion.collectives import AllGather, AllReduce, AllToAll
+from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll
 from hvd_accordion.compression.base import dense_bytes, dtype_name
 from hvd_accordion.compression.quantised import DitherCode
 from hvd_accordion.compression.sparse import kept, multipliers
 from hvd_accordion.ops import numpy as ops
-from hvd_accordion.seeds import PRIME, at, stable_hash
+from hvd_accordion.utils.seeds import PRIME, at, stable_hash
 
 SPECS = [Dense(), FP16(), BF16(), TopK(), RandomK(), QSGD(), PowerSGD()]
 
@@ -246,8 +246,8 @@ def test_levels_are_packed_in_as_few_bits_as_they_need(levels, bits):
 
 
 def test_suits_is_getting_smaller():
-    assert TopK(0.66).suits((100, 50), "float32", 2) and not TopK(0.67).suits((100, 50), "float32", 2)
-    assert not Dense().suits((100, 50), "float32", 2)
+    assert TopK(0.66).shrinks((100, 50), "float32", 2) and not TopK(0.67).shrinks((100, 50), "float32", 2)
+    assert not Dense().shrinks((100, 50), "float32", 2)
     assert dense_bytes((100, 50), "float32", 2) == 20_000
 
 

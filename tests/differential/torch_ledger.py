@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hvd_accordion.torch import exchanging
+from hvd_accordion.torch.exchange import exchanging
 
 
 class Ledger:

@@ -12,7 +12,7 @@ import pytest
 from launcher import horovodrun
 
 from hvd_accordion import PowerSGD, RandomK, TopK
-from hvd_accordion.optim.recipes import layer_of
+from hvd_accordion.optim.factories import layer_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")

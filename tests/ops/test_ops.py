@@ -12,11 +12,11 @@ from backends import BACKENDS, FRAMEWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_accordion import seeds
 from hvd_accordion.ops import numpy as numpy_ops
 from hvd_accordion.ops import protocol
 from hvd_accordion.ops import tensorflow as tensorflow_ops
 from hvd_accordion.ops import torch as torch_ops
+from hvd_accordion.utils import seeds
 
 every_framework = pytest.mark.parametrize(("ops", "to"), FRAMEWORKS.values(), ids=FRAMEWORKS)
 both_ways = pytest.mark.parametrize("backend", ["torch", "torch-gpu"])
@@ -84,11 +84,11 @@ def test_widen(given_dtype, wide):
 
 
 def test_widen_bfloat16_and_strided():
-    (x,) = torch_ops.widen([torch.tensor([[1.5, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).t()])
+    (x,) = torch_ops.upcast([torch.tensor([[1.5, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).t()])
     assert x.dtype == torch.float32 and x.is_contiguous() and x.tolist() == [[1.5, 3.0], [2.0, 4.0]]
-    (x,) = tensorflow_ops.widen([tf.constant([[1.5, 2.0], [3.0, 4.0]], tf.bfloat16)])
+    (x,) = tensorflow_ops.upcast([tf.constant([[1.5, 2.0], [3.0, 4.0]], tf.bfloat16)])
     assert x.dtype == tf.float32 and x.numpy().tolist() == [[1.5, 2.0], [3.0, 4.0]]
-    (x,) = numpy_ops.widen([numbers(3, 4).T])
+    (x,) = numpy_ops.upcast([numbers(3, 4).T])
     assert x.shape == (4, 3)
     assert x.flags.c_contiguous
 
@@ -138,9 +138,9 @@ def test_settle_takes_the_remainder_only_if_sound(dtype, backend):
     ops, to = BACKENDS[backend]
     values = [numbers(3, dtype=dtype), numbers(2, 2, dtype=dtype)]
     old = [numbers(3, dtype=dtype, seed=1), np.zeros((2, 2), dtype)]
-    for sound, wanted in ((True, [x / 2 for x in values]), (False, old)):
+    for is_finite, wanted in ((True, [x / 2 for x in values]), (False, old)):
         mine = each(to, values)
-        mean, left = n(ops.settle(to(np.array(sound)), halves(mine), mine, each(to, old), mine))
+        mean, left = n(ops.commit_residual(to(np.array(is_finite)), halves(mine), mine, each(to, old), mine))
         assert_same([x / 2 for x in values], mean, backend)
         assert_same(wanted, left, backend)
 
@@ -151,7 +151,7 @@ def test_settle_keeps_nan_out_of_the_residual(backend):
     old = [numbers(3)]
     grads, residual = each(to, [np.full(3, np.nan, np.float32)]), each(to, old)
     values = ops.add(grads, residual)
-    mean, left = n(ops.settle(to(np.array(False)), halves(values), values, residual, grads))
+    mean, left = n(ops.commit_residual(to(np.array(False)), halves(values), values, residual, grads))
     assert np.isnan(mean[0]).all(), "the optimizer must see it"
     np.testing.assert_array_equal(left[0], old[0])
 
@@ -164,7 +164,7 @@ def factors(*shapes, r=2, dtype=np.float32):
     return [p.T @ q + numbers(*s, dtype=dtype, seed=99) for (p, q), s in zip(made, shapes, strict=True)], made
 
 
-def low_rank_settled(backend, sound):
+def low_rank_settled(backend, is_finite):
     """What becomes of two matrices and their old residual, in torch: averages, residual, and the tensors given."""
     ops, to = BACKENDS[backend]
     matrices, made = factors((6, 5), (4, 7))
@@ -181,10 +181,10 @@ def low_rank_settled(backend, sound):
         ]
         return [mean for mean, _ in done], [left for _, left in done] if remainder else None
 
-    mean, left = ops.settle(torch.tensor(sound), split, values, old, grads)
+    mean, left = ops.commit_residual(torch.tensor(is_finite), split, values, old, grads)
     for x, e, before, matrix, (p, q) in zip(mean, left, was, matrices, made, strict=True):
         np.testing.assert_allclose(x, p.T @ q, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(e, matrix - x.numpy() if sound else before, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(e, matrix - x.numpy() if is_finite else before, rtol=0, atol=1e-6)
     return mean, left, places, old
 
 
@@ -193,15 +193,15 @@ def pointers(xs):
 
 
 @pytest.mark.parametrize("sound", [True, False])
-def test_both_ways_to_settle_come_to_the_same(sound):
-    (mean, left, *_), (means, lefts, *_) = (low_rank_settled(backend, sound) for backend in ("torch", "torch-gpu"))
+def test_both_ways_to_settle_come_to_the_same(is_finite):
+    (mean, left, *_), (means, lefts, *_) = (low_rank_settled(backend, is_finite) for backend in ("torch", "torch-gpu"))
     assert_same(n(mean + left), n(means + lefts), "at hand or not", exact=False)
 
 
 @both_ways
 @pytest.mark.parametrize("sound", [True, False])
-def test_settle_writes_averages_and_residual_where_they_belong(backend, sound):
-    mean, left, places, old = low_rank_settled(backend, sound)
+def test_settle_writes_averages_and_residual_where_they_belong(backend, is_finite):
+    mean, left, places, old = low_rank_settled(backend, is_finite)
     assert pointers(mean) == pointers(places) and pointers(left) == pointers(old)
 
 
@@ -212,7 +212,7 @@ def test_settle_on_the_cpu_wants_no_remainder_of_an_unsound_step():
         asked.append(remainder)
         return [torch.zeros(2)], [torch.zeros(2)] if remainder else None
 
-    torch_ops.settle(torch.tensor(False), split, [torch.ones(2)], [torch.ones(2)], [torch.ones(2)])
+    torch_ops.commit_residual(torch.tensor(False), split, [torch.ones(2)], [torch.ones(2)], [torch.ones(2)])
     assert asked == [False]
 
 
@@ -663,7 +663,7 @@ def test_a_traced_primitive_does_the_same_and_has_static_shapes(name):
 def test_what_is_decided_when_tracing_costs_no_operation():
     x, y = tf.constant([1.0]), tf.constant([2.0])
     assert tensorflow_ops.where(True, x, y) is x
-    mean, left = tensorflow_ops.settle(True, lambda remainder: ([x], [y]), [y], [x], [y])
+    mean, left = tensorflow_ops.commit_residual(True, lambda remainder: ([x], [y]), [y], [x], [y])
     assert mean[0] is x and left[0] is y
 
 

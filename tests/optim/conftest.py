@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvd_accordion.optim import family
+from hvd_accordion.optim import methods as published
 from hvd_accordion.optim.simulated import Simulated
 
 
@@ -22,7 +22,7 @@ class Nodes(Simulated):
 @pytest.fixture(scope="session")
 def methods() -> dict[str, Any]:
     names = ("ECLK", "LKatyusha", "ECSGD", "ECLSVRG", "LSVRG", "EF21")
-    return {name: type(name, (getattr(family, name), Nodes), {}) for name in names}
+    return {name: type(name, (getattr(published, name), Nodes), {}) for name in names}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from hvd_accordion import Accordion, Dense, PowerSGD, RandomK, TopK
-from hvd_accordion.optim import family
+from hvd_accordion.optim import methods
 from hvd_accordion.optim.simulated import Simulated
 
 FEATURES, CLASSES, ROWS, SAMPLE, RIDGE = 12, 5, 40, 8, 1e-2
@@ -69,7 +69,7 @@ def simulated(case, ranks, steps=STEPS):
     """The cluster after so many steps."""
     name, compression, arguments, _ = CASES[case]
     given = {} if compression is None else {"compression": compression}
-    asked = type(name, (getattr(family, name), Asked), {})([], **given, **arguments).asked
+    asked = type(name, (getattr(methods, name), Asked), {})([], **given, **arguments).asked
     found = Simulated(x=start(), size=ranks, **asked)
     for step in range(steps):
         advance(found, case, step)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK, cluster
+from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.comm import simulation
 from hvd_accordion.compression import Context, exchange
 from hvd_accordion.ops import numpy as ops
 
@@ -62,7 +63,7 @@ def simulated(spec: Any, ranks: int, steps: int) -> Iterator[tuple[list[Grads], 
             context = Context(names, "float32", step, 0, rank, ranks)
             mine = [grads[rank][k] for k in names]
             rounds.append(exchange(spec, ops, mine, residual[rank], memory[rank], context))
-        done, _ = cluster.run(rounds)
+        done, _ = simulation.run(rounds)
         residual, memory = [d.residual for d in done], [d.memory for d in done]
         yield grads, dict(zip(names, done[0].mean, strict=True))
 

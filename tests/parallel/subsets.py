@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hvd_accordion.launchers import launched
+from hvd_accordion.comm.launchers import launched
 
 
 def registered(hvd: ModuleType, session: pytest.Session) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launcher import WORKERS, run
 
-from hvd_accordion.launch import YIELD
+from hvd_accordion.comm.launch import YIELD
 
 pytestmark = pytest.mark.parallel
 

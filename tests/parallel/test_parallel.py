@@ -7,7 +7,7 @@ import time
 import pytest
 from launcher import horovodrun, marked, worker
 
-from hvd_accordion.command_line import typical
+from hvd_accordion.cli import reference_model
 
 pytestmark = pytest.mark.parallel
 
@@ -158,7 +158,7 @@ def test_check(framework, transport):
     )
     assert [step[0] for step in steps] == ["Dense()", "PowerSGD(rank=4)", "TopK(ratio=0.01)"]
     assert float(steps[0][4]) == pytest.approx(
-        4e-6 * typical.size_of(typical.layers(100_000)), abs=0.01
+        4e-6 * reference_model.size_of(reference_model.layers(100_000)), abs=0.01
     )  # MB, of two ranks
     assert len(re.findall(r"would (?:not )?pay", output)) == 1
 
@@ -166,7 +166,7 @@ def test_check(framework, transport):
 def test_check_where_a_rank_fails():
     code = """
 import sys
-from hvd_accordion.command_line import check, main, ranks
+from hvd_accordion.cli import check, main, ranks
 from hvd_accordion.launchers import launched
 def fail(names, resolve):
     raise MemoryError("no room")

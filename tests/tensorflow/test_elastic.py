@@ -12,10 +12,11 @@ import tensorflow as tf
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, RandomK, TopK, elastic
+from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.tensorflow import elastic as of_tensorflow
-from hvd_accordion.tensorflow import registry
-from hvd_accordion.tensorflow.shared import shared
+from hvd_accordion.tensorflow.exchange import registry
+from hvd_accordion.tensorflow.exchange.shared import shared
+from hvd_accordion.training import elastic
 
 SHAPE = (60, 50)
 ACCORDION = Accordion(TopK(0.2), TopK(0.02), unit="steps", interval=3)

@@ -12,10 +12,11 @@ import tensorflow as tf
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion import FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK, sampling
+from hvd_accordion import FP16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.compression import Context, exchange
 from hvd_accordion.ops import numpy as ops
-from hvd_accordion.rehearsal import rehearse
+from hvd_accordion.policy import norm_sampling
+from hvd_accordion.training.calibration import dry_run
 
 SHAPE = (60, 50)
 RATE = 0.05
@@ -214,13 +215,13 @@ def test_the_norm_is_that_of_the_summed_gradient(graph, norm, shape, dtype):
     step = tf.function(lambda g: averaging([g], [w])[0]) if graph else lambda g: averaging([g], [w])[0]
     total = np.zeros(shape)
     size = accordion.watched(total.size)
-    picked = sampling.entries(ops, "w", total.size, size, 3, total)
+    picked = norm_sampling.entries(ops, "w", total.size, size, 3, total)
     for i in range(8):
         g = np.random.default_rng(i).standard_normal(shape).astype(dtype)
         np.testing.assert_array_equal(step(tf.constant(g)), g)
         total += g
         if i % 4 == 3:
-            expected = sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])
+            expected = norm_sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])
             assert recorder.windows[-1][1]["w"].norm == pytest.approx(expected, rel=1e-6)
             total[:] = 0
     assert averaging.state.summed["0"].numpy().shape == (size,)
@@ -367,7 +368,7 @@ def test_a_traced_exchange_is_that_of_numpy(spec, twins):
     residual, memory = [np.zeros(SHAPE, np.float32)] if spec.lossy else None, [{}]
     for i in range(4):
         rounds = exchange(spec, ops, [gradient(i)], residual, memory, Context(("w",), "float32", i, 0, 0, 2))
-        done = rehearse(rounds, ops, 2)  # the other rank would send the same
+        done = dry_run(rounds, ops, 2)  # the other rank would send the same
         np.testing.assert_allclose(step(tf.constant(gradient(i))), done.mean[0], atol=1e-5)
         residual, memory = done.residual, done.memory
         if spec.lossy:

@@ -13,8 +13,8 @@ import tensorflow as tf
 
 import hvd_accordion.tensorflow.keras as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, Auto, PowerSGD, TopK
-from hvd_accordion.tensorflow import journal
-from hvd_accordion.tensorflow.variables import layer_of
+from hvd_accordion.tensorflow.exchange import journal
+from hvd_accordion.tensorflow.exchange.variables import layer_of
 
 RULE = {"interval": 2, "unit": "steps", "eta": 1e9}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_accordion.tensorflow.state import State, outside, variable
-from hvd_accordion.tensorflow.variables import check_groups, layer_of, names_of, value_of
+from hvd_accordion.tensorflow.exchange.state import State, outside, variable
+from hvd_accordion.tensorflow.exchange.variables import check_groups, layer_of, names_of, value_of
 
 
 def named(name: str) -> tf.Variable:

@@ -11,7 +11,7 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_accordion.torch import rivals
+from hvd_accordion.torch.exchange import rivals
 
 SECONDS = 2.0  # after which a rank that waits for others counts as hanging
 

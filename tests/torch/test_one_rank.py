@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import Accordion, PowerSGD, TopK, sampling
+from hvd_accordion import Accordion, PowerSGD, TopK
 from hvd_accordion.ops import numpy as numpy_ops
+from hvd_accordion.policy import norm_sampling
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,9 +110,9 @@ def test_norm_is_that_of_the_summed_gradient(norm, shape, dtype):
 def watched_norm(total: np.ndarray, accordion: Accordion, seed: int) -> float:
     """Accordion's norm of layer "w", in numpy."""
     size = accordion.watched(total.size)
-    picked = sampling.entries(numpy_ops, "w", total.size, size, seed, total)
+    picked = norm_sampling.entries(numpy_ops, "w", total.size, size, seed, total)
     assert len(set(picked)) == size
-    return sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])
+    return norm_sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("sampled", "exact"), ("exact", "sampled"), ("sampled", "sampled")])

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hvd_accordion import Accordion, CompressionSpec, Dense, PowerSGD, TopK, checks
+from hvd_accordion import Accordion, CompressionSpec, Dense, PowerSGD, TopK
+from hvd_accordion.utils import validation
 
 MODES = ("relaxed", "critical", "accordion")
 SCALES = ("full", "smoke", "tiny")
@@ -40,7 +41,7 @@ class Recipe:
 
     def shortened(self, epochs: int) -> Recipe:
         """The same in `epochs` epochs: milestones, warm-up and interval keep their share, rounded, and at least one epoch."""
-        share = checks.integer("epochs", epochs, 1) / self.epochs
+        share = validation.integer("epochs", epochs, 1) / self.epochs
         return replace(
             self,
             epochs=epochs,
@@ -196,7 +197,7 @@ def runs(
 
     `epochs` shortens (or lengthens) every schedule in proportion; `dense` adds uncompressed training where there is any.
     """
-    table = TABLES[checks.choice("scale", scale, SCALES)]
+    table = TABLES[validation.choice("scale", scale, SCALES)]
     if epochs is not None:
         table = tuple(replace(row, recipe=row.recipe.shortened(epochs)) for row in table)
     found = []

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogFormatter
 
 from accordion_paper.experiments import Experiment, Run
 from accordion_paper.table import BATCHES, TITLES
-from hvd_accordion.figures import LINES
+from hvd_accordion.tracking.figures import LINES
 
 
 def curves(results: Mapping[Run, Mapping[str, Any]], experiments: Sequence[Experiment]) -> Figure:

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DistributedSampler
 
 from accordion_paper import images, models, text
 from accordion_paper.experiments import Run
-from hvd_accordion.seeds import stable_hash
+from hvd_accordion.utils.seeds import stable_hash
 
 TEST_BATCH = 500  # images
 

@@ -19,8 +19,8 @@ from accordion_paper.experiments import Run
 from accordion_paper.floats import floats_a_step
 from accordion_paper.tasks import Task, task
 from hvd_accordion import Accordion, AccordionBatchSize, MLflowLogger
-from hvd_accordion.report import Stats
-from hvd_accordion.seeds import stable_hash
+from hvd_accordion.training.reports import Stats
+from hvd_accordion.utils.seeds import stable_hash
 
 
 def train(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import hvd_accordion.torch as hvd
-from hvd_accordion.settings import is_horovods, plain_spec
+from hvd_accordion.training.settings import is_horovods, plain_spec
 
 # what the trainer decides
 NOT_THEIRS = {

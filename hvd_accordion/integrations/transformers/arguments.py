@@ -19,7 +19,7 @@ from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 
 import hvd_accordion.torch as hvd
-from hvd_accordion.torch.agreement import require_equal
+from hvd_accordion.torch.exchange.agreement import require_equal
 
 # by which Accelerate knows of a launcher; it takes -1 for absent
 LAUNCHERS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -18,13 +18,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import hvd_accordion.torch as hvd
-from hvd_accordion.controller import Logger
 from hvd_accordion.integrations.transformers.accelerator import HorovodAccelerator, broadcast
 from hvd_accordion.integrations.transformers.arguments import HorovodArgumentsMixin, check, place
 from hvd_accordion.integrations.transformers.callback import HorovodCallback
-from hvd_accordion.plan import Compression
-from hvd_accordion.torch.agreement import require_equal
-from hvd_accordion.torch.eclk import ErrorCompensated
+from hvd_accordion.policy.assignment import Compression
+from hvd_accordion.torch.exchange.agreement import require_equal
+from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
+from hvd_accordion.training.reports import Logger
 
 DECIDED = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
 

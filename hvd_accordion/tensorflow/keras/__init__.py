@@ -3,8 +3,8 @@
 import horovod.tensorflow.keras as _horovod
 from horovod.tensorflow.keras import *  # noqa: F403
 
-from hvd_accordion.launch import initialiser as _initialiser
-from hvd_accordion.mirror import mirror as _mirror
+from hvd_accordion.comm.launch import initialiser as _initialiser
+from hvd_accordion.utils.horovod_mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
 

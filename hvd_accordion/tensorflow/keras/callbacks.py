@@ -12,12 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_accordion import elastic
-from hvd_accordion.tensorflow.agreement import require_equal
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
+from hvd_accordion.tensorflow.exchange.agreement import require_equal
+from hvd_accordion.tensorflow.exchange.variables import value_of
+from hvd_accordion.tensorflow.keras.learning_rate import innermost, learning_rate_of
 from hvd_accordion.tensorflow.keras.optimizer import _Distributed
-from hvd_accordion.tensorflow.keras.rates import innermost, learning_rate_of
-from hvd_accordion.tensorflow.variables import value_of
+from hvd_accordion.training import elastic
 
 __all__ = [
     "BestModelCheckpoint",

@@ -13,20 +13,19 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
-from hvd_accordion import checks
-from hvd_accordion.auto import Advice
-from hvd_accordion.batch_size import AccordionBatchSize
-from hvd_accordion.controller import Logger
-from hvd_accordion.plan import MIN_NUMEL, Compression
-from hvd_accordion.report import CompressionReport, Stats
-from hvd_accordion.settings import groups_of
+from hvd_accordion.policy.assignment import MIN_NUMEL, Compression
+from hvd_accordion.policy.auto import Advice
+from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.tensorflow.exchange.variables import trainable_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
 from hvd_accordion.tensorflow.keras import copies
-from hvd_accordion.tensorflow.keras.aggregation import LocalSums
+from hvd_accordion.tensorflow.keras.accumulation import LocalSums
 from hvd_accordion.tensorflow.keras.copies import Wrapping
-from hvd_accordion.tensorflow.keras.rates import counters, members, rate_of, scaled_rate
+from hvd_accordion.tensorflow.keras.learning_rate import counters, members, rate_of, scaled_rate
 from hvd_accordion.tensorflow.keras.saving import SavedState
-from hvd_accordion.tensorflow.variables import trainable_of
+from hvd_accordion.training.reports import CompressionReport, Logger, Stats
+from hvd_accordion.training.settings import groups_of
+from hvd_accordion.utils import validation
 
 LOST = (
     "this optimizer was made from the config of a DistributedOptimizer whose settings this process does not know, so it "
@@ -103,7 +102,7 @@ def DistributedOptimizer(
         )
     if op not in (hvd.Average, hvd.Sum):
         raise ValueError("op currently only supports Average and Sum")
-    checks.boolean("average_aggregated_gradients", average_aggregated_gradients)
+    validation.boolean("average_aggregated_gradients", average_aggregated_gradients)
     groups = groups_of(num_groups, groups)
     arguments = {
         "compression": compression,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
-from hvd_accordion.tensorflow.keras.aggregation import LocalSums
+from hvd_accordion.tensorflow.keras.accumulation import LocalSums
 
 
 class SavedState(keras.layers.Layer):

@@ -3,7 +3,7 @@
 import horovod.torch.elastic as _horovod
 from horovod.torch.elastic import *  # noqa: F403
 
-from hvd_accordion.mirror import mirror as _mirror
+from hvd_accordion.utils.horovod_mirror import mirror as _mirror
 
 __all__ = _mirror(_horovod, globals())
 

@@ -22,11 +22,11 @@ from horovod.torch.elastic.state import (
     set_handler_registry,
 )
 
-from hvd_accordion import elastic
-from hvd_accordion.torch import state
-from hvd_accordion.torch.agreement import require_equal
 from hvd_accordion.torch.broadcasting import broadcast_tree
-from hvd_accordion.torch.eclk import ErrorCompensated
+from hvd_accordion.torch.exchange import state
+from hvd_accordion.torch.exchange.agreement import require_equal
+from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
+from hvd_accordion.training import elastic
 
 __all__ = [
     "ModelStateHandler",
@@ -38,7 +38,7 @@ __all__ = [
     "set_handler_registry",
 ]
 
-NAME = "hvd_accordion.elastic"  # of the collectives that come before an optimizer's own are named anew
+NAME = "hvd_accordion.training.elastic"  # of the collectives that come before an optimizer's own are named anew
 
 
 class TorchState(horovods.TorchState):

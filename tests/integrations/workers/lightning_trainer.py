@@ -56,7 +56,7 @@ def test_places():
     assert run.is_global_zero == (hvd.rank() == 0) and rank_zero_only.rank == hvd.rank()
 
 
-class Measured(Module):
+class Calibration(Module):
     """Metrics of torchmetrics, and of batches that have other sizes on other ranks."""
 
     def __init__(self):
@@ -79,7 +79,7 @@ class Measured(Module):
 
 
 def test_metrics():
-    module = Measured()
+    module = Calibration()
     run = trainer(HorovodStrategy())
     (found,) = run.validate(module, loader(samples=16), verbose=False)
     values = [10 * i + row for rank in range(2) for i in range(2) for row in range(4 - rank)]

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from horovod.common.process_sets import ProcessSet
 
-import hvd_accordion.launch
+import hvd_accordion.comm.launch
 
 logging.basicConfig(format="log: %(message)s", level=logging.INFO)
 
@@ -34,5 +34,5 @@ for name in sys.argv[2:]:
         assert first.process_set_id == 1
         place = f"{hvd.rank()} of {size}, {hvd.local_rank()} of {hvd.local_size()}, {hvd.cross_rank()} of {hvd.cross_size()}"
         if not again:
-            os.write(1, f"{name}: {place}; {os.environ.get(hvd_accordion.launch.YIELD)}\n".encode())
+            os.write(1, f"{name}: {place}; {os.environ.get(hvd_accordion.comm.launch.YIELD)}\n".encode())
         hvd.shutdown()

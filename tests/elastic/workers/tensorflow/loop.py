@@ -11,7 +11,7 @@ from changes import Changes
 
 import hvd_accordion.tensorflow as hvd
 from hvd_accordion import Accordion, Dense, PowerSGD, TopK
-from hvd_accordion.tensorflow import registry
+from hvd_accordion.tensorflow.exchange import registry
 
 LR, BATCH = 0.05, 48
 SPECS = {

@@ -11,7 +11,8 @@ from keras_common import BATCH, assert_ranks_equal, compiled, data, fit, flat, l
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import Accordion, Auto, Dense, PowerSGD, TopK
-from hvd_accordion.tensorflow import allgather_object, probe
+from hvd_accordion.tensorflow import allgather_object
+from hvd_accordion.tensorflow.exchange import calibration
 
 AUTO = Auto((PowerSGD(2), TopK(0.02)))
 SLOW, FAST = 1e4, 1e13  # bytes a second
@@ -21,7 +22,7 @@ SLOW, FAST = 1e4, 1e13  # bytes a second
 def link(monkeypatch):
     """Makes the link that rank 0 measures one of so many bytes a second, the other ranks see another one; tells of each
     measurement."""
-    measurements, measure = [], probe.measure
+    measurements, measure = [], calibration.measure
 
     def of(bandwidth):
         mine = bandwidth if hvd.rank() == 0 else 1e15 / bandwidth
@@ -36,7 +37,7 @@ def link(monkeypatch):
 
             return measure(**{**given, "allreduce": allreduce})
 
-        monkeypatch.setattr(probe, "measure", measured)
+        monkeypatch.setattr(calibration, "measure", measured)
         return measurements
 
     return of

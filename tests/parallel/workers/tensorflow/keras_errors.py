@@ -11,7 +11,7 @@ from keras_common import BATCH, compiled, data, fit, flat, model, sgd
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
-from hvd_accordion.tensorflow import uneven
+from hvd_accordion.tensorflow.exchange import uneven
 
 
 def error_of(run):
@@ -185,7 +185,7 @@ def test_auto_jit_compile_is_turned_off_where_keras_would_turn_it_on(monkeypatch
 
 
 def test_epochs_that_nobody_counts(monkeypatch):
-    from hvd_accordion import controller
+    from hvd_accordion.training import controller
 
     monkeypatch.setattr(controller, "MAX_STEPS_OF_EPOCH", 3)
     net, _ = compiled(Accordion())

@@ -9,7 +9,7 @@ from trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerp
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion.tensorflow import probe
+from hvd_accordion.tensorflow.exchange import calibration
 
 GOLDEN = Golden("keras", fingerprint(tf.__version__))
 
@@ -17,13 +17,13 @@ GOLDEN = Golden("keras", fingerprint(tf.__version__))
 @pytest.fixture(autouse=True)
 def link(monkeypatch):
     """A link of 1 kbyte/s, whatever is measured."""
-    measure = probe.measure
+    measure = calibration.measure
 
     def measured(*args):
         given = inspect.signature(measure).bind(*args).arguments
         return measure(**{**given, "allreduce": lambda size: 1e-6 + size / 1e3})
 
-    monkeypatch.setattr(probe, "measure", measured)
+    monkeypatch.setattr(calibration, "measure", measured)
 
 
 class Training:

@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 
 import hvd_accordion.tensorflow as hvd
-from hvd_accordion import Accordion, Dense, PowerSGD, TopK, sampling
+from hvd_accordion import Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.ops import numpy as ops
+from hvd_accordion.policy import norm_sampling
 
 SHAPES = {"small": (40, 50), "large": (150, 90)}
 
@@ -34,8 +35,8 @@ def test_norms_are_numpys(critical, norm):
         found = averaging._engine.controller.accordions[0].norms
         for name, x in total.items():
             size = accordion.watched(x.size)
-            picked = sampling.entries(ops, name, x.size, size, 5, x)
-            expected = sampling.scale(x.size, size) * np.linalg.norm(x.reshape(-1)[picked])
+            picked = norm_sampling.entries(ops, name, x.size, size, 5, x)
+            expected = norm_sampling.scale(x.size, size) * np.linalg.norm(x.reshape(-1)[picked])
             assert found[name] == pytest.approx(expected, rel=1e-5), (window, name)
     everyone = hvd.allgather(tf.constant([[found[name] for name in SHAPES]], tf.float64), name="norms").numpy()
     assert (everyone == everyone[0]).all()

@@ -58,13 +58,15 @@ def test_an_embedding_batch_norm_and_dropout_under_fit_with_callbacks_and_steps_
 def test_epochs_are_known_from_fit():
     regimes = []
 
-    class Watch(keras.callbacks.Callback):
+    class NormWindow(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 0:
                 regimes.append([row.regime for row in self.model.optimizer.compression_report() if row.regime])
 
     net, optimizer = compiled(Accordion(PowerSGD(4), PowerSGD(1), interval=1, eta=1e9))
-    fit(net, epochs=4, callbacks=[Watch(), hvd_keras.callbacks.MetricAverageCallback()])  # two that tell: told once
+    fit(
+        net, epochs=4, callbacks=[NormWindow(), hvd_keras.callbacks.MetricAverageCallback()]
+    )  # two that tell: told once
     assert [set(r) for r in regimes] == [{"critical"}, {"critical"}, {"relaxed"}, {"relaxed"}]
     assert optimizer._hvd._engine.controller.epoch == 4
     assert 0 < optimizer.stats.critical_fraction == pytest.approx(0.5)

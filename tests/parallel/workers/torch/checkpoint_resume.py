@@ -5,7 +5,7 @@ import torch
 from common import SPECS, assert_ranks_equal, checkpoint, checkpointed, flat, model, sgd, train
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import elastic
+from hvd_accordion.training import elastic
 
 
 @pytest.mark.parametrize("name", SPECS)

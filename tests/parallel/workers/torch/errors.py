@@ -106,7 +106,7 @@ def test_different_dtype_and_frozen():
 
 
 def test_versions(monkeypatch):
-    from hvd_accordion import settings
+    from hvd_accordion.training import settings
 
     monkeypatch.setattr(settings, "version", lambda name: mine("9.9.9", "1.0.0"))
     assert "9.9.9" in error_of(lambda: build(compression=PowerSGD(2)))
@@ -155,7 +155,7 @@ def test_bad_names():
 
 
 def test_epochs_that_nobody_counts(monkeypatch):
-    from hvd_accordion import controller
+    from hvd_accordion.training import controller
 
     monkeypatch.setattr(controller, "MAX_STEPS_OF_EPOCH", 3)
     net = model()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
 
 import hvd_accordion.torch as hvd
-from hvd_accordion.torch.probe import Probe
+from hvd_accordion.torch.exchange.calibration import Probe
 
 GOLDEN = Golden("torch", fingerprint(torch.__version__))
 

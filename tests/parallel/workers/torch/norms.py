@@ -8,8 +8,9 @@ import torch
 from common import flat, loss_of, model, sgd, train
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import Accordion, Dense, PowerSGD, TopK, sampling
+from hvd_accordion import Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.ops import numpy as ops
+from hvd_accordion.policy import norm_sampling
 
 STEPS = 4
 LARGE = "5.weight"  # 18,432 entries
@@ -20,8 +21,8 @@ def norms_of(total, accordion):
     found = {}
     for name, x in total.items():
         size = accordion.watched(x.size)
-        picked = sampling.entries(ops, name, x.size, size, 5, x)
-        found[name] = sampling.scale(x.size, size) * np.linalg.norm(x.reshape(-1)[picked])
+        picked = norm_sampling.entries(ops, name, x.size, size, 5, x)
+        found[name] = norm_sampling.scale(x.size, size) * np.linalg.norm(x.reshape(-1)[picked])
     return found
 
 

@@ -1,0 +1,95 @@
+"""`check`: what can be known in one process, and what several ranks can measure together. Rank 0 alone prints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+
+from hvd_accordion.cli import environment, ranks, reference_model, software
+from hvd_accordion.cli.findings import Finding, Verdict, broken, text
+from hvd_accordion.comm.launch import YIELD, available_cores, yields
+from hvd_accordion.comm.launchers import launched
+
+FRAMEWORKS = ("torch", "tensorflow")
+MEASURE = "to measure it: horovodrun -np 2 -H host1:1,host2:1 python -m hvd_accordion check"
+
+
+def main(parameters: int, backward: float, framework: str | None, hosts: str) -> int:
+    """Prints what it finds; 1 if something is broken, else 0."""
+    _, rank, size, *_ = launched(os.environ)
+    failed = False
+
+    def show(title: str, findings: Sequence[Finding]) -> None:
+        nonlocal failed
+        failed = failed or broken(findings)
+        if rank == 0:
+            print(f"{title}\n{text(findings)}\n", flush=True)
+
+    if rank == 0:
+        there = software.installed_versions()
+        show("Software", software.versions(there, software.required_versions()))
+        show("Settings", environment.variables(os.environ))
+        show("Machine", machine(hosts))
+    if size > 1:
+        between(rank, size, parameters, backward, framework, show)
+    elif rank == 0:
+        show("Ranks", [Finding(Verdict.NOTE, "link", "not measured: this is one rank", MEASURE)])
+    if rank == 0:  # last, for frameworks take seconds to import
+        found = [software.binding(name) for name in FRAMEWORKS if find_spec(name) and find_spec("horovod")]
+        show("Horovod", [launcher(), *found])
+        print("Something is broken: see above." if failed else "Nothing is broken.", flush=True)
+    return int(failed)
+
+
+def between(
+    rank: int, size: int, parameters: int, backward: float, framework: str | None, show: Callable[..., None]
+) -> None:
+    """What ranks tell each other and measure; all of them must come here."""
+    chosen = framework or next((name for name in FRAMEWORKS if find_spec(name)), FRAMEWORKS[0])
+    missing = [name for name in (chosen, "horovod") if not find_spec(name)]
+    if missing:
+        show("Ranks", [Finding(Verdict.BROKEN, "link", f"not measured: {' and '.join(missing)} not installed")])
+        return
+    network = reference_model.layers(parameters)
+    try:
+        seen = ranks.look_around(chosen, network, reference_model.choices(network, size))
+    except Exception as error:  # an extension that doesn't fit, a rank that fails: Horovod has no class for all of it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if rank:
+            print(f"rank {rank}: {reason}", file=sys.stderr)
+        show("Ranks", [Finding(Verdict.BROKEN, "link", f"not measured: {reason}")])
+        return
+    show("Ranks", [*ranks.together(seen), ranks.link(seen.measured, chosen)])
+    if rank == 0:
+        hidden, bare = (reference_model.predicted(network, seen.measured, seconds) for seconds in (backward, 0.0))
+        millions = reference_model.size_of(network) / 1e6
+        print(f"A network of ResNet-18's form: {millions:,.3g} M parameters, backward {1e3 * backward:,.0f} ms")
+        print(reference_model.prediction(network, hidden, bare))
+        print(text([reference_model.verdict(hidden, bare, backward)]), end="\n\n", flush=True)
+
+
+def machine(hosts: str) -> list[Finding]:
+    cores = available_cores()
+    threads = environment.threads_of(os.environ, cores)
+    return [
+        environment.own_name(socket.gethostname(), environment.addresses),
+        *environment.named_hosts(hosts, environment.addresses),
+        Finding(Verdict.NOTE, "cores", f"{cores}; a rank computes with {threads} thread{'s' * (threads != 1)}"),
+        environment.load(os.getloadavg()[0], cores),
+        *waiting(os.environ, cores),
+    ]
+
+
+def waiting(environ: Mapping[str, str], cores: int) -> list[Finding]:
+    """What this package's `init` will set for ranks of Open MPI that have fewer than two cores each."""
+    found = f"1, by hvd_accordion's init(): ranks have fewer than two of {cores} core{'s' * (cores != 1)} each"
+    return [Finding(Verdict.NOTE, YIELD, found)] if yields(environ, cores) else []
+
+
+def launcher() -> Finding:
+    found = shutil.which("mpirun")
+    return Finding(Verdict.NOTE, "mpirun", found or "not on the PATH: horovodrun goes by --gloo")

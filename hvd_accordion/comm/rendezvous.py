@@ -1,0 +1,236 @@
+"""Ranks whose launcher Horovod does not know meet at a rendezvous server of Horovod's own, which rank 0 starts.
+
+What of Horovod's inside is used stands in this file alone: the server (the class, GET and PUT of /scope/key) and, in
+`environment`, the variables by which `horovodrun --gloo` tells ranks their place.
+
+Nobody tells the others on which port the server is: it follows from the job, which all know. Each rank tells it its host;
+rank 0 numbers the ranks and leaves each its place there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hvd_accordion.comm.launchers import Launched, StartError
+
+PORTS = range(20000, 30000)  # below those that systems give to connections
+TRIES = 8  # ports of a job: another program may have the first
+LOOPBACK = "127.0.0.1"
+REQUEST = 5.0  # seconds
+PAUSE = 0.05  # seconds between two questions
+SCOPE = "hvd_accordion"
+FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a request; the last: another program's answer
+
+
+class Told(NamedTuple):
+    """What a rank tells of itself: its host, its address on the way to rank 0, and rank 0's as it is seen from there."""
+
+    node: str
+    own: str
+    server: str
+
+
+class Place(NamedTuple):
+    """Where a rank is among all, as Horovod counts, and the address by which others reach it."""
+
+    hostname: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+    address: str
+
+
+def ports(job: str) -> list[int]:
+    """Where rank 0 of a job listens: the first of them that is free."""
+    start = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big")
+    return [PORTS[(start + 101 * i) % len(PORTS)] for i in range(TRIES)]
+
+
+def places(told: Sequence[Told]) -> list[Place]:
+    """Of all ranks, from what each told. Ranks are numbered over hosts; a host's own are numbered in the same order."""
+    nodes = [its.node for its in told]
+    members = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in dict.fromkeys(nodes)}
+    first = nodes[0]
+    seen = next(
+        (its.server for its in told if its.node != first), LOOPBACK
+    )  # rank 0's host, by those who must reach it
+    result = []
+    for rank, its in enumerate(told):
+        local = members[its.node].index(rank)
+        peers = [node for node, ranks in members.items() if len(ranks) > local]
+        address = LOOPBACK if len(members) == 1 else seen if its.node == first else its.own
+        size = len(members[its.node])
+        result.append(Place(its.node, rank, len(told), local, size, peers.index(its.node), len(peers), address))
+    return result
+
+
+def environment(place: Place, server: tuple[str, int], interface: str) -> dict[str, str]:
+    """What `horovodrun --gloo` would have set."""
+    return {
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": server[0],
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server[1]),
+        "HOROVOD_GLOO_IFACE": interface,
+        "HOROVOD_HOSTNAME": place.hostname,
+        "HOROVOD_RANK": str(place.rank),
+        "HOROVOD_SIZE": str(place.size),
+        "HOROVOD_LOCAL_RANK": str(place.local_rank),
+        "HOROVOD_LOCAL_SIZE": str(place.local_size),
+        "HOROVOD_CROSS_RANK": str(place.cross_rank),
+        "HOROVOD_CROSS_SIZE": str(place.cross_size),
+    }
+
+
+def join(me: Launched, environ: Mapping[str, str], seconds: float) -> dict[str, str]:
+    """Meets the other ranks; returns what this one must add to its environment before Horovod starts.
+
+    Raises StartError on all ranks that came, where not all have come after so many seconds.
+    """
+    until = time.monotonic() + seconds
+    server = _serve(me) if me.rank == 0 else None
+    where = (LOOPBACK, server.server_address[1]) if server else _find(me, until, seconds)
+    until = time.monotonic() + seconds + REQUEST  # rank 0 waits for so long at most, since before it was found
+    _, own, its = _request(where, "GET", "job")
+    _put(where, str(me.rank), Told(f"{socket.gethostname()}-{me.node}", own, its), until)
+    if server:
+        _assign(server, where, me, seconds)
+    answer = _await(where, f"place-{me.rank}", until)
+    if answer is None:
+        raise StartError(
+            f"{me.launcher}: rank 0 at {where[0]}:{where[1]} gave rank {me.rank} no place within {seconds:g} s"
+        )
+    if isinstance(answer, str):
+        raise StartError(answer)
+    place = Place(*answer)
+    interface = environ.get("HOROVOD_GLOO_IFACE") or _interface(place.address)
+    return environment(place, (its, where[1]), interface)
+
+
+def _serve(me: Launched) -> Any:
+    """Horovod's server, on a thread that goes with this process: process sets may be added later."""
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    class Server(RendezvousHTTPServer):
+        request_queue_size = 1024  # all ranks come at once
+        daemon_threads = True
+
+    host = LOOPBACK if me.address == LOOPBACK else ""
+    for port in ports(me.job):
+        try:
+            server = Server((host, port), RendezvousHandler, 0)
+        except OSError:
+            continue
+        threading.Thread(target=server.serve_forever, name="hvd_accordion.comm.rendezvous", daemon=True).start()
+        _put((LOOPBACK, port), "job", me.job, time.monotonic() + REQUEST)
+        return server
+    raise StartError(f"{me.launcher}: rank 0 found none of the ports {ports(me.job)} free")
+
+
+def _find(me: Launched, until: float, seconds: float) -> tuple[str, int]:
+    """The server of this job; another program, or another job, may answer at one of its ports."""
+    problem = ""
+    while True:
+        for port in ports(me.job):
+            try:
+                if _get((me.address, port), "job") == me.job:
+                    return me.address, port
+            except FAILURES as error:
+                problem = str(error)
+            if time.monotonic() > until:
+                found = f"{me.launcher}: rank {me.rank} did not find rank 0 at {me.address} within {seconds:g} s"
+                raise StartError(f"{found}, ports {ports(me.job)} ({problem or 'others answer there'}); {_alone(me)}")
+        time.sleep(PAUSE)
+
+
+def _assign(server: Any, where: tuple[str, int], me: Launched, seconds: float) -> None:
+    """Rank 0 waits for all and gives each its place, or, where some don't come, the reason why there is none."""
+    until = time.monotonic() + seconds
+    answers = [_await(where, str(rank), until) for rank in range(me.size)]
+    if missing := [rank for rank, answer in enumerate(answers) if answer is None]:
+        named = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
+        problem = (
+            f"{me.launcher} started {me.size} processes ({me.variable}={me.size}), but rank {named} did not come to "
+        )
+        problem += f"hvd.init() within {seconds:g} s; {_alone(me)}"
+        for rank in range(me.size):
+            _put(where, f"place-{rank}", problem, time.monotonic() + REQUEST)
+        time.sleep(10 * PAUSE)  # the server goes with this process
+        raise StartError(problem)
+    found = places([Told(*answer) for answer in answers])
+    server.init(found)  # clears all that was left there
+    for place in found:
+        _put(where, f"place-{place.rank}", place, time.monotonic() + REQUEST)
+
+
+def _alone(me: Launched) -> str:
+    return f"HOROVOD_START_TIMEOUT gives them longer; if this process is meant to be alone, unset {me.variable}"
+
+
+def _interface(address: str) -> str:
+    """The network interface that has an address: Gloo connects by it."""
+    import psutil
+
+    wanted = LOOPBACK if address.startswith("127.") else address
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(its.family == socket.AF_INET and its.address == wanted for its in addresses):
+            return str(name)
+    raise StartError(
+        f"other hosts reach this one by {address}, which none of its interfaces has: set HOROVOD_GLOO_IFACE"
+    )
+
+
+def _get(where: tuple[str, int], key: str) -> Any:
+    """What lies at the server under a key; None if nothing does."""
+    text, _, _ = _request(where, "GET", key)
+    return None if text is None else json.loads(text)
+
+
+def _await(where: tuple[str, int], key: str, until: float) -> Any:
+    """What comes to lie at the server under a key; None if nothing has by then."""
+    while True:
+        try:
+            if (answer := _get(where, key)) is not None:
+                return answer
+        except FAILURES:
+            pass
+        if time.monotonic() > until:
+            return None
+        time.sleep(PAUSE)
+
+
+def _put(where: tuple[str, int], key: str, value: Any, until: float) -> None:
+    while True:
+        try:
+            if _request(where, "PUT", key, json.dumps(value).encode())[0] is not None:
+                return
+            problem = "refused"
+        except FAILURES as error:
+            problem = str(error)
+        if time.monotonic() > until:
+            raise StartError(f"rank 0's server at {where[0]}:{where[1]} takes nothing: {problem}")
+        time.sleep(PAUSE)
+
+
+def _request(where: tuple[str, int], method: str, key: str, body: bytes | None = None) -> tuple[bytes | None, str, str]:
+    """The answer, None if it is a refusal; this side's address and the server's. No proxy comes between."""
+    connection = http.client.HTTPConnection(*where, timeout=REQUEST)
+    try:
+        connection.connect()
+        own, its = connection.sock.getsockname()[0], connection.sock.getpeername()[0]
+        connection.request(method, f"/{SCOPE}/{key}", body)
+        response = connection.getresponse()
+        text = response.read()
+        return (text if response.status == http.client.OK else None), own, its
+    finally:
+        connection.close()

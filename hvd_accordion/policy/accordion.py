@@ -1,0 +1,79 @@
+"""Accordion: little compression in critical regimes, strong compression elsewhere, per layer.
+
+Agarwal, Wang, Lee, Venkataraman, Papailiopoulos, "Accordion: Adaptive Gradient Communication via Critical Learning
+Regime Identification", MLSys 2021, Algorithm 1. Floats in, regimes out: no tensors, no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hvd_accordion.compression import CompressionSpec, PowerSGD
+from hvd_accordion.policy.auto import Auto
+from hvd_accordion.policy.critical_regime import NORM_SAMPLES, Regime, Rule, change
+
+__all__ = ["NORM_SAMPLES", "Accordion", "Regime", "change"]
+
+
+@dataclass
+class Accordion(Rule):
+    """Which of two compressions each layer gets, decided anew at every check from the change of its gradient's norm.
+
+    A layer whose norm changed by `eta` or more since the last check (either way) is critical, else relaxed. All layers
+    are critical up to the first comparison, and again from a drop of the learning rate until the next check.
+
+    The norm is that of the sum of the averaged gradients over one epoch (`unit="epochs"`: checks after epoch 1,
+    1 + interval, 1 + 2 interval, ..., as in the authors' code) or over `interval` steps (`unit="steps"`).
+
+    With `norm="sampled"` it is estimated from m = 8,192 of the layer's d entries s, always the same ones:
+    sqrt(d / m) ||(s_1, ..., s_m)||. Its square is unbiased over seeds, its relative standard error about
+    sqrt((k - 1) (1 - m / d) / (4 m)), where k = d sum(s^4) / sum(s^2)^2 (3 for Gaussian entries: 0.8 %). Much of that
+    cancels in the change from one check to the next, for the entries stay. Layers of up to m entries are measured exactly.
+    Where few entries hold most of the norm (k in the hundreds: an embedding, over windows of few small batches), "exact"
+    decides otherwise more often.
+
+    Args:
+        critical: compression in the critical regime; little of it (`PowerSGD(rank=4)`).
+        relaxed: compression elsewhere; strong (`PowerSGD(rank=1)`). Any two specs, also of different kinds, or an `Auto`
+            here, which compresses only where that pays.
+        eta: threshold on the relative change, > 0; higher means less often critical.
+        interval: distance of two checks, >= 1.
+        unit: what `interval` counts, "epochs" or "steps".
+        lr_drop: a learning rate of at most this share of that at the last check makes every layer critical, in (0, 1).
+        norm: "sampled" keeps and adds up m entries of each layer, "exact" all: as much memory as the gradients take.
+    """
+
+    critical: CompressionSpec = field(default_factory=lambda: PowerSGD(rank=4))
+    relaxed: CompressionSpec | Auto = field(default_factory=lambda: PowerSGD(rank=1))
+    eta: float = 0.5
+    interval: int = 10
+    unit: str = "epochs"
+    lr_drop: float = 0.5
+    norm: str = "sampled"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("critical", CompressionSpec), ("relaxed", CompressionSpec | Auto)):
+            if not isinstance(getattr(self, name), allowed):
+                auto = ", or Auto()" if name == "relaxed" else ""
+                raise TypeError(
+                    f"{name} must be a compression spec such as PowerSGD(4), TopK(0.01) or Dense(){auto}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        self._begin()
+
+    def __str__(self) -> str:
+        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, {self._told()})"
+
+    def spec(self, layer: str) -> CompressionSpec | Auto:
+        return self.critical if self.regime(layer) is Regime.CRITICAL else self.relaxed
+
+    def observe(self, norms: Mapping[str, float], lr: float) -> Mapping[str, Regime]:
+        """The regime of every layer, from its gradient norm over the window that ends now. Once per check.
+
+        Args:
+            norms: layer name -> norm of its summed gradient; the same numbers on every rank.
+            lr: the learning rate now.
+        """
+        self._decide(norms, lr)
+        return dict(self.regimes)

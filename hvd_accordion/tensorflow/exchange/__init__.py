@@ -1,0 +1,1 @@
+"""The exchange of TensorFlow gradients, traced into the graph or eager."""

@@ -1,0 +1,240 @@
+"""Epochs, windows and levels: the graph counts, and wakes the controller in Python where there is something to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.policy.accordion import Regime
+from hvd_accordion.tensorflow.exchange import journal
+from hvd_accordion.tensorflow.exchange.agreement import root
+from hvd_accordion.tensorflow.exchange.state import State
+from hvd_accordion.training import controller as control
+from hvd_accordion.training import resume
+from hvd_accordion.training.controller import Controller
+
+Told = tuple[np.ndarray, ...]
+# type and rank of what Python tells the graph, as `Clock.follow` takes it
+TOLD = (
+    (tf.int64, 0),
+    (tf.int32, 1),
+    (tf.bool, 1),
+    (tf.bool, 0),
+    (tf.bool, 1),
+    (tf.int64, 0),
+    (tf.float64, 0),
+    (tf.string, 0),
+)
+
+
+class ControllerBridge:
+    """Keeps a controller and the variables of a state in step.
+
+    The graph counts steps and bytes in variables. At the end of a window and after the first step of one it hands the
+    numbers to `_woken` in Python, and writes what that decides back into variables; no other step leaves the graph.
+    The controller's memory is written to the journal, so that whoever restores the variables restores it too.
+
+    Args:
+        refit: called outside of the graph after that; gives variables that were restored from other settings the sizes of
+            now, and tells in words what it did not take up.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        state: State,
+        numbers: dict[str, str],
+        name: Prefix,
+        process_set: Any,
+        refit: Callable[[], list[str]],
+    ) -> None:
+        self.controller, self.state, self.numbers = controller, state, numbers
+        self.name, self.process_set, self.refit = name, process_set, refit
+        self._journal = b""
+
+    @property
+    def adaptive(self) -> list[str]:
+        return [layer.name for layer in self.controller.adaptive]
+
+    @property
+    def _all(self) -> list[str]:
+        """Layers that make up the whole model's norm, if that counts."""
+        return [] if self.controller.batch is None else list(self.controller.layers)
+
+    def summed(self, accordion: Any) -> dict[str, tf.Variable]:
+        """Layer name -> sum of its averaged gradients, of the layers that this Accordion decides."""
+        mine = [name for name in self.adaptive if self.controller.policy[name] is accordion]
+        return {name: self.state.summed[self.numbers[name]] for name in mine if self.numbers[name] in self.state.summed}
+
+    def position(self, name: str) -> int:
+        """Of an adaptive layer in `levels`."""
+        return self.adaptive.index(name)
+
+    # in the graph
+
+    def tick(self, sent: tf.Tensor, learning_rate: Any, steps: Any) -> None:
+        """An update of so many steps has ended."""
+        state, steps = self.state, tf.cast(steps, tf.int64)
+        state.sent_bytes.assign_add(sent)
+        state.updates.assign_add(1)
+        step, of_epoch = state.step.assign_add(steps), state.step_of_epoch.assign_add(steps)
+        wake = self._wakes(step, of_epoch, steps)
+        if not wake:
+            return
+
+        def awake() -> tf.Tensor:
+            numbers = [*self._norms(), tf.cast(learning_rate, tf.float64)]
+            shared = self._from_rank_0(tf.stack(numbers))
+            counts = [v.read_value() for v in (state.step, state.updates, state.sent_bytes, state.journal)]
+            told = tf.numpy_function(self._woken, [*counts, steps, shared], [dtype for dtype, _ in TOLD])
+            for tensor, (_, rank) in zip(told, TOLD, strict=True):
+                tensor.set_shape([None] * rank)
+            self.follow(*told)
+            return tf.constant(True)
+
+        tf.cond(tf.reduce_any(tf.stack(wake)), awake, lambda: tf.constant(False))
+
+    def _wakes(self, step: tf.Tensor, of_epoch: tf.Tensor, steps: tf.Tensor) -> list[tf.Tensor]:
+        """When there may be something to decide: at a window's end, and after its first update, for the learning rate."""
+        controller, wakes, most = self.controller, [], control.MAX_STEPS_OF_EPOCH
+        for rule in controller.rules:
+            if rule.unit == "epochs":
+                wakes.append(tf.equal(of_epoch, steps))
+            else:
+                wakes += [tf.equal(step % rule.interval, 0), tf.equal((step - steps) % rule.interval, 0)]
+            if rule.needs_epochs and controller.steps_per_epoch is None:  # to complain that nobody counts
+                wakes.append((of_epoch > most) & (of_epoch - steps <= most))
+        if controller.steps_per_epoch is not None:
+            wakes.append(of_epoch >= controller.steps_per_epoch)
+        return wakes
+
+    def _norms(self) -> list[tf.Tensor]:
+        state, numbers = self.state, self.numbers
+        summed = [state.summed.get(numbers[name]) for name in self.adaptive]
+        summed += [state.summed_whole.get(numbers[name]) for name in self._all]
+        return [tf.constant(0.0, tf.float64) if x is None else tf.norm(tf.cast(x, tf.float64)) for x in summed]
+
+    def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
+        if self.process_set.size() == 1:
+            return numbers
+        where = {"process_set": self.process_set, "ignore_name_scope": True}
+        return hvd.broadcast(numbers, root(self.process_set), name=f"{self.name}.norms", **where)
+
+    def follow(
+        self,
+        of_epoch: Any,
+        levels: Any,
+        measured: Any,
+        measures_whole: Any,
+        emptied: Any,
+        passes: Any,
+        lr_scale: Any,
+        journal: Any,
+    ) -> None:
+        """Writes what the controller told into the variables."""
+        state = self.state
+        state.step_of_epoch.assign(of_epoch)
+        state.levels.assign(levels)
+        state.measured.assign(measured)
+        state.measures_whole.assign(measures_whole)
+        state.passes.assign(passes)
+        state.lr_scale.assign(lr_scale)
+        state.journal.assign(journal)
+        for i, sums in enumerate([*map(self.summed, self.controller.accordions), state.summed_whole]):
+
+            def empty(sums: dict[str, tf.Variable] = sums) -> tf.Tensor:
+                for x in sums.values():
+                    x.assign(tf.zeros_like(x))
+                return tf.constant(True)
+
+            tf.cond(emptied[i], empty, lambda: tf.constant(False))
+
+    # outside
+
+    def begin(self) -> None:
+        """After the state has got its variables, which a checkpoint may have filled at once."""
+        self.look()
+        self.follow(*self.told([]))
+
+    def _woken(
+        self, step: int, updates: int, sent: float, saved: bytes, last_update_steps: int, numbers: np.ndarray
+    ) -> Told:
+        """Called from the graph: norms and the learning rate, as rank 0 has them."""
+        *norms, learning_rate = map(float, numbers)
+        if self._is_another(saved, int(step)):
+            resume.warn_of(self._take_up(saved))
+        ended = self._count(int(step), int(updates), float(sent), int(last_update_steps))
+        if self.controller.wants_lr:
+            self.controller.observe_lr(learning_rate)
+        if ended:
+            self.controller.end_epoch()
+        return self.told(self._observe(norms, learning_rate))
+
+    def look(self, left: Sequence[str] = ()) -> None:
+        """Makes the controller know what the variables do. `left`: what of a saved state was not taken up, in words."""
+        state = self.state
+        saved, step, updates, sent = state.journal.numpy(), int(state.step), int(state.updates), float(state.sent_bytes)
+        restored = self._is_another(saved, step)
+        left = [*left, *self.refit(), *(self._take_up(saved) if restored else ())]
+        resume.warn_of(left, stacklevel=3)
+        self._count(step, updates, sent)
+        if restored:  # under other settings variables hold something else
+            self.follow(*self.told([]))
+
+    def end_epoch(self, learning_rate: float) -> None:
+        """Ends an epoch from outside of the graph, unless it has ended by itself; on all ranks."""
+        self.look()
+        if self.controller.end_epoch():
+            numbers = [*self._norms(), tf.constant(learning_rate, tf.float64)]
+            *norms, learning_rate = self._from_rank_0(tf.stack(numbers)).numpy().tolist()
+            self.follow(*self.told(self._observe(norms, learning_rate)))
+
+    def _is_another(self, saved: bytes, step: int) -> bool:
+        """Whether a journal is not its own: variables were restored."""
+        return bool(saved) and (saved != self._journal or step < self.controller.step)
+
+    def _take_up(self, saved: bytes) -> list[str]:
+        """Returns what it leaves of a journal, in words."""
+        self._journal = saved
+        return self.controller.load_state_dict(journal.read(saved, list(self.controller.layers.values())))
+
+    def _count(self, step: int, updates: int, sent: float, last_update_steps: int = 1) -> bool:
+        """Catches up with the counts; tells whether an epoch has ended by its number of steps."""
+        stats, steps = self.controller.stats, step - self.controller.step
+        if steps <= 0:
+            return False
+        return self.controller.advance(sent - stats.sent_bytes, 0.0, steps, updates - stats.updates, last_update_steps)
+
+    def _observe(self, norms: Sequence[float], learning_rate: float) -> list[Any]:
+        """A check, if one is due. Returns the rules whose sums were looked at."""
+        controller, adaptive = self.controller, self.adaptive
+        due, model_norm_due = controller.due(), controller.model_norm_due
+        looked = {id(controller.policy[name]) for name in due} | ({id(controller.batch)} if model_norm_due else set())
+        if due or model_norm_due:
+            found = dict(zip(adaptive, norms, strict=False))
+            whole = dict(zip(self._all, norms[len(adaptive) :], strict=True))
+            controller.observe({name: found[name] for name in due}, learning_rate, whole)
+        return [rule for rule in controller.rules if id(rule) in looked]
+
+    def told(self, looked: Sequence[Any]) -> Told:
+        """What the variables are to hold now."""
+        controller = self.controller
+        levels = [controller.regime(name) is not Regime.CRITICAL for name in self.adaptive]
+        measured = [a.measures(controller.epoch) for a in controller.accordions]
+        emptied = [any(rule is other for other in looked) for rule in [*controller.accordions, controller.batch]]
+        self._journal = journal.written(controller.state_dict(), list(controller.layers.values()))
+        return (
+            np.array(controller.step_of_epoch, np.int64),
+            np.array(levels, np.int32),
+            np.array(measured, bool),
+            np.array(controller.measures_whole, bool),
+            np.array(emptied, bool),
+            np.array(controller.passes, np.int64),
+            np.array(controller.lr_scale, np.float64),
+            np.array(self._journal, object),
+        )

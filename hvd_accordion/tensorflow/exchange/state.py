@@ -1,0 +1,137 @@
+"""What an exchange of gradients keeps in variables: all that a checkpoint must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_accordion.training import resume
+
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
+
+COUNTS = ("step", "step_of_epoch", "updates", "sent_bytes")
+SINGLES = (*COUNTS, "passes", "lr_scale", "levels", "measured", "measures_whole")  # equal on all ranks
+
+
+class State(tf.Module):
+    """Variables by the number of their layer, in the order in which the exchange got to know it.
+
+    All but `residual` (and its `owner`) are equal on all ranks. A restored residual is a rank's own: taken from another
+    rank it is dropped at the next step, after a change of the number of ranks it is scaled by new/old, so that it
+    counts for as much in the mean.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(name="state")
+        self.me = (rank, size)
+        self.owner = variable([rank, size], tf.int32)
+        self.step = variable(0, tf.int64)
+        self.step_of_epoch = variable(0, tf.int64)
+        self.updates = variable(0, tf.int64)
+        self.sent_bytes = variable(0.0, tf.float64)
+        self.passes = variable(1, tf.int64)  # micro-batches of a full batch, and what its learning rate is scaled by
+        self.lr_scale = variable(1.0, tf.float64)
+        self.levels = variable(np.zeros(0), tf.int32, [None])  # of each adaptive layer: 0 critical, 1 relaxed
+        self.measured = variable(np.zeros(0), tf.bool, [None])  # whether each Accordion's gradients are summed now
+        self.measures_whole = variable(False, tf.bool)  # whether those of all layers are
+        self.journal = variable("", tf.string)  # what the controller knows, as JSON
+        self.residual: dict[str, tf.Variable] = {}
+        self.memory: dict[str, dict[str, tf.Variable]] = {}
+        self.summed: dict[str, tf.Variable] = {}  # watched entries of the averaged gradients since the window's start
+        self.summed_whole: dict[str, tf.Variable] = {}  # the same of all layers, for the norm of the whole model
+        self.slice_bytes: dict[str, tf.Variable] = {}  # of each layer with IndexedSlices, at its last exchange
+
+    def claim(self) -> None:
+        """Makes a restored residual this rank's own, or drops it."""
+        rank, size = self.me
+        owner = self.owner.read_value()
+
+        def take() -> tf.Tensor:
+            mine = tf.cast(tf.equal(owner[0], rank), tf.float64)
+            factor = tf.math.divide_no_nan(mine * size, tf.cast(owner[1], tf.float64))
+            for residual in self.residual.values():
+                residual.assign(residual * tf.cast(factor, residual.dtype))
+            self.owner.assign(self.me)
+            return tf.constant(True)
+
+        tf.cond(tf.reduce_all(tf.equal(owner, self.me)), lambda: tf.constant(False), take)
+
+    def move(self, rank: int, size: int) -> None:
+        """This rank at another place among others: its residuals are scaled to count for as much in the mean as before."""
+        self.claim()
+        self.me = (rank, size)
+        self.scale()
+
+    def scale(self) -> None:
+        """Residuals that this process kept at another place, as `move`."""
+        factor = self.me[1] / int(self.owner[1])
+        for residual in self.residual.values():
+            residual.assign(residual * tf.cast(factor, residual.dtype))
+        self.owner.assign(self.me)
+
+    def forget(self, key: str, *kinds: str) -> None:
+        """Lets go of what a layer kept, of `kinds` or of all."""
+        for kept in kinds or (
+            "residual",
+            "memory",
+            "summed",
+            "summed_whole",
+        ):  # a checkpoint can't follow what is taken out of a dict
+            setattr(self, kept, {k: v for k, v in getattr(self, kept).items() if k != key})
+
+    def shared(self) -> list[tf.Variable]:
+        """Those that are equal on all ranks, but for the journal, which no collective can carry."""
+        counts = [getattr(self, name) for name in SINGLES]
+        memory = [v for own in self.memory.values() for v in own.values()]
+        return [*counts, *memory, *self.summed.values(), *self.summed_whole.values()]
+
+    def arrays(self) -> Arrays:
+        """All of it as numpy arrays, for a file format that knows nothing else."""
+        found = {name: v.numpy() for name, v in self._named().items()}
+        return {**found, "journal": np.frombuffer(self.journal.numpy(), np.uint8)}
+
+    def load(self, arrays: Mapping[str, Any]) -> list[str]:
+        """Takes up saved arrays that fit; a variable that was not saved, or in a shape that it can't have, keeps its value.
+
+        Returns what was saved and is not taken up, in words.
+        """
+        named, misfits = self._named(), []
+        for name, array in arrays.items():
+            saved, v = np.asarray(array), named.get(name)
+            if v is not None and v.shape.is_compatible_with(saved.shape):
+                v.assign(saved)
+            elif v is not None or (name.startswith(("residual.", "memory.")) and saved.any()):
+                misfits.append(name)
+        if "journal" in arrays:
+            self.journal.assign(np.asarray(arrays["journal"]).tobytes())
+        return [f"what was kept as {resume.in_words(misfits)}, for which there is no place"] if misfits else []
+
+    def _named(self) -> dict[str, tf.Variable]:
+        found = {name: getattr(self, name) for name in ("owner", *SINGLES)}
+        for group in ("residual", "summed", "summed_whole", "slice_bytes"):
+            found |= {f"{group}.{key}": v for key, v in getattr(self, group).items()}
+        for key, own in self.memory.items():
+            found |= {f"memory.{key}.{part}": v for part, v in own.items()}
+        return found
+
+
+def outside(make: Callable[[], T]) -> T:
+    """What `make` returns, run eagerly even while a function is traced.
+
+    In a thread: of a function that it traces again TensorFlow takes no new variables, whatever scope they are made in.
+    """
+    if tf.executing_eagerly():
+        return make()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
+
+
+def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = None) -> tf.Variable:
+    return tf.Variable(
+        tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape
+    )

@@ -1,0 +1,1 @@
+"""ECLK and its siblings over TensorFlow variables."""

@@ -1,0 +1,184 @@
+"""What an optimizer's compression remembers: saved, taken up again, and brought into line among the ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_accordion.policy import assignment
+from hvd_accordion.torch.exchange.accumulation import wide
+from hvd_accordion.torch.exchange.engine import Engine
+from hvd_accordion.torch.exchange.plain import PlainEngine
+from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
+from hvd_accordion.torch.reports import STATE
+from hvd_accordion.training import resume
+from hvd_accordion.training.controller import Controller
+
+OWN = ("rank", "size", "residual")  # of what is saved, this rank's own
+
+NO_MICRO_BATCHES: dict[str, Any] = {"count": 0, "sums": {}}
+
+
+def saved(engine: Engine) -> dict[str, Any]:
+    return {
+        "rank": engine.rank,
+        "size": engine.size,
+        "controller": engine.controller.state_dict(),
+        "residual": engine.unsent(),
+        "memory": {name: dict(memory) for name, memory in engine.memory.items() if memory},
+        "summed": dict(engine.watch.summed),
+        "summed_whole": dict(engine.whole.summed),
+        "accumulated": engine.sums.state_dict(),
+    }
+
+
+def take_up(engine: Engine, state: Mapping[str, Any] | None) -> None:
+    """Loads state; where a backward pass has started exchanges, when these have ended. None: nothing was saved."""
+    if engine.in_flight:
+        if state is not None:  # an update is on its way: micro-batches of another are none of its
+            engine.when_exchanged = functools.partial(load, engine, {**state, "accumulated": NO_MICRO_BATCHES})
+        return
+    averaged = engine.evaluation.averaged  # gradients stay what they are
+    if state is None:
+        engine.sums.clear()
+        engine.reset()
+    else:
+        load(engine, state)
+    engine.evaluation.averaged = averaged
+
+
+def load(engine: Engine, state: Mapping[str, Any]) -> None:
+    """Takes up what fits of saved state, starts the rest anew, and warns of it once.
+
+    A residual is its rank's own: saved by another rank, it begins at zero, for ranks plan by which layers have one. After a
+    change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of other
+    entries than an Accordion's `norm` asks for now are not taken. Micro-batches under way are taken from whichever rank
+    saved them: all must have as many.
+    """
+    params, controller = engine.params, engine.controller
+    whole = state.get("summed_whole", {})  # neither is in files of older versions
+    accumulated = state.get("accumulated", NO_MICRO_BATCHES)
+    unknown = _misfits(params, state["residual"], accumulated["sums"])
+    unknown += [n for part in (state["memory"], state["summed"], whole) for n in part if n not in params]
+
+    def fitting(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: kept for name, kept in part.items() if name not in unknown}
+
+    memory, forgotten = _memory(controller, fitting(state["memory"]))
+    left = controller.load_state_dict(state["controller"])  # raises before anything is taken up
+    if unknown:
+        left.append(f"what was kept of {resume.in_words(sorted(set(unknown)))}: no such parameters")
+    if forgotten:
+        left.append(f"memory of {resume.in_words(forgotten)}, which their compression does not need")
+    if controller.batch is None and accumulated["count"]:
+        left.append(f"{accumulated['count']} micro-batches of an incomplete batch")
+        accumulated = NO_MICRO_BATCHES
+
+    def own(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to(params[name].device, copy=True)
+
+    engine.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in memory.items()}
+    engine.watch.load(fitting(state["summed"]), params)
+    engine.whole.load(fitting(whole), params)
+    engine.sums.load_state_dict({**accumulated, "sums": fitting(accumulated["sums"])}, params)
+    engine.reset()
+    engine.residual = {name: own(name, x) for name, x in fitting(state["residual"]).items()}
+    for residual in engine.residual.values():
+        if state["rank"] == engine.rank:
+            residual.mul_(engine.size / state["size"])
+        else:
+            residual.zero_()
+    engine.replan()
+    resume.warn_of(left, stacklevel=5)
+
+
+def _misfits(params: Mapping[str, torch.Tensor], *parts: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are of no parameter's shape."""
+    return [n for part in parts for n, x in part.items() if n not in params or x.shape != params[n].shape]
+
+
+def _memory(
+    controller: Controller, saved: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """What the specs that a layer may get can use of its saved memory, and the names of layers that lose some."""
+    kept = {
+        name: {key: x for key, x in memory.items() if key in assignment.memory_keys(controller.policy[name])}
+        for name, memory in saved.items()
+    }
+    return kept, [name for name, memory in saved.items() if len(kept[name]) < len(memory)]
+
+
+def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict, with the counts of one that Horovod alone exchanges for."""
+    engine, found = getattr(optimizer, "_hvd", None), optimizer.state_dict()
+    return {**found, STATE: {"controller": engine.controller.state_dict()}} if _plain(engine) else found
+
+
+def shared(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Of `everything`, what all ranks should have in common."""
+    found = everything(optimizer)
+    return {**found, STATE: _common(found[STATE])} if STATE in found else found
+
+
+def _common(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of residuals only which layers have one: ranks plan by that."""
+    return {**{key: part for key, part in state.items() if key not in OWN}, "held": list(state.get("residual", ()))}
+
+
+def take(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Takes up what `everything` told of it; of what another's `shared` told, beside what is this rank's own."""
+    engine, state = getattr(optimizer, "_hvd", None), dict(state)
+    if _plain(engine):
+        engine.controller.load_state_dict(state.pop(STATE)["controller"])
+    elif isinstance(engine, Engine):
+        own = {} if "residual" in state[STATE] else _own(engine, state[STATE])
+        state[STATE] = {**state[STATE], **own, "rank": engine.rank}
+        engine.drop()
+    optimizer.load_state_dict(state)
+
+
+def _plain(engine: Any) -> bool:
+    return isinstance(engine, PlainEngine)
+
+
+def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rank keeps where it takes up what another shares; where it has no residual and the other has, zeros."""
+    mine = engine.unsent()
+    held = {name: engine.params[name] for name in shared["held"]}
+    residual = {
+        name: mine[name] if name in mine else torch.zeros(p.shape, dtype=wide(p), device=p.device)
+        for name, p in held.items()
+    }
+    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": residual}
+    if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
+        own["accumulated"] = engine.sums.state_dict()
+    return own
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None
+) -> None:
+    """Gives every rank the optimizer state of `root_rank`: Horovod's part, and regimes, factors and counts.
+
+    Residuals stay where they are: they are each rank's own. So is all of an ECLK's state, of which nothing is sent.
+    """
+    if isinstance(optimizer, ErrorCompensated):
+        return
+    hvd.broadcast_optimizer_state(optimizer, root_rank, model)
+    engine = getattr(optimizer, "_hvd", None)
+    if not isinstance(engine, Engine) or not engine.active or engine.size == 1:
+        return
+    theirs = hvd.broadcast_object(
+        _common(saved(engine)), root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set
+    )
+    # a rank without gradients has not started the exchange that others are in, and must follow when they do
+    flag = torch.tensor([engine.in_flight], dtype=torch.int32)
+    if hvd.allreduce(flag, op=hvd.Max, name=f"{engine.prefix}.in_flight", process_set=engine.process_set).item():
+        theirs["accumulated"] = NO_MICRO_BATCHES
+        engine.when_exchanged = lambda: load(engine, {**theirs, **_own(engine, theirs)})
+    else:
+        load(engine, {**theirs, **_own(engine, theirs)})

@@ -1,0 +1,106 @@
+"""Ranks with different numbers of batches: who has none left takes part in the others' updates until all wait."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_accordion.torch.exchange.agreement import root
+from hvd_accordion.torch.exchange.driver import PAUSE
+from hvd_accordion.torch.exchange.turnout import Turnout
+
+live: weakref.WeakSet[Any] = weakref.WeakSet()  # the compressing optimizers
+
+
+def join(device: int = -1) -> int:
+    """Tells that this rank has no more batches, and returns when none has: as `horovod.torch.join`.
+
+    Till then the rank takes part in the updates of all compressing optimizers that were made with `uneven_inputs=True`:
+    with its residuals, or zeros in place of gradients. At the end it takes parameters and optimizer state of a rank that
+    had batches till the last; its buffers are its own, as under Horovod.
+
+    Returns a rank that joined last. Without compressing optimizers it is Horovod's own `join`.
+
+    Raises ValueError where a compressing optimizer was made without `uneven_inputs=True`.
+    """
+    gc.collect()  # an optimizer that nobody can use any more is not waited for
+    optimizers = [x for x in live if x._hvd.active]
+    for optimizer in optimizers:
+        optimizer._hvd.membership.check()
+    optimizers.sort(key=lambda x: str(x._hvd.prefix))
+    if not optimizers:
+        return hvd.join(device)
+    if any(x._hvd.turnouts is None for x in optimizers):
+        raise ValueError(
+            "hvd.join() needs DistributedOptimizer(..., uneven_inputs=True) with compression; or give every rank the same "
+            "number of batches, such as DistributedSampler(..., drop_last=True)"
+        )
+    leaders = [leader for leader in wait(optimizers) if leader is not None]
+    return leaders[0] if leaders else hvd.size() - 1
+
+
+def wait(optimizers: Iterable[Any]) -> list[int | None]:
+    """Takes part in the updates of these optimizers until all ranks wait; what micro-batches are left is applied then.
+
+    Gives for each the global rank that all follow by now, None where all stepped alike.
+    """
+    waiting = [_Wait(x) for x in optimizers if x._hvd.turnouts is not None]
+    while not all(x.over for x in waiting):
+        if not any([x.proceed() for x in waiting]):
+            time.sleep(PAUSE)
+    return [x.end() for x in waiting]  # in one order on all ranks
+
+
+class _Wait:
+    """For the other ranks, at one optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.engine = optimizer, optimizer._hvd
+        self.turnout: Turnout | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.engine.turnouts.start(self.engine.sums.count, waits=True)
+
+    @property
+    def over(self) -> bool:
+        return self.turnout is not None and self.turnout.all_wait
+
+    def proceed(self) -> bool:
+        """Takes part in an update, if there is one, and tells whether the others said anything; never waits."""
+        if self.over or not self.engine.turnouts.ready:
+            return False
+        self.turnout = self.engine.turnouts.finish()
+        if not self.over:
+            if self.turnout.happens:
+                self.engine.take_part(self.turnout)
+            self._start()
+        return True
+
+    def end(self) -> int | None:
+        """All ranks wait."""
+        assert self.turnout is not None
+        if self.turnout.happens:
+            self.engine.take_part(self.turnout)
+            self.optimizer._apply_what_waited()
+        leader, self.engine.turnouts.leader = self.engine.turnouts.leader, None
+        if leader is None:
+            return None
+        self.optimizer._follow(leader)
+        return root(self.engine.process_set, leader)
+
+
+def from_leader(engine: Any, leader: int, state: dict[str, Any]) -> dict[str, Any]:
+    """Makes the parameters those of a rank; gives its optimizer state."""
+    process_set = engine.process_set
+    source = root(process_set, leader)
+    with torch.no_grad():
+        for name, p in engine.params.items():
+            p.copy_(hvd.broadcast(p.detach().contiguous(), source, f"{engine.prefix}.follow.{name}", process_set))
+    return hvd.broadcast_object(state, source, name=f"{engine.prefix}.follow", process_set=process_set)

@@ -1,0 +1,1 @@
+"""ECLK and its siblings as torch optimizers."""

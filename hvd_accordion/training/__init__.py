@@ -1,0 +1,1 @@
+"""The bookkeeping of one training: controller, settings, channels, norm windows, reports."""
