@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup check demo demo-tf demo-eclk ui test test-quick lint bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
+.PHONY: help setup check demo demo-tf demo-eclk ui test test-quick lint docs bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: $(STAMP)    ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)    ## these pages and the API reference as HTML (build/docs/); a broken link or reference fails
+	$(BIN)/python -m sphinx --fail-on-warning -q docs build/docs
 
 bench: $(STAMP)   ## step time over links of 100 Mbit/s, 1 Gbit/s and more, against Horovod and DDP; needs root
 	$(BIN)/python examples/benchmarks/links.py

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# build_horovod.sh PYTHON: builds a Horovod wheel for the torch and TensorFlow installed in PYTHON's environment and
-# prints its path as the last line. Built once: kept in a cache folder keyed by everything its binary depends on.
+# build_horovod.sh PYTHON: builds a Horovod wheel for what is installed in PYTHON's environment, torch, TensorFlow or both,
+# and prints its path as the last line. Built once: kept in a cache folder keyed by everything its binary depends on.
 #
 # Horovod 0.28.1 does not build against torch >= 2.1 or TensorFlow >= 2.16 as released; two edits of its sources mend that.
 # HVD_ACCORDION_CACHE names another cache folder; HOROVOD_* variables (HOROVOD_GPU_OPERATIONS=NCCL, ...) reach the build.
@@ -13,6 +13,7 @@ version=$(sed -n 's/^horovod==//p' "$here/constraints.txt")
 
 key=$("$python" - <<'PY'
 import importlib.metadata as metadata
+import importlib.util
 import platform
 import sys
 
@@ -22,13 +23,21 @@ def version(*names):
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-    sys.exit(f"build_horovod: {names[0]} is not installed in {sys.prefix}")
 
-import torch  # its own version tells a CPU build from a CUDA one, the package's does not always
-print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}"
-      f"-torch{torch.__version__}-tf{version('tensorflow-cpu', 'tensorflow')}")
+found = []
+if importlib.util.find_spec("torch"):
+    import torch  # its own version tells a CPU build from a CUDA one, the package's does not always
+    found.append(f"torch{torch.__version__}")
+if version("tensorflow-cpu", "tensorflow"):
+    found.append(f"tf{version('tensorflow-cpu', 'tensorflow')}")
+if not found:
+    sys.exit(f"build_horovod: neither torch nor tensorflow is installed in {sys.prefix}")
+print("-".join([f"cp{sys.version_info[0]}{sys.version_info[1]}", platform.machine(), *found]))
 PY
 )
+with_torch=HOROVOD_WITHOUT_PYTORCH=1 with_tensorflow=HOROVOD_WITHOUT_TENSORFLOW=1
+case $key in *-torch*) with_torch=HOROVOD_WITH_PYTORCH=1 ;; esac
+case $key in *-tf*) with_tensorflow=HOROVOD_WITH_TENSORFLOW=1 ;; esac
 options=$({ env | grep -E '^HOROVOD_(GPU|CUDA|NCCL|WITH|CPU)' || true; } | sort | sha256sum | cut -c1-8)
 out=$cache/horovod-$version-$key-$options
 
@@ -43,8 +52,8 @@ if ! ls "$out"/horovod-*.whl >/dev/null 2>&1; then
   sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 17)/' CMakeLists.txt horovod/torch/CMakeLists.txt
   # XLA-compiled graphs on GPU only; includes headers that TensorFlow no longer ships
   sed -i '/xla_mpi_ops\.cc/d' horovod/tensorflow/CMakeLists.txt
-  if ! PATH="$(dirname "$python"):$PATH" MAKEFLAGS="-j$(nproc)" \
-    HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
+  if ! env PATH="$(dirname "$python"):$PATH" MAKEFLAGS="-j$(nproc)" \
+    $with_torch $with_tensorflow HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
     "$python" -m pip wheel --no-build-isolation --no-deps -w "$work/wheel" . >"$work/log" 2>&1; then
     tail -n 60 "$work/log" >&2
     echo "build_horovod: the build failed; its last lines stand above" >&2

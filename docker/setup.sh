@@ -77,7 +77,7 @@ wheel=$("$here/build_horovod.sh" "$python" | tail -n 1)
 "$python" -c "import horovod" 2>/dev/null || "$python" -m pip install -q --no-deps "$wheel"
 [ "$upto" != frameworks ] || exit 0
 
-extras=(mlflow transformers lightning test examples)
+extras=(mlflow transformers lightning test docs examples)
 if [ "$upto" = dependencies ]; then
   "$python" - "$root/setup.cfg" "${extras[@]}" >"$venv/dependencies.txt" <<'PY'
 import configparser

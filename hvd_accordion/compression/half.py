@@ -43,7 +43,7 @@ class _Half(CompressionSpec):
 
 @dataclass(frozen=True)
 class FP16(_Half):
-    """IEEE half precision (11 bits of mantissa, |x| <= 65504). The ranks' values meet in an fp32 sum, not an fp16 one."""
+    """IEEE half precision (11 bits of mantissa, `|x| <= 65504`). The ranks' values meet in an fp32 sum, not an fp16 one."""
 
     dtype: ClassVar[str] = "float16"
 
