@@ -41,7 +41,7 @@ lint: $(STAMP)    ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(STAMP)    ## these pages and the API reference as HTML (build/docs/); a broken link or reference fails
-	$(BIN)/python -m sphinx --fail-on-warning -q docs build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --fresh-env -q docs build/docs
 
 bench: $(STAMP)   ## step time over links of 100 Mbit/s, 1 Gbit/s and more, against Horovod and DDP; needs root
 	$(BIN)/python examples/benchmarks/links.py

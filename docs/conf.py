@@ -32,6 +32,7 @@ suppress_warnings: list[str] = []
 
 default_role = "literal"  # `name` in a docstring is code
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the signature's defaults say more to a reader than unions of types
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = True

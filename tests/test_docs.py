@@ -54,7 +54,9 @@ def test_links_lead_to_files_and_headings(page):
 @each_page
 def test_paths_in_the_text_exist(page):
     folders = "hvd_accordion|tests|examples|docker|docs"
-    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", prose(page)):
+    text = prose(page)
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`|(?<![\w/])((?:{folders})/[\w./]+\.py)\b", text):
+        path = path[0] or path[1]
         assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 

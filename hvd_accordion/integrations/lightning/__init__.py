@@ -1,4 +1,4 @@
-"""Lightning 2 on Horovod ranks: a strategy, and a callback for those who want no strategy.
+"""Lightning 2 on Horovod ranks: a strategy, and a callback for those who want no strategy::
 
     import lightning as L
     from hvd_accordion import Accordion

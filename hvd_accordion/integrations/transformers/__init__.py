@@ -1,10 +1,10 @@
-"""Hugging Face's `Trainer` on Horovod ranks, with compressed gradients.
+"""Hugging Face's `Trainer` on Horovod ranks, with compressed gradients::
 
     from hvd_accordion import PowerSGD
     from hvd_accordion.integrations.transformers import HorovodTrainer, HorovodTrainingArguments
 
-    trainer = HorovodTrainer(model, HorovodTrainingArguments("out", max_grad_norm=1.0), train_dataset=data,
-                             compression=PowerSGD(4))
+    args = HorovodTrainingArguments("out", max_grad_norm=1.0)
+    trainer = HorovodTrainer(model, args, train_dataset=data, compression=PowerSGD(4))
     trainer.train()
 
 For a trainer of your own: `class MyTrainer(HorovodTrainerMixin, Trainer)`.

@@ -35,7 +35,9 @@ class HorovodTrainerMixin:
     Gradients are averaged over the ranks once an update, compressed, before they are clipped. Data are shared out, loss
     and metrics are of all ranks, rank 0 logs and writes, and every rank writes what is its own of the compression.
 
-    Args (beside the Trainer's own, which keep their meaning):
+    The Trainer's own arguments keep their meaning.
+
+    Args:
         compression: as of `hvd_accordion.torch.DistributedOptimizer`.
         logger: as there; told on rank 0.
         distributed: further arguments of it, such as `{"groups": 4}`; not those that follow from the Trainer's
