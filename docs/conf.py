@@ -21,6 +21,7 @@ version = release = hvd_accordion.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+pygments_style, pygments_dark_style = "default", "monokai"  # diffs in red and green
 html_title = f"hvd_accordion {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
