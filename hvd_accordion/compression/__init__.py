@@ -1,6 +1,6 @@
-"""Compression specs: frozen values that say what to do to a gradient, and how its exchange goes. One family a file."""
+"""Compression specs: frozen values that describe how a gradient is compressed and exchanged. One family per file."""
 
-from hvd_accordion.compression.base import CompressionSpec, Context
+from hvd_accordion.compression.base import CompressionSpec, Context, Decoded
 from hvd_accordion.compression.dense import Dense
 from hvd_accordion.compression.feedback import exchange
 from hvd_accordion.compression.half import BF16, FP16
@@ -14,8 +14,8 @@ __all__ = [
     "QSGD",
     "CompressionSpec",
     "Context",
+    "Decoded",
     "Dense",
-    "Exchanged",
     "PowerSGD",
     "RandomK",
     "TopK",

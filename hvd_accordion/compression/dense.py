@@ -1,4 +1,4 @@
-"""No compression: one allreduce."""
+"""Dense exchange: one allreduce without compression."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hvd_accordion.compression.base import (
     Memory,
     Message,
     dtype_name,
-    joined_mean,
+    fused_mean,
     size,
 )
 from hvd_accordion.compression.half import HalfCode
 from hvd_accordion.compression.two_hop import two_hop, two_hop_messages
 from hvd_accordion.ops.protocol import Ops
 
-FEW = 2**18  # values that are sooner copied than negotiated one by one
+FUSE_LIMIT = 2**18  # up to this many values, copying into one tensor is faster than negotiating each tensor
 
 
 @dataclass(frozen=True)
 class Dense(CompressionSpec):
-    """The whole gradient in its own dtype. 16-bit gradients are summed in fp32 on the way (a two-hop allreduce)."""
+    """Sends the whole gradient in its own dtype. 16-bit gradients use a two-hop allreduce that sums in fp32."""
 
     lossy: ClassVar[bool] = False
 
@@ -43,12 +43,12 @@ class Dense(CompressionSpec):
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:
         if ITEMSIZE[ctx.dtype] == 2:
             return (yield from two_hop(ops, values, memory, HalfCode(ctx.dtype), ctx))
-        if sum(size(v.shape) for v in values) <= FEW:
-            mean = yield from joined_mean(ops, values)
+        if sum(size(v.shape) for v in values) <= FUSE_LIMIT:
+            mean = yield from fused_mean(ops, values)
         else:
             mean = yield AllReduce(values)
 
-        def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
-            return mean, ops.zeros_like(mean) if remainder else None
+        def finish(_: Any, want_remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            return mean, ops.zeros_like(mean) if want_remainder else None
 
-        return Decoded(split, lambda _: memory, lambda: ops.all_finite(mean))
+        return Decoded(finish, lambda _: memory, lambda: ops.all_finite(mean))

@@ -1,4 +1,4 @@
-"""Error feedback, around any spec's exchange (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2)."""
+"""Error feedback around any spec's exchange (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hvd_accordion.ops.protocol import Ops
 
 @dataclass(frozen=True)
 class ExchangeResult:
-    """What a group's step leaves: averaged gradients, residuals, the spec's memory, and whether the step was sound."""
+    """The averaged gradients, new residuals and new memory of a group, and whether the step was finite on all ranks."""
 
     mean: list[Tensor]
     residual: list[Tensor] | None
     memory: list[Memory]
-    ok: Tensor
+    is_finite: Tensor
 
 
 def exchange(
@@ -27,31 +27,37 @@ def exchange(
     residual: list[Tensor] | None,
     memory: list[Memory],
     ctx: Context,
-    places: Callable[[], Sequence[Tensor | None]] | None = None,
+    buffers: Callable[[], Sequence[Tensor | None]] | None = None,
 ) -> Rounds[ExchangeResult]:
-    """v = g + e; C(v) is sent; e' = v - C(v).
+    """Exchanges gradients under error feedback: v = g + e; send C(v); e' = v - C(v).
 
-    A residual is also taken in by a spec that loses nothing: then all of it is sent. Where a step met NaN or Inf (`ok`
-    false) residual and memory stay as they were. Gradients that meet a residual are only read; v may take its memory.
+    A lossless spec also adds the residual, and thereby sends all of it. If any rank met NaN or Inf, residual and memory
+    stay unchanged. Gradients that are added to a residual are only read; v may reuse the residual's memory.
 
     Args:
-        places: asked at the end for memory that averages may take, of a gradient's shape and the values' dtype each, or
-            None where there is none.
+        spec: the compression.
+        ops: the framework's primitives.
+        grads: this rank's gradients g, one per layer.
+        residual: e, one per gradient in its shape, or None without error feedback.
+        memory: the spec's memory of each layer.
+        ctx: names, step, seed and rank.
+        buffers: called after the last collective. Returns one buffer or None per layer, in which the average may be stored.
+            A buffer has the gradient's shape and the dtype of the values.
     """
-    if residual is not None and not spec.error_feedback:  # left by another level; only a contraction works it off
+    if residual is not None and not spec.error_feedback:  # a previous level left it; only a contraction reduces it
         spec = replace(spec, error_feedback=True)
     values = ops.upcast(grads)
     if residual is not None and spec.lossy:
         values = ops.add(values, residual)
-    elif residual is not None:  # what loses nothing may average in place: the residual's memory must outlive that
+    elif residual is not None:  # a lossless exchange may average in place, and must not overwrite the residual
         values = [v + e for v, e in zip(values, residual, strict=True)]
-    done = yield from spec.exchange(ops, values, memory, ctx)
-    ok = yield AllFinite(done.is_finite)
-    into = None if places is None else list(places())
+    decoded = yield from spec.exchange(ops, values, memory, ctx)
+    is_finite = yield AllFinite(decoded.is_finite)
+    into = None if buffers is None else list(buffers())
     if residual is None:
-        mean, _ = done.finish(into, False)
+        mean, _ = decoded.finish(into, False)
     else:
-        # where no remainder is wanted, gradients of other exchanges may yet be read: nothing is written into them
-        finish = lambda left: done.finish(into if left else None, left)  # noqa: E731
-        mean, residual = ops.commit_residual(ok, finish, values, residual, grads)
-    return ExchangeResult(mean, residual, done.memory(ok), ok)
+        # after a non-finite step other exchanges may still read their gradients: the buffers are not written
+        finish = lambda want_remainder: decoded.finish(into if want_remainder else None, want_remainder)  # noqa: E731
+        mean, residual = ops.commit_residual(is_finite, finish, values, residual, grads)
+    return ExchangeResult(mean, residual, decoded.memory(is_finite), is_finite)

@@ -14,7 +14,7 @@ from hvd_accordion.ops.protocol import Ops
 
 @dataclass(frozen=True)
 class HalfCode:
-    """Each value rounded to a 16-bit float, as two bytes."""
+    """Rounds each value to a 16-bit float and sends its two bytes."""
 
     dtype: str
     block: ClassVar[int] = 1
@@ -32,6 +32,8 @@ class HalfCode:
 
 @dataclass(frozen=True)
 class _Half(CompressionSpec):
+    """A two-hop allreduce of values rounded to `dtype`."""
+
     dtype: ClassVar[str]
 
     def messages(self, shape: Sequence[int], dtype: Any, world_size: int) -> list[Message]:
@@ -43,21 +45,21 @@ class _Half(CompressionSpec):
 
 @dataclass(frozen=True)
 class FP16(_Half):
-    """IEEE half precision (11 bits of mantissa, `|x| <= 65504`). The ranks' values meet in an fp32 sum, not an fp16 one."""
+    """IEEE half precision (11 bits of mantissa, `|x| <= 65504`). The ranks' values are summed in fp32, not in fp16."""
 
     dtype: ClassVar[str] = "float16"
 
     def delta(self, shape: Sequence[int]) -> float:
-        """1 - 2^-22: rounding to nearest errs by at most 2^-11 relative (for normal numbers)."""
+        """Returns 1 - 2^-22: rounding a normal number to nearest has a relative error of at most 2^-11."""
         return 1.0 - 2.0**-22
 
 
 @dataclass(frozen=True)
 class BF16(_Half):
-    """bfloat16 (8 bits of mantissa, the range of fp32), which Horovod itself can't sum."""
+    """bfloat16: 8 bits of mantissa and the range of fp32. Horovod itself cannot sum bfloat16."""
 
     dtype: ClassVar[str] = "bfloat16"
 
     def delta(self, shape: Sequence[int]) -> float:
-        """1 - 2^-16: rounding to nearest errs by at most 2^-8 relative."""
+        """Returns 1 - 2^-16: rounding to nearest has a relative error of at most 2^-8."""
         return 1.0 - 2.0**-16

@@ -1,4 +1,4 @@
-"""QSGD: random dithering to a few levels, packed into as few bits as they need."""
+"""QSGD: stochastic rounding to a few levels, bit-packed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hvd_accordion.utils import validation
 
 @dataclass(frozen=True)
 class DitherCode:
-    """Per bucket of `block` values: its scale in fp32, then a signed level of each value in `bits` bits.
+    """Encodes each bucket of `block` values as one fp32 scale and a signed level of `bits` bits per value.
 
-    x is rounded at random to one of the two next multiples of scale/levels so that the mean is x, then shrunk by
-    `gain`. The scale is the bucket's max norm ("max") or its 2-norm ("l2", as in the paper).
+    x is rounded at random to one of the two nearest multiples of scale/levels, such that the expectation is x. The decoder
+    multiplies by `gain`. The scale is the bucket's max norm ("max") or its 2-norm ("l2", as in the paper).
     """
 
     levels: int
@@ -29,6 +29,7 @@ class DitherCode:
 
     @property
     def bits(self) -> int:
+        """Bits per value: ceil(log2(2 levels + 1))."""
         return math.ceil(math.log2(2 * self.levels + 1))
 
     def nbytes(self, count: int) -> int:
@@ -41,7 +42,7 @@ class DitherCode:
             scale = ops.max(abs(x), -1, keepdims=True)
         else:
             peak = ops.max(abs(x), -1, keepdims=True)
-            peak = ops.where(peak == 0, 1.0, peak)  # squares of x / peak can't overflow
+            peak = ops.where(peak == 0, 1.0, peak)  # squares of x / peak cannot overflow
             scale = peak * ops.sum((x / peak) ** 2, -1, keepdims=True) ** 0.5
         scale = ops.cast(scale, "float32")
         step = ops.where(scale == 0, 1.0, scale) / self.levels
@@ -65,13 +66,13 @@ class DitherCode:
 class QSGD(CompressionSpec):
     """QSGD (Alistarh et al. 2017, arXiv 1610.02132), by a two-hop allreduce of packed levels.
 
-    C(x) = ||x|| sign(x) xi(x, s), per bucket, unbiased with E||C(x) - x||^2 <= omega ||x||^2; under error feedback
-    shrunk by 1/(1 + omega), which makes it a contraction.
+    Per bucket, C(x) = ||x|| sign(x) xi(x, s). It is unbiased, with E||C(x) - x||^2 <= omega ||x||^2. Under error feedback
+    C(x) is divided by 1 + omega, which makes it a contraction.
 
     Args:
-        levels: s, the positive levels; 1 .. 127. s = 1 costs 2 bits a value, 7 costs 4, 127 costs 8.
-        bucket_size: values that share one fp32 scale; a multiple of 8, more is smaller and coarser.
-        norm: the scale of a bucket, "max" (smaller variance) or "l2" (the paper's).
+        levels: s, the number of positive levels, 1 to 127. s = 1 takes 2 bits per value, 7 takes 4, 127 takes 8.
+        bucket_size: values that share one fp32 scale, a multiple of 8. Larger buckets send less and round more coarsely.
+        norm: the scale of a bucket, "max" (smaller variance) or "l2" (as in the paper).
     """
 
     levels: int = 7
@@ -80,16 +81,19 @@ class QSGD(CompressionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._checked(levels=validation.integer("levels", self.levels, 1, 127))
-        self._checked(bucket_size=validation.integer("bucket_size", self.bucket_size, 8))
+        self._set_fields(levels=validation.integer("levels", self.levels, 1, 127))
+        self._set_fields(bucket_size=validation.integer("bucket_size", self.bucket_size, 8))
         if self.bucket_size % 8:
             raise ValueError(f"bucket_size must be a multiple of 8, got {self.bucket_size!r}")
-        self._checked(norm=validation.choice("norm", self.norm, ("max", "l2")))
+        self._set_fields(norm=validation.choice("norm", self.norm, ("max", "l2")))
 
     @property
     def omega(self) -> float:
-        """Variance. At max norm (sqrt(1 + (b-1)/s^2) - 1)/2, tight: one large value, the rest alike. At l2 (the paper's
-        Lemma 3.1) min(b/s^2, sqrt(b)/s)."""
+        """The variance bound, for buckets of b values.
+
+        "max": (sqrt(1 + (b-1)/s^2) - 1)/2, attained by one large value among equal small ones.
+        "l2": min(b/s^2, sqrt(b)/s) (the paper's Lemma 3.1).
+        """
         b, s = self.bucket_size, self.levels
         if self.norm == "max":
             return (math.sqrt(1 + (b - 1) / s**2) - 1) / 2
@@ -97,6 +101,7 @@ class QSGD(CompressionSpec):
 
     @property
     def code(self) -> DitherCode:
+        """The wire format. Without error feedback the decoded values stay unbiased."""
         gain = 1 / (1 + self.omega) if self.error_feedback else 1.0
         return DitherCode(self.levels, self.bucket_size, self.norm, gain)
 
@@ -104,7 +109,7 @@ class QSGD(CompressionSpec):
         return two_hop_messages(self.code, size(shape), world_size)
 
     def delta(self, shape: Sequence[int]) -> float:
-        """1/(1 + omega), of the shrunk compressor."""
+        """Returns 1/(1 + omega), which holds for C(x)/(1 + omega)."""
         return 1 / (1 + self.omega)
 
     def exchange(self, ops: Ops, values: list[Tensor], memory: list[Memory], ctx: Context) -> Rounds[Decoded]:

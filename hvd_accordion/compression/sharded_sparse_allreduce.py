@@ -1,13 +1,14 @@
-"""A sparse allreduce whose traffic does not grow with the ranks, after Ok-Topk (Li, Hoefler 2022, arXiv 2201.07598).
+"""A sparse allreduce whose traffic per rank is independent of n, after Ok-Topk (Li, Hoefler 2022, arXiv 2201.07598).
 
-Each rank owns a slice of the group's shuffled entries. Of the k entries that a rank picked, each owner gets its own
-(alltoall), adds up what it got and sends the largest of its sums to all (allgather): with rows of 1.25 k/n entries about
-2.5 k entries per rank, whatever n.
+Each rank owns a slice of the group's shuffled entries. A rank sends each of its k selected entries to the owner (alltoall).
+The owner adds up what it received and sends the largest of its sums to all ranks (allgather). Messages are rows of
+1.25 k/n entries, so a rank sends about 2.5 k entries whatever n is.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from hvd_accordion.comm.collectives import AllGather, AllToAll, Rounds, Tensor
@@ -15,80 +16,121 @@ from hvd_accordion.compression.base import Context, Decoded, Memory
 from hvd_accordion.compression.positions import Code, Shuffle, block_edges
 from hvd_accordion.ops.protocol import Ops
 
-ROOM = 1.25  # entries in a row, of those that it holds on average
+ROW_SLACK = 1.25  # length of a row relative to the mean number of entries it holds
 
 
 def slice_size(count: int, world_size: int) -> int:
-    """Entries that each rank owns of `count`; the last may own fewer."""
+    """Returns the entries that each rank owns of `count`; the last rank may own fewer."""
     return -(-count // world_size)
 
 
 def row_length(k: int, count: int, world_size: int) -> int:
-    """Entries in a row to or from an owner: c = ceil(1.25 k/n), no more than the owner has."""
-    return min(math.ceil(ROOM * k / world_size), slice_size(count, world_size))
+    """Returns c = ceil(1.25 k/n), the entries in a row to or from an owner, at most the size of a slice."""
+    return min(math.ceil(ROW_SLACK * k / world_size), slice_size(count, world_size))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's selected entries, sorted by owner: row r of `values` and `positions` goes to rank r.
+
+    All rows have c entries. Unused ones hold the value 0 at the position behind the slice's last. Entries of an owner
+    beyond c are not sent.
+    """
+
+    values: Tensor  # (n, c)
+    positions: Tensor  # (n, c), within the owner's slice
+    sources: Tensor  # (n c,), positions in the group; the group's size for unused entries
+
+
+def rows_by_owner(
+    ops: Ops, selected: Tensor, entries: Tensor, shuffle: Shuffle, ranks: int, length: int, width: int
+) -> Rows:
+    """Sorts the selected entries by owner.
+
+    Args:
+        ops: the framework's primitives.
+        selected: positions in the group, (k,).
+        entries: their values, (k,).
+        shuffle: maps positions in the group to shuffled ones.
+        ranks: n.
+        length: the size of a slice.
+        width: c, the entries of a row.
+    """
+    shuffled = shuffle.forward(ops, selected)
+    order = ops.argsort(shuffled)
+    shuffled, selected = ops.take(shuffled, order), ops.take(selected, order)
+    # NaN and Inf must reach the other ranks even if their entry is dropped
+    sorted_entries = ops.where(ops.all_finite([entries]), ops.take(entries, order), math.nan)
+    bounds = ops.searchsorted(shuffled, ops.arange(ranks + 1, shuffled) * length - 1)
+    slots = ops.reshape(bounds[:-1], (ranks, 1)) + ops.reshape(ops.arange(width, shuffled), (1, width))
+    used = slots < ops.reshape(bounds[1:], (ranks, 1))
+    slots = ops.reshape(ops.where(used, slots, 0), (-1,))
+    starts = ops.reshape(ops.arange(ranks, shuffled) * length, (ranks, 1))
+    values = ops.where(used, ops.reshape(ops.take(sorted_entries, slots), (ranks, width)), 0.0)
+    positions = ops.where(used, ops.reshape(ops.take(shuffled, slots), (ranks, width)) - starts, length)
+    sources = ops.where(ops.reshape(used, (-1,)), ops.take(selected, slots), shuffle.count)
+    return Rows(values, positions, sources)
 
 
 def sharded_sparse_allreduce(
-    ops: Ops, values: list[Tensor], memory: list[Memory], where: Tensor, mine: Tensor, dtype: str, ctx: Context
+    ops: Ops, values: list[Tensor], memory: list[Memory], selected: Tensor, entries: Tensor, dtype: str, ctx: Context
 ) -> Rounds[Decoded]:
-    """The mean of the ranks' picks, of which the largest c of each slice are applied.
+    """Averages the ranks' selected entries and applies the largest c of each slice.
 
-    Error feedback on both hops: what finds no place in a row stays in the sender's remainder, and as slices shift from
-    step to step, the same entry does not go without for ever; what an owner does not send, or loses in rounding, enters
-    its own, times n since its next gradient counts 1/n. So applied + mean of the remainders = given. All rows have one
-    length; unused slots hold 0 for the position behind the slice's last.
+    Both hops are under error feedback. An entry that finds no space in its row stays in the sender's remainder. The slices
+    shift with the step, so no entry is dropped every time. What an owner does not send, or loses in rounding, enters its
+    own remainder, times n, because its next gradient has the weight 1/n. So the applied average plus the mean remainder
+    equals the mean of the values.
 
     Args:
-        where: this rank's picks as positions in the group, ascending.
-        mine: their values.
+        ops: the framework's primitives.
+        values: the gradients of the group's layers.
+        memory: returned unchanged.
+        selected: this rank's selected positions in the group, ascending.
+        entries: the values at these positions.
+        dtype: of the values on the wire.
+        ctx: names, step, seed, rank and size.
     """
     flats = [ops.reshape(v, (-1,)) for v in values]
     n, count = ctx.size, sum(f.shape[0] for f in flats)
-    part, c = slice_size(count, n), row_length(where.shape[0], count, n)
-    shuffle, code = Shuffle.of(ctx, count), Code(dtype, block_edges((part + 1,)))
+    length, c = slice_size(count, n), row_length(selected.shape[0], count, n)
+    shuffle, code = Shuffle.of(ctx, count), Code(dtype, block_edges((length + 1,)))
 
-    # hop 1: rows[r] holds the picks that rank r owns
-    place = shuffle.there(ops, where)
-    order = ops.argsort(place)
-    place, where = ops.take(place, order), ops.take(where, order)
-    picked = ops.where(ops.all_finite([mine]), ops.take(mine, order), math.nan)  # must show, whatever finds a place
-    bounds = ops.searchsorted(place, ops.arange(n + 1, place) * part - 1)
-    slots = ops.reshape(bounds[:-1], (n, 1)) + ops.reshape(ops.arange(c, place), (1, c))
-    held = slots < ops.reshape(bounds[1:], (n, 1))
-    slots = ops.reshape(ops.where(held, slots, 0), (-1,))
-    start = ops.reshape(ops.arange(n, place) * part, (n, 1))
-    rows = ops.where(held, ops.reshape(ops.take(picked, slots), (n, c)), 0.0)
-    places = ops.where(held, ops.reshape(ops.take(place, slots), (n, c)) - start, part)
-    got, where_got = code.decode(ops, (yield AllToAll(code.encode(ops, rows, places))), c, mine)
+    # hop 1: each owner receives the entries of its slice
+    rows = rows_by_owner(ops, selected, entries, shuffle, n, length, c)
+    message = code.encode(ops, rows.values, rows.positions)
+    received, received_at = code.decode(ops, (yield AllToAll(message)), c, entries)
 
-    # hop 2: the largest of this rank's slice
-    sums = ops.zeros(part + 1, mine)
-    for r in range(n):  # rank by rank, as without the second hop
-        sums = ops.scatter_add(sums, where_got[r], got[r] / n)
-    best = ops.top_k(sums[:part], c)
-    second = code.encode(ops, ops.reshape(ops.take(sums, best), (1, c)), ops.reshape(best, (1, c)))
-    applied, where_applied = code.decode(ops, (yield AllGather(ops.reshape(second, (-1,)))), c, mine)
+    # hop 2: all ranks receive the largest sums of each slice
+    sums = ops.zeros(length + 1, entries)
+    for r in range(n):  # in rank order, so that sums are bit-equal to those of the allgather algorithm
+        sums = ops.scatter_add(sums, received_at[r], received[r] / n)
+    largest = ops.top_k(sums[:length], c)
+    message = code.encode(ops, ops.reshape(ops.take(sums, largest), (1, c)), ops.reshape(largest, (1, c)))
+    applied, applied_at = code.decode(ops, (yield AllGather(ops.reshape(message, (-1,)))), c, entries)
 
-    def home(place: Tensor) -> Tensor:
-        """Positions in the group; those behind its end become its size."""
-        return ops.where(place < count, shuffle.back(ops, place), count)
+    def in_group(shuffled: Tensor) -> Tensor:
+        """Returns positions in the group; padding beyond its end gets the position `count`."""
+        return ops.where(shuffled < count, shuffle.inverse(ops, shuffled), count)
 
-    def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
-        largest = ops.reshape(applied, (-1,))
-        mean = ops.full(count + 1, ops.sum(largest * 0.0, 0, keepdims=False))  # NaN everywhere if there is any
-        mean = ops.scatter_add(mean, home(ops.reshape(where_applied + start, (-1,))), largest)
-        averages = ops.unflatten(mean, values)
-        if not remainder:
-            return averages, None
-        left = ops.concat([*flats, ops.zeros(1, mine)], 0)
-        sent = ops.reshape(code.arrives(ops, rows), (-1,))
-        left = ops.scatter_add(left, ops.where(ops.reshape(held, (-1,)), ops.take(where, slots), count), -sent)
-        rest, dropped = ops.scatter_add(sums, best, -applied[ctx.rank]), []
-        for r in range(n):  # an entry that several ranks sent is taken once
-            dropped.append(ops.take(rest, where_got[r]))
-            rest = ops.put(rest, where_got[r], 0.0)
-        at = ops.reshape(ops.where(where_got < part, where_got + ctx.rank * part, count), (-1,))
-        left = ops.scatter_add(left, home(at), n * ops.concat(dropped, 0))
-        return averages, ops.unflatten(left, values)
+    def averages() -> list[Tensor]:
+        starts = ops.reshape(ops.arange(n, applied_at) * length, (n, 1))
+        flat = ops.reshape(applied, (-1,))
+        mean = ops.full(count + 1, ops.sum(flat * 0.0, 0, keepdims=False))  # all NaN if any applied value is NaN
+        return ops.unflatten(ops.scatter_add(mean, in_group(ops.reshape(applied_at + starts, (-1,))), flat), values)
 
-    return Decoded(split, lambda _: memory, lambda: ops.all_finite([applied]))
+    def remainder() -> list[Tensor]:
+        flat = ops.concat([*flats, ops.zeros(1, entries)], 0)
+        flat = ops.scatter_add(flat, rows.sources, -ops.reshape(code.round_trip(ops, rows.values), (-1,)))
+        unsent, unsent_by_sender = ops.scatter_add(sums, largest, -applied[ctx.rank]), []
+        for r in range(n):  # an entry that several ranks sent is counted once
+            unsent_by_sender.append(ops.take(unsent, received_at[r]))
+            unsent = ops.put(unsent, received_at[r], 0.0)
+        at = ops.reshape(ops.where(received_at < length, received_at + ctx.rank * length, count), (-1,))
+        return ops.unflatten(ops.scatter_add(flat, in_group(at), n * ops.concat(unsent_by_sender, 0)), values)
+
+    def finish(_: Any, want_remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+        mean = averages()
+        return mean, remainder() if want_remainder else None
+
+    return Decoded(finish, lambda _: memory, lambda: ops.all_finite([applied]))

@@ -1,7 +1,7 @@
-"""An allreduce of coded values, for codes that no collective can sum: 16-bit floats, packed levels.
+"""An allreduce of encoded values, for encodings that no collective can sum: 16-bit floats, packed levels.
 
-Each rank codes its vector in n slices and sends slice r to rank r (alltoall), which decodes and averages them in fp32,
-codes the mean again and sends it to all (allgather): about twice the coded vector per rank, whatever n.
+Each rank encodes its vector in n slices and sends slice r to rank r (alltoall). Rank r decodes and averages the slices in
+fp32, encodes the mean and sends it to all ranks (allgather). A rank sends about twice the encoded vector, whatever n is.
 """
 
 from __future__ import annotations
@@ -14,41 +14,48 @@ from hvd_accordion.ops.protocol import Ops
 
 
 class Code(Protocol):
-    """Codes rows of values into rows of bytes, each row by itself, `block` values at a time."""
+    """Encodes rows of values as rows of bytes, each row by itself, `block` values at a time."""
 
     @property
-    def block(self) -> int: ...
-
-    def nbytes(self, count: int) -> int:
-        """Bytes of `count` coded values; `count` is a multiple of `block`."""
+    def block(self) -> int:
+        """Values that are encoded together."""
         ...
 
-    def encode(self, ops: Ops, x: Tensor, seed: int) -> Tensor: ...
+    def nbytes(self, count: int) -> int:
+        """Returns the bytes of `count` encoded values; `count` is a multiple of `block`."""
+        ...
 
-    def decode(self, ops: Ops, code: Tensor, like: Tensor) -> Tensor: ...
+    def encode(self, ops: Ops, x: Tensor, seed: int) -> Tensor:
+        """Encodes a matrix of values (rows, count) as uint8 (rows, nbytes(count))."""
+        ...
+
+    def decode(self, ops: Ops, code: Tensor, like: Tensor) -> Tensor:
+        """Decodes uint8 (rows, nbytes(count)) to values (rows, count) in the dtype of `like`."""
+        ...
 
 
 def slice_size(count: int, world_size: int, block: int) -> int:
-    """Values in each rank's slice of a vector of `count` values: whole blocks."""
+    """Returns the values in each rank's slice of a vector of `count` values, rounded up to whole blocks."""
     return -(-count // (world_size * block)) * block
 
 
 def two_hop_messages(code: Code, count: int, world_size: int) -> list[Message]:
-    """What one rank hands to the network for `count` values."""
-    part = code.nbytes(slice_size(count, world_size, code.block))
-    return [(AllToAll, part * world_size), (AllGather, part)]
+    """Returns the collectives and payload bytes of one rank for `count` values."""
+    slice_bytes = code.nbytes(slice_size(count, world_size, code.block))
+    return [(AllToAll, slice_bytes * world_size), (AllGather, slice_bytes)]
 
 
 def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ctx: Context) -> Rounds[Decoded]:
-    """The mean of the ranks' coded values, coded again on the second hop.
+    """Averages the ranks' encoded values. The owner of each slice encodes the mean again for the second hop.
 
-    Error feedback on both hops: what the owner of a slice loses in coding the mean enters its own remainder, times n
-    since its next gradient counts 1/n. So applied + mean of the remainders = given, and no state belongs to a slice.
+    Both hops are under error feedback. The owner adds its slice's second encoding error to its own remainder, times n,
+    because its next gradient has the weight 1/n. So the applied average plus the mean remainder equals the mean of the
+    values, and a slice needs no state of its own.
     """
     flat = ops.flatten(values)
     count, n = flat.shape[0], ctx.size
-    part = slice_size(count, n, code.block)
-    x = ops.pad(flat, n * part, (n, part))
+    length = slice_size(count, n, code.block)
+    x = ops.pad(flat, n * length, (n, length))
     first = code.encode(ops, x, ctx.key(ctx.names[0], "hop1", ctx.rank))
     received = code.decode(ops, (yield AllToAll(first)), flat)
     own = ops.sum(received, 0, keepdims=True) / n
@@ -56,12 +63,12 @@ def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ct
     gathered = yield AllGather(ops.reshape(second, (-1,)))
     mean = code.decode(ops, gathered, flat)
 
-    def split(_: Any, remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+    def finish(_: Any, want_remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
         averages = ops.unflatten(ops.reshape(mean, (-1,)), values)
-        if not remainder:
+        if not want_remainder:
             return averages, None
-        left = x - code.decode(ops, first, flat)
-        left = ops.add_row(left, ctx.rank, n * (own[0] - mean[ctx.rank]))
-        return averages, ops.unflatten(ops.reshape(left, (-1,)), values)
+        remainder = x - code.decode(ops, first, flat)
+        remainder = ops.add_row(remainder, ctx.rank, n * (own[0] - mean[ctx.rank]))
+        return averages, ops.unflatten(ops.reshape(remainder, (-1,)), values)
 
-    return Decoded(split, lambda _: memory, lambda: ops.all_finite([mean]))
+    return Decoded(finish, lambda _: memory, lambda: ops.all_finite([mean]))

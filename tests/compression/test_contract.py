@@ -73,7 +73,7 @@ def over_numpy(rounds, to, back=None):
             request = rounds.send(answer)
         except StopIteration as stop:
             done = stop.value
-            return ExchangeResult(*each(back or to_numpy, [done.mean, done.residual, done.memory, done.ok]))
+            return ExchangeResult(*each(back or to_numpy, [done.mean, done.residual, done.memory, done.is_finite]))
         if isinstance(request, AllReduce):
             means = yield AllReduce([to_numpy(x) for x in request.tensors])
             answer = [reduced(x, to(mean)) for x, mean in zip(request.tensors, means, strict=True)]
@@ -132,7 +132,11 @@ def train(specs, backend, dtype, ranks):
         grads = gradients(ranks, dtype, seed=number)
         results, _ = step(backend, spec, grads, residual, memory, number)
         for result in results:
-            assert result.ok and same_bits(result.mean, results[0].mean) and same_bits(result.memory, results[0].memory)
+            assert (
+                result.is_finite
+                and same_bits(result.mean, results[0].mean)
+                and same_bits(result.memory, results[0].memory)
+            )
         assert [(x.shape, x.dtype) for x in results[0].mean] == [(shape, np.dtype(dtype)) for shape in SHAPES]
         residual, memory = kept(results)
         for i, mean in enumerate(results[0].mean):
@@ -290,7 +294,7 @@ def test_a_traced_graph_does_what_eager_tensorflow_does(spec):
         expected, _ = step("tensorflow", spec, grads, *eager, number)
         eager = kept(expected)
         for result, wanted in zip(results, expected, strict=True):
-            assert result.ok
+            assert result.is_finite
             assert_equal(ExchangeResult(*each(to_numpy, list(vars(result).values()))), wanted, 1e-5)
     assert traced.experimental_get_tracing_count() == 1
 
@@ -493,7 +497,7 @@ def test_what_is_not_finite_reaches_all_ranks_and_leaves_no_trace(spec, backend,
     with np.errstate(invalid="ignore"):
         results, _ = step(backend, spec, grads, *state, 2)
     for result in results:
-        assert not result.ok
+        assert not result.is_finite
         assert not np.isfinite(result.mean[1]).all()
         assert same_bits(result.mean, results[0].mean)
     assert same_bits(kept(results)[1], state[1])
@@ -506,7 +510,7 @@ def test_what_is_not_finite_reaches_all_ranks_and_leaves_no_trace(spec, backend,
     after, _ = step(backend, spec, gradients(3, seed=3), *kept(results), 3)
     expected, _ = step(backend, spec, gradients(3, seed=3), *state, 3)
     for result, wanted in zip(after, expected, strict=True):
-        assert result.ok and same_bits(result.mean, wanted.mean) and same_bits(result.residual, wanted.residual)
+        assert result.is_finite and same_bits(result.mean, wanted.mean) and same_bits(result.residual, wanted.residual)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -518,13 +522,13 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace(spec, backend, bad):
     with np.errstate(invalid="ignore"):
         results, _ = step(backend, spec, grads, *fresh(2))
     for result in results:
-        assert not result.ok
+        assert not result.is_finite
         rest_is_zero = isinstance(spec, RandomK) or (isinstance(spec, TopK) and not spec.is_sharded(2))
         assert np.isfinite(result.mean[0]).any() == rest_is_zero
         assert not any(x.any() for x in result.residual)
         assert all(np.isfinite(x).all() for memory in result.memory for x in memory.values())
     after, _ = step(backend, spec, gradients(2, seed=1), *kept(results), 1)
-    assert all(after_rank.ok and np.isfinite(x).all() for after_rank in after for x in after_rank.mean)
+    assert all(after_rank.is_finite and np.isfinite(x).all() for after_rank in after for x in after_rank.mean)
 
 
 @every_backend
@@ -533,7 +537,7 @@ def test_all_values_not_finite(spec, backend):
     grads = [[np.full_like(x, np.nan) for x in own] for own in gradients(2)]
     with np.errstate(invalid="ignore"):
         results, _ = step(backend, spec, grads, *fresh(2))
-    assert not any(result.ok for result in results) and all(np.isnan(x).any() for x in results[0].mean)
+    assert not any(result.is_finite for result in results) and all(np.isnan(x).any() for x in results[0].mean)
 
 
 # zeros and extremes
@@ -548,10 +552,10 @@ def test_zero_gradients_are_zero_and_leave_nothing_behind(spec, backend, dtype):
     state = fresh(2, dtype)
     for number in range(3):
         results, _ = step(backend, spec, zeros, *state, number)
-        assert results[0].ok and not any(x.any() for r in results for x in r.mean + r.residual)
+        assert results[0].is_finite and not any(x.any() for r in results for x in r.mean + r.residual)
         state = kept(results)
     results, _ = step(backend, spec, gradients(2, dtype), *state, 3)
-    assert results[0].ok and all(x.any() and np.isfinite(x).all() for x in results[0].mean)
+    assert results[0].is_finite and all(x.any() and np.isfinite(x).all() for x in results[0].mean)
 
 
 @every_backend
@@ -581,7 +585,7 @@ def test_very_large_and_very_small_gradients(spec, backend, scale):
         grads = [[x * np.float32(scale) for x in own] for own in gradients(2, seed=number)]
         results, _ = step(backend, spec, grads, *state, number)
         state = kept(results)
-        assert all(result.ok for result in results)
+        assert all(result.is_finite for result in results)
         for i, mean in enumerate(results[0].mean):
             given[i] += (grads[0][i] / scale + grads[1][i] / scale) / 2
             applied[i] += mean / scale
@@ -595,7 +599,7 @@ def test_16_bit_gradients_are_summed_wider(backend):
     for spec in (Dense(), FP16()):
         results, nbytes = step(backend, spec, grads, *fresh(4, shapes=[(4, 4)]))
         assert nbytes == 1.5 * 32  # still travels as 16 bits
-        assert results[0].ok and results[0].mean[0].dtype == np.float32
+        assert results[0].is_finite and results[0].mean[0].dtype == np.float32
         np.testing.assert_array_equal(results[0].mean[0], np.full((4, 4), 60000.0))
 
 

@@ -41,8 +41,8 @@ def exchange(backend, spec, grads, memory=None, step=0):
             memory = [
                 [{key: np.asarray(x) for key, x in kept.items()} for kept in d.memory(d.is_finite())] for d in done
             ]
-            split = [d.split(None, True) for d in done]
-            return *([[np.asarray(x) for x in part] for part in parts] for parts in zip(*split, strict=True)), memory
+            finished = [d.finish(None, True) for d in done]
+            return *([[np.asarray(x) for x in part] for part in parts] for parts in zip(*finished, strict=True)), memory
         # AllReduce, whose mean any framework can take
         columns = zip(*(request.tensors for request in requests), strict=True)
         answers = [[sum(column) / size for column in columns]] * size

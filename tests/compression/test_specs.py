@@ -16,7 +16,7 @@ from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll
 from hvd_accordion.compression.base import dense_bytes, dtype_name
 from hvd_accordion.compression.quantised import DitherCode
-from hvd_accordion.compression.sparse import kept, multipliers
+from hvd_accordion.compression.sparse import multipliers, num_selected
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.utils.seeds import PRIME, at, stable_hash
 
@@ -253,7 +253,7 @@ def test_suits_is_getting_smaller():
 
 @pytest.mark.parametrize(("ratio", "count", "k"), [(0.01, 5000, 50), (0.5, 3, 2), (1.0, 7, 7), (1e-9, 7, 1)])
 def test_k_is_the_share_rounded_up(ratio, count, k):
-    assert kept(ratio, count) == k
+    assert num_selected(ratio, count) == k
 
 
 # contraction

@@ -24,7 +24,7 @@ class Ledger:
         done = yield from exchange(spec, ops, grads, residual, *rest)
         for i, name in enumerate(ctx.names):
             self.waiting[name] = done.residual[i] if done.residual is not None else torch.zeros(())
-            if done.ok and all(torch.isfinite(mean).all() for mean in done.mean):
+            if done.is_finite and all(torch.isfinite(mean).all() for mean in done.mean):
                 self.given[name] = self.given.get(name, 0) + copies[i]
                 self.applied[name] = self.applied.get(name, 0) + done.mean[i].detach().double()
         return done

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from hvd_accordion.compression import CompressionSpec, PowerSGD, TopK
 from hvd_accordion.compression.base import size
-from hvd_accordion.compression.sparse import kept
+from hvd_accordion.compression.sparse import num_selected
 
 
 def floats(spec: CompressionSpec, shape: Sequence[int], ranks: int) -> int:
@@ -22,7 +22,7 @@ def floats(spec: CompressionSpec, shape: Sequence[int], ranks: int) -> int:
         n, m = shape[0], count // shape[0]
         return min(n, m, spec.rank) * (n + m)
     if isinstance(spec, TopK):
-        return 2 * kept(spec.ratio, count) * ranks
+        return 2 * num_selected(spec.ratio, count) * ranks
     return count
 
 

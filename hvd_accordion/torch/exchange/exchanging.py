@@ -224,7 +224,7 @@ class Exchanging(Planned):
         if factor != 1.0:
             torch._foreach_mul_(step.mean, factor)
         means = dict(zip(names, step.mean, strict=True))
-        self._watch(means, step.ok)
+        self._watch(means, step.is_finite)
         if self.settings.op == hvd.Sum:
             torch._foreach_mul_(step.mean, float(self.size))
         if self.writes:
