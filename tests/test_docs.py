@@ -61,6 +61,13 @@ def test_paths_in_the_text_exist(page):
 
 
 @each_page
+def test_make_has_the_targets_in_the_text(page):
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)(?=[` ]|$)", text, re.MULTILINE)) <= targets
+
+
+@each_page
 def test_python_blocks_parse_and_import_what_there_is(page):
     scripts = blocks(page, "python") + [patched(diff) for diff in blocks(page, "diff")]
     for script in scripts:
