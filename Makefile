@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup check demo demo-tf demo-eclk ui test test-quick lint docs bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
+.PHONY: help setup check demo demo-tf demo-eclk ui test test-fast test-quick lint docs bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -29,16 +29,26 @@ demo-eclk: $(STAMP) ## error compensated Katyusha on logistic regression, ten si
 ui: $(STAMP)      ## MLflow's page on the runs of the demo
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
+# side by side: what starts no ranks and measures no time
+ALONE := parallel or integrations or serial
+BESIDE := -n 2 --dist worksteal
+
 test: $(STAMP)    ## all tests, on simulated and real ranks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE) -m "not ($(ALONE))"
+	$(BIN)/python -m pytest -m "$(ALONE)"
+
+test-fast: $(STAMP) ## the tests of simulated ranks and of pure functions, for the inner loop
+	$(BIN)/python -m pytest $(BESIDE) -m "not ($(ALONE) or slow)"
 
 test-quick: $(STAMP) ## the tests that start no ranks, and one start of ranks of each framework
-	$(BIN)/python -m pytest -m "smoke or not (parallel or integrations)"
+	$(BIN)/python -m pytest $(BESIDE) -m "not ($(ALONE))"
+	$(BIN)/python -m pytest -m "smoke or serial and not (parallel or integrations)"
 
-lint: $(STAMP)    ## ruff and mypy
+lint: $(STAMP)    ## ruff, mypy, and which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(STAMP)    ## these pages and the API reference as HTML (build/docs/); a broken link or reference fails
 	$(BIN)/python -m sphinx --fail-on-warning --fresh-env -q docs build/docs

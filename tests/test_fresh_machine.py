@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fresh_machine import PACKAGES, ROOT, FreshMachine
+from tests.fresh_machine import PACKAGES, ROOT, FreshMachine
 
 ENGINES = {"docker", "podman"}  # asked for, and not needed
 SETUP = set("build-essential cmake iproute2 libopenmpi-dev openmpi-bin openssh-client openssh-server".split())

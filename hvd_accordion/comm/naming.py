@@ -6,9 +6,22 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
-from hvd_accordion.training import elastic
-
 _drawn: defaultdict[tuple[int, int], itertools.count[int]] = defaultdict(itertools.count)  # by generation, process set
+_generation = 0
+
+
+def generation() -> int:
+    """How often the ranks of an elastic job were gathered anew while this process was one of them."""
+    return _generation
+
+
+def gathered() -> None:
+    """Horovod has been initialised again, among other ranks than before.
+
+    Names start again as in a new process, so that ranks that were there and ranks that have just come use the same.
+    """
+    global _generation
+    _generation += 1
 
 
 class Prefix:
@@ -23,9 +36,8 @@ class Prefix:
         self._process_set, self._text, self._of = process_set, "", -1
 
     def __str__(self) -> str:
-        generation = elastic.generation()
-        if self._of != generation:
+        if self._of != _generation:
             number = self._process_set.process_set_id
-            self._text = f"hvd_accordion.{number}.{next(_drawn[generation, number])}"
-            self._of = generation
+            self._text = f"hvd_accordion.{number}.{next(_drawn[_generation, number])}"
+            self._of = _generation
         return self._text

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from hvd_accordion.comm.collectives import Tensor
 from hvd_accordion.ops.protocol import Ops
+from hvd_accordion.training.vectors import Vectors, each
 
-Vectors: TypeAlias = list[Tensor]  # one tensor for each parameter
 Points: TypeAlias = dict[str, Vectors]  # all but x, which the parameters hold
-
-
-def each(function: Callable[..., Tensor], *vectors: Vectors) -> Vectors:
-    return [function(*tensors) for tensors in zip(*vectors, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvd_accordion.optim.iterates import Descent, Katyusha, Vectors, each
+from hvd_accordion.optim.iterates import Descent, Katyusha
+from hvd_accordion.training.vectors import Vectors, each
 from hvd_accordion.utils import seeds
 
 

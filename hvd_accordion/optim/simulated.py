@@ -10,10 +10,10 @@ from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.optim import factories
-from hvd_accordion.optim.iterates import Vectors
 from hvd_accordion.optim.worker import Gradient, Worker
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.vectors import Vectors
 
 
 class Simulated:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.optim.iterates import Vectors, each
+from hvd_accordion.training.vectors import Vectors, each
 from hvd_accordion.utils import seeds
 
 TOLERANCE = 1e-3  # relative change from one iteration to the next at which it ends

@@ -10,12 +10,13 @@ from typing import Any
 from hvd_accordion.comm.collectives import Rounds, Tensor
 from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.optim.iterates import Points, Vectors, each
+from hvd_accordion.optim.iterates import Points
 from hvd_accordion.optim.method import Method
 from hvd_accordion.training import resume
 from hvd_accordion.training.channel import Channel
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.norm_window import NormWindow, Share
+from hvd_accordion.training.vectors import Vectors, each
 
 Gradient = Callable[[Vectors], Vectors]  # of this rank's data, at a point
 LOOK = 32  # steps from one look for divergence to the next

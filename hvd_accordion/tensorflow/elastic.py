@@ -18,12 +18,12 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.tensorflow.functions import broadcast_object
 from horovod.tensorflow.mpi_ops import init, rank, shutdown
 
+from hvd_accordion.comm import naming
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.exchange import registry
 from hvd_accordion.tensorflow.exchange.numpy_bridge import is_horovods
 from hvd_accordion.tensorflow.exchange.shared import shared
 from hvd_accordion.tensorflow.exchange.variables import value_of
-from hvd_accordion.training import elastic
 
 __all__ = [*_horovod.__all__]
 
@@ -39,7 +39,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 def _gather() -> None:
     shutdown()
     init()
-    elastic.gathered()
+    naming.gathered()
     registry.move()
 
 

@@ -10,9 +10,9 @@ from hvd_accordion.compression import Context, Dense
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.compression.feedback import ExchangeResult, exchange
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.optim.iterates import Vectors, each
 from hvd_accordion.policy import assignment
 from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.vectors import Vectors, each
 
 
 @dataclass

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from hvd_accordion.comm.collectives import Tensor
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.optim.iterates import Vectors
 from hvd_accordion.policy import norm_sampling
 from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.vectors import Vectors
 
 Share = Callable[[Sequence[float]], list[float]]  # the numbers as rank 0 has them
 

@@ -10,7 +10,6 @@ import pytest
 
 from hvd_accordion.comm import naming
 from hvd_accordion.comm.naming import Prefix
-from hvd_accordion.training import elastic
 
 ALL, SOME = SimpleNamespace(process_set_id=0), SimpleNamespace(process_set_id=3)
 
@@ -49,8 +48,8 @@ def test_the_number_of_a_process_set_may_come_after_the_prefix():
 
 def test_after_a_gathering_names_start_again_in_the_order_of_first_collectives(monkeypatch):
     """A rank that was there calls its collectives as one does that has just come."""
-    monkeypatch.setattr(elastic, "_generation", 0)
+    monkeypatch.setattr(naming, "_generation", 0)
     first, second = Prefix(ALL), Prefix(ALL)
     assert [str(first), str(second)] == ["hvd_accordion.0.0", "hvd_accordion.0.1"]
-    elastic.gathered()
+    naming.gathered()
     assert [str(second), str(first), str(second)] == ["hvd_accordion.0.0", "hvd_accordion.0.1", "hvd_accordion.0.0"]

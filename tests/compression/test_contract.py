@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from backends import BACKENDS, FRAMEWORKS
 
 from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.comm import simulation
@@ -20,6 +19,7 @@ from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.compression.half import HalfCode
 from hvd_accordion.ops import numpy as numpy_ops
 from hvd_accordion.ops import tensorflow as tensorflow_ops
+from tests.ops.backends import BACKENDS, FRAMEWORKS
 
 SPECS = [
     Dense(),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from backends import BACKENDS
 
 from hvd_accordion import PowerSGD
 from hvd_accordion.compression import Context
 from hvd_accordion.compression.low_rank import matrix_shape, orthonormalise
+from tests.ops.backends import BACKENDS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_rank = pytest.mark.parametrize("rank", [1, 2, 4])

@@ -6,10 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from backends import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_contract import assert_nothing_lost, fresh, gradients, kept, same_bits, step
 
 from hvd_accordion import TopK
 from hvd_accordion.compression import Context
@@ -17,6 +15,8 @@ from hvd_accordion.compression.base import ITEMSIZE
 from hvd_accordion.compression.positions import BLOCK, LARGEST_FINITE, Code, Shuffle, block_edges, nbytes
 from hvd_accordion.compression.sharded_sparse_allreduce import row_length, slice_size
 from hvd_accordion.ops import numpy as numpy_ops
+from tests.compression.test_contract import assert_nothing_lost, fresh, gradients, kept, same_bits, step
+from tests.ops.backends import BACKENDS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 SHAPES = [(70, 50), (8, 3, 3, 3), (70, 50), (33,)]

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from changes import names
-from launcher import end, marked
+
+from tests.elastic.changes import names
+from tests.parallel.launcher import end, marked
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]  # what workers import lies in tests/
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -45,7 +47,7 @@ def run(
     hosts = folder / "hosts"
     hosts.write_text("\n".join(names(folder, start)))
     plan = json.dumps({"start": start, "changes": changes, "folder": str(folder)})
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(HERE / "launch.py"), str(hosts), "1", "9"]
     process = subprocess.Popen(
         [*command, sys.executable, str(HERE / "workers" / f"{script}.py")],

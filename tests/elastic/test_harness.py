@@ -1,8 +1,9 @@
 """The harness itself, with Horovod alone."""
 
 import pytest
-from job import run
-from launcher import marked
+
+from tests.elastic.job import run
+from tests.parallel.launcher import marked
 
 pytestmark = pytest.mark.parallel
 

@@ -4,8 +4,9 @@ import importlib.util
 from itertools import pairwise
 
 import pytest
-from changes import sizes
-from job import run
+
+from tests.elastic.changes import sizes
+from tests.elastic.job import run
 
 pytestmark = [
     pytest.mark.parallel,

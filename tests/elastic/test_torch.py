@@ -3,8 +3,9 @@
 import random
 
 import pytest
-from changes import sizes
-from job import run
+
+from tests.elastic.changes import sizes
+from tests.elastic.job import run
 
 pytestmark = pytest.mark.parallel
 

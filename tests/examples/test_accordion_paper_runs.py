@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import horovodrun
+
+from tests.parallel.launcher import horovodrun
 
 WORKER = Path(__file__).parent / "workers" / "accordion_paper_resume.py"
 pytestmark = pytest.mark.parallel

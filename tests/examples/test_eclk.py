@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launcher import horovodrun
 
 from hvd_accordion import PowerSGD, RandomK, TopK
 from hvd_accordion.optim.factories import layer_of
+from tests.parallel.launcher import horovodrun
 
 pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")

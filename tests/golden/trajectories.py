@@ -1,6 +1,6 @@
 """Trainings whose results are recorded: a change of structure must not change a bit of them.
 
-python tests/golden/trajectories.py [NAMES as pytest -k]
+python -m tests.golden.trajectories [NAMES as pytest -k]
 
 records them anew, on purpose, in this folder: parameters as a hash and a few values, and states saved half way.
 """
@@ -17,14 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from hvd_accordion import Accordion, AccordionBatchSize, Auto, Dense, PowerSGD, TopK
+from tests.parallel import reference
+
 HERE = Path(__file__).parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent / "parallel"))
-
-import reference  # noqa: E402
-
-from hvd_accordion import Accordion, AccordionBatchSize, Auto, Dense, PowerSGD, TopK  # noqa: E402
-
 STEPS, HALF, RATE = 30, 14, 0.3
 EXACT = Accordion(TopK(0.2), TopK(0.02), interval=1, eta=0.2, norm="exact")
 WITH_AUTO = Accordion(Dense(), Auto((PowerSGD(2), TopK(0.05))), interval=4, unit="steps", eta=0.15)
@@ -96,7 +92,7 @@ def state_file(framework: str, case: str, rank: int) -> Path:
 
 
 if __name__ == "__main__":
-    from launcher import worker
+    from tests.parallel.launcher import worker
 
     (HERE / "states").mkdir(exist_ok=True)
     for name in ("torch/golden", "tensorflow/keras_golden"):

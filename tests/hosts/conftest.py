@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ssh_hosts import Hosts, require, ssh_hosts
+from tests.hosts.ssh_hosts import Hosts, require, ssh_hosts
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import horovodrun
+
+from tests.parallel.launcher import horovodrun
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.parallel, pytest.mark.integrations]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_accordion.ops import selection
 from hvd_accordion.ops import tensorflow as tensorflow_ops
 from hvd_accordion.ops import torch as torch_ops
+from tests.ops.backends import BACKENDS
 
 every_backend = pytest.mark.parametrize(("ops", "to"), BACKENDS.values(), ids=BACKENDS)
 LARGE = 3 * selection.SMALL  # entries, where the fast path is taken

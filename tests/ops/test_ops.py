@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from backends import BACKENDS, FRAMEWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from hvd_accordion.ops import protocol
 from hvd_accordion.ops import tensorflow as tensorflow_ops
 from hvd_accordion.ops import torch as torch_ops
 from hvd_accordion.utils import seeds
+from tests.ops.backends import BACKENDS, FRAMEWORKS
 
 every_framework = pytest.mark.parametrize(("ops", "to"), FRAMEWORKS.values(), ids=FRAMEWORKS)
 both_ways = pytest.mark.parametrize("backend", ["torch", "torch-gpu"])
@@ -78,12 +78,12 @@ def test_each_framework_has_every_primitive_with_the_protocols_arguments():
 @pytest.mark.parametrize(
     ("given_dtype", "wide"), [("float16", "float32"), ("float32", "float32"), ("float64", "float64")]
 )
-def test_widen(given_dtype, wide):
-    (x, y) = same("widen", [numbers(3, 4).astype(given_dtype), numbers(5).astype(given_dtype)])
+def test_upcast(given_dtype, wide):
+    (x, y) = same("upcast", [numbers(3, 4).astype(given_dtype), numbers(5).astype(given_dtype)])
     assert x.dtype == y.dtype == wide
 
 
-def test_widen_bfloat16_and_strided():
+def test_upcast_bfloat16_and_strided():
     (x,) = torch_ops.upcast([torch.tensor([[1.5, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).t()])
     assert x.dtype == torch.float32 and x.is_contiguous() and x.tolist() == [[1.5, 3.0], [2.0, 4.0]]
     (x,) = tensorflow_ops.upcast([tf.constant([[1.5, 2.0], [3.0, 4.0]], tf.bfloat16)])
@@ -93,8 +93,8 @@ def test_widen_bfloat16_and_strided():
     assert x.flags.c_contiguous
 
 
-def test_widen_keeps_a_scalar_a_scalar():
-    assert same("widen", [np.array(2.5, np.float32)])[0].shape == ()
+def test_upcast_keeps_a_scalar_a_scalar():
+    assert same("upcast", [np.array(2.5, np.float32)])[0].shape == ()
 
 
 @floats
@@ -119,7 +119,7 @@ def test_add_takes_the_memory_of_what_is_added_to_unless_that_would_spoil_it(bad
     np.testing.assert_allclose(torch_ops.taken_back(y, x), was, rtol=0, atol=1e-6)
 
 
-# settle: averages and the new residual
+# commit_residual: averages and the new residual
 
 
 def halves(values):
@@ -134,7 +134,7 @@ def halves(values):
 
 @floats
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_settle_takes_the_remainder_only_if_sound(dtype, backend):
+def test_commit_residual_takes_the_remainder_only_if_finite(dtype, backend):
     ops, to = BACKENDS[backend]
     values = [numbers(3, dtype=dtype), numbers(2, 2, dtype=dtype)]
     old = [numbers(3, dtype=dtype, seed=1), np.zeros((2, 2), dtype)]
@@ -146,7 +146,7 @@ def test_settle_takes_the_remainder_only_if_sound(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_settle_keeps_nan_out_of_the_residual(backend):
+def test_commit_residual_keeps_nan_out_of_the_residual(backend):
     ops, to = BACKENDS[backend]
     old = [numbers(3)]
     grads, residual = each(to, [np.full(3, np.nan, np.float32)]), each(to, old)
@@ -164,7 +164,7 @@ def factors(*shapes, r=2, dtype=np.float32):
     return [p.T @ q + numbers(*s, dtype=dtype, seed=99) for (p, q), s in zip(made, shapes, strict=True)], made
 
 
-def low_rank_settled(backend, is_finite):
+def low_rank_committed(backend, is_finite):
     """What becomes of two matrices and their old residual, in torch: averages, residual, and the tensors given."""
     ops, to = BACKENDS[backend]
     matrices, made = factors((6, 5), (4, 7))
@@ -192,20 +192,22 @@ def pointers(xs):
     return [x.data_ptr() for x in xs]
 
 
-@pytest.mark.parametrize("sound", [True, False])
-def test_both_ways_to_settle_come_to_the_same(is_finite):
-    (mean, left, *_), (means, lefts, *_) = (low_rank_settled(backend, is_finite) for backend in ("torch", "torch-gpu"))
-    assert_same(n(mean + left), n(means + lefts), "at hand or not", exact=False)
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_both_ways_to_commit_residuals_come_to_the_same(is_finite):
+    (mean, left, *_), (means, lefts, *_) = (
+        low_rank_committed(backend, is_finite) for backend in ("torch", "torch-gpu")
+    )
+    assert_same(n(mean + left), n(means + lefts), "on the CPU or not", exact=False)
 
 
 @both_ways
-@pytest.mark.parametrize("sound", [True, False])
-def test_settle_writes_averages_and_residual_where_they_belong(backend, is_finite):
-    mean, left, places, old = low_rank_settled(backend, is_finite)
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_commit_residual_writes_averages_and_residual_where_they_belong(backend, is_finite):
+    mean, left, places, old = low_rank_committed(backend, is_finite)
     assert pointers(mean) == pointers(places) and pointers(left) == pointers(old)
 
 
-def test_settle_on_the_cpu_wants_no_remainder_of_an_unsound_step():
+def test_commit_residual_on_the_cpu_wants_no_remainder_of_a_step_that_is_not_finite():
     asked = []
 
     def split(remainder):
@@ -242,9 +244,9 @@ def test_flatten_and_unflatten():
 
 @floats
 @pytest.mark.parametrize("width", [4, 5, 9])
-def test_widened(dtype, width):
+def test_pad_rows(dtype, width):
     x = numbers(2, 3, 4, dtype=dtype)
-    wide = same("widened", x, width)
+    wide = same("pad_rows", x, width)
     assert wide.shape == (2, 3, width) and not wide[:, :, 4:].any()
     np.testing.assert_array_equal(wide[:, :, :4], x)
 
@@ -499,8 +501,8 @@ def test_uniform_looks_uniform():
 
 
 @floats
-def test_waves(dtype):
-    got = same("waves", np.zeros((2, 4, 50), dtype), exact=False)
+def test_filler_basis(dtype):
+    got = same("filler_basis", np.zeros((2, 4, 50), dtype), exact=False)
     assert got.shape == (2, 4, 50)
     for row in range(4):
         np.testing.assert_allclose(got[1, row], np.sin((row + 1.0) * np.arange(1, 51)), atol=1e-6)
@@ -586,7 +588,7 @@ def test_primitives_leave_the_global_generators_alone():
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     tensorflows = tf.random.get_global_generator().state.numpy()
     same("uniform", 1, 10, np.zeros(1, np.float32))
-    same("waves", np.zeros((1, 2, 3), np.float32), exact=False)
+    same("filler_basis", np.zeros((1, 2, 3), np.float32), exact=False)
     same("affine", (3,), 0, 1, 5, 10, np.zeros(1, np.float32))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
@@ -602,11 +604,15 @@ def in_a_graph(function):
 
 # arguments of every primitive that gives tensors
 CALLS = {
-    "widen": ([numbers(3, 4).astype(np.float16), numbers(5)],),
+    "upcast": ([numbers(3, 4).astype(np.float16), numbers(5)],),
     "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
     "cleared": (numbers(3, 4),),
     "zeros_like": ([numbers(3, 4), numbers(5)],),
-    "settle": (np.array(True), halves([tf.constant(numbers(3, 4))]), *[[numbers(3, 4, seed=i)] for i in range(3)]),
+    "commit_residual": (
+        np.array(True),
+        halves([tf.constant(numbers(3, 4))]),
+        *[[numbers(3, 4, seed=i)] for i in range(3)],
+    ),
     "all_finite": ([numbers(3, 4), numbers(5)],),
     "flatten": ([numbers(3, 4), numbers(5), numbers()],),
     "unflatten": (numbers(30), [numbers(3, 4), numbers(5), numbers()]),
@@ -615,7 +621,7 @@ CALLS = {
     "concat": ([numbers(3, 4), numbers(3, 2)], -1),
     "stack": ([numbers(3, 4), numbers(3, 4)],),
     "pad": (numbers(5), 8, (2, 4)),
-    "widened": (numbers(2, 3, 4), 6),
+    "pad_rows": (numbers(2, 3, 4), 6),
     "zeros": (5, numbers(2)),
     "full": (5, numbers()),
     "constant": ((3, 70000), numbers(2)),
@@ -638,7 +644,7 @@ CALLS = {
     "scatter_add": (numbers(20), np.array([3, 1], np.int32), numbers(2)),
     "add_row": (numbers(3, 4), 1, numbers(4)),
     "uniform": (5, 20, numbers(2)),
-    "waves": (numbers(2, 3, 5),),
+    "filler_basis": (numbers(2, 3, 5),),
     "pack_bits": (np.arange(16, dtype=np.uint8).reshape(1, 16), 5),
     "unpack_bits": (np.arange(10, dtype=np.uint8).reshape(1, 10), 5),
     "project": ([numbers(6, 5), numbers(6, 5)], numbers(2, 3, 5)),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -22,12 +23,14 @@ def horovodrun(command: list[str], ranks: int, transport: str = "mpi", timeout: 
 
 def started(command: list[str], ranks: int, transport: str, timeout: float, **env: str) -> str:
     """The same without horovodrun, which imports all frameworks before it starts a rank."""
+    return run(launch_command(command, ranks, transport), timeout, **{**environment_of(ranks), **env})
+
+
+def launch_command(command: list[str], ranks: int, transport: str) -> list[str]:
     if transport == "gloo":
-        start = [sys.executable, str(Path(__file__).parent / "gloo_ranks.py"), str(ranks)]
-    else:
-        root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        start = ["mpirun", *root, "--oversubscribe", "-bind-to", "none", "-np", str(ranks)]
-    return run([*start, *command], timeout, **{**environment_of(ranks), **env})
+        return [sys.executable, str(Path(__file__).parent / "gloo_ranks.py"), str(ranks), *command]
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["mpirun", *root, "--oversubscribe", "-bind-to", "none", "-np", str(ranks), *command]
 
 
 def environment_of(ranks: int) -> dict[str, str]:
@@ -40,6 +43,21 @@ def environment_of(ranks: int) -> dict[str, str]:
 
 def run(command: list[str], timeout: float = 120.0, **env: str) -> str:
     """Output of a command that starts ranks. AssertionError with the output if it fails or takes too long."""
+    process, mark = begin(command, subprocess.PIPE, **env)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(mark)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {timeout} s:\n{output}") from None
+    finally:
+        end(mark)
+    assert process.returncode == 0, f"exit status {process.returncode}:\n{output}"
+    return output
+
+
+def begin(command: list[str], output: int | IO[str], **env: str) -> tuple[subprocess.Popen[str], str]:
+    """Starts a command that starts ranks; `end` of the second result ends all its processes."""
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -53,22 +71,13 @@ def run(command: list[str], timeout: float = 120.0, **env: str) -> str:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
         start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        end(mark)
-        output, _ = process.communicate()
-        raise AssertionError(f"not done after {timeout} s:\n{output}") from None
-    finally:
-        end(mark)
-    assert process.returncode == 0, f"exit status {process.returncode}:\n{output}"
-    return output
+    return process, mark
 
 
 def end(mark: str) -> None:

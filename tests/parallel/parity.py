@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-import reference
 
 from hvd_accordion import Accordion, Dense, PowerSGD, TopK
+from tests.parallel import reference
 
 SPECS = {
     "none": None,

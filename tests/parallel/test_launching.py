@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import WORKERS, run
 
 from hvd_accordion.comm.launch import YIELD
+from tests.parallel.launcher import WORKERS, run
 
 pytestmark = pytest.mark.parallel
 

@@ -1,144 +1,63 @@
-"""What only real ranks can show: each case is a pytest file of workers/, run on every rank by horovodrun."""
+"""What only real ranks can show: each case is a pytest file of workers/, run on every rank; several share a start."""
 
 import re
 import sys
 import time
 
 import pytest
-from launcher import horovodrun, marked, worker
 
 from hvd_accordion.cli import reference_model
+from tests.parallel.launcher import horovodrun, marked
+from tests.parallel.starts import Case, Starts
 
 pytestmark = pytest.mark.parallel
 
-
-@pytest.mark.smoke
-def test_plain_is_horovod():
-    worker("torch/plain", ranks=2)
-
-
-def test_trajectories_are_as_recorded():
-    worker("torch/golden", ranks=2)
-    worker("tensorflow/keras_golden", ranks=2, timeout=400)
-
-
-def test_scripts_of_users():
-    worker("torch/differential", ranks=2, transport="gloo", timeout=240)
-    worker("tensorflow/differential", ranks=2, timeout=500)
-
-
-@pytest.mark.parametrize(("ranks", "transport"), [(2, "mpi"), (2, "gloo"), (4, "mpi"), (4, "gloo")])
-def test_specs(ranks, transport):
-    worker("torch/specs", ranks, transport, timeout=300)
-
-
-@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (4, "mpi")])
-def test_optimizer(ranks, transport):
-    worker("torch/optimizer", ranks, transport, timeout=300)
-
-
-@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (4, "mpi")])
-def test_eclk(ranks, transport):
-    worker("torch/eclk", ranks, transport, timeout=300)
-
-
-def test_eclk_in_tensorflow():
-    worker("tensorflow/eclk", ranks=2, timeout=300)
-    worker("tensorflow/eclk", ranks=4, timeout=400, only="trajectory and eclk-powersgd")
-
-
-def test_norms():
-    worker("torch/norms", ranks=2)
-    worker("tensorflow/keras_norms", ranks=2, timeout=300)
-
-
-def test_batch_size():
-    worker("torch/batch_size", ranks=2)
-
-
-@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (3, "mpi")])
-def test_uneven_inputs(ranks, transport):
-    worker("torch/uneven", ranks, transport, timeout=300)
-
-
-def test_keras_batch_size():
-    worker("tensorflow/keras_batch_size", ranks=2, timeout=300)
-
-
-def test_auto():
-    worker("torch/auto", ranks=2, transport="gloo")
-
-
-def test_keras_auto():
-    worker("tensorflow/keras_auto", ranks=2, timeout=300)
-
-
-def test_hot_path():
-    worker("torch/hot_path", ranks=2)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_errors(ranks):
-    worker("torch/errors", ranks)
-
-
-def test_checkpoint(tmp_path):
-    worker("torch/checkpoint_save", ranks=2, CHECKPOINTS=str(tmp_path))
-    worker("torch/checkpoint_resume", ranks=2, CHECKPOINTS=str(tmp_path))
-
-
-def test_logging(tmp_path):
-    worker("torch/logging_run", ranks=2, LOGS=str(tmp_path))
-
-
-def test_traffic():
+SMOKE = ("torch/plain", "torch/horovod_names", "tensorflow/horovod_names")
+# cases of one framework, number of ranks and transport share a start, in this order
+CASES = [
+    *(
+        Case(f"torch/{file}")
+        for file in "plain horovod_names specs norms batch_size hot_path errors logging_run".split()
+        + "golden checkpoint_save parity_torch".split()
+    ),
+    *(Case(f"torch/{file}", transport="gloo") for file in "specs optimizer eclk uneven auto differential".split()),
+    Case("torch/checkpoint_resume", transport="gloo", after=("torch/checkpoint_save",)),
     # Horovod's ranks talk once a cycle, sent or not: few cycles, or a slow machine counts too much of that
-    worker("torch/traffic", ranks=2, transport="gloo", HOROVOD_CYCLE_TIME="20")
+    Case("torch/traffic", transport="gloo", cycle_time="20"),
+    *(Case(f"torch/{file}", ranks=3) for file in ("errors", "uneven")),
+    *(Case(f"torch/{file}", ranks=4) for file in ("specs", "optimizer", "eclk")),
+    Case("torch/specs", ranks=4, transport="gloo"),
+    *(
+        Case(f"tensorflow/{file}")
+        for file in "horovod_names plain keras_norms keras_batch_size keras_auto keras_errors keras_logging".split()
+        + "eclk differential keras_golden keras_checkpoint_save".split()
+    ),
+    Case("tensorflow/parity_tensorflow", after=("torch/parity_torch",)),
+    *(Case(f"tensorflow/{file}", transport="gloo") for file in ("keras_specs", "keras_optimizer")),
+    Case("tensorflow/keras_checkpoint_resume", transport="gloo", after=("tensorflow/keras_checkpoint_save",)),
+    Case("tensorflow/keras_traffic", transport="gloo", cycle_time="20"),
+    Case("tensorflow/keras_optimizer", ranks=3),
+    Case("tensorflow/eclk", ranks=4, only="trajectory and eclk-powersgd"),
+    Case("tensorflow/keras_specs", ranks=4, only="bit_equal_after or simulated or conserved"),
+]
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_every_name_of_horovod(framework):
-    worker(f"{framework}/horovod_names", ranks=2, timeout=300, HOROVOD_TIMELINE="DYNAMIC")
+@pytest.fixture(scope="session")
+def starts(request, tmp_path_factory):
+    """Of the cases that this session runs."""
+    folder = tmp_path_factory.mktemp("starts")
+    cases = [item.callspec.params["case"] for item in request.session.items if "starts" in item.fixturenames]
+    folders = {name: str(folder) for name in ("CHECKPOINTS", "LOGS", "PARITY")}
+    starts = Starts(cases, folder, {**folders, "HOROVOD_TIMELINE": "DYNAMIC"})
+    yield starts
+    starts.finish()
 
 
-def test_keras_plain():
-    worker("tensorflow/plain", ranks=2, timeout=300)
-
-
-def test_keras_specs():
-    worker("tensorflow/keras_specs", ranks=2, transport="gloo", timeout=400)
-
-
-def test_keras_specs_of_four_ranks():
-    worker("tensorflow/keras_specs", ranks=4, timeout=400, only="bit_equal_after or simulated or conserved")
-
-
-@pytest.mark.parametrize(("ranks", "transport"), [(2, "gloo"), (3, "mpi")])
-def test_keras_optimizer(ranks, transport):
-    worker("tensorflow/keras_optimizer", ranks, transport, timeout=400)
-
-
-def test_keras_errors():
-    worker("tensorflow/keras_errors", ranks=2, timeout=300)
-
-
-def test_keras_checkpoint(tmp_path):
-    worker("tensorflow/keras_checkpoint_save", ranks=2, timeout=300, CHECKPOINTS=str(tmp_path))
-    worker("tensorflow/keras_checkpoint_resume", ranks=2, timeout=300, CHECKPOINTS=str(tmp_path))
-
-
-def test_keras_logging(tmp_path):
-    worker("tensorflow/keras_logging", ranks=2, LOGS=str(tmp_path))
-
-
-def test_keras_traffic():
-    worker("tensorflow/keras_traffic", ranks=2, transport="gloo", HOROVOD_CYCLE_TIME="20")
-
-
-def test_torch_and_tensorflow_come_to_the_same_weights(tmp_path):
-    worker("torch/parity_torch", ranks=2, PARITY=str(tmp_path))
-    worker("tensorflow/parity_tensorflow", ranks=2, PARITY=str(tmp_path))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=[pytest.mark.smoke] * (case.file in SMOKE)) for case in CASES]
+)
+def test_on_ranks(case, starts):
+    starts.check(case)
 
 
 CHECK = ["-m", "hvd_accordion", "check", "--parameters", "1e5"]
@@ -167,11 +86,11 @@ def test_check_where_a_rank_fails():
     code = """
 import sys
 from hvd_accordion.cli import check, main, ranks
-from hvd_accordion.launchers import launched
+from hvd_accordion.comm.launchers import launched
 def fail(names, resolve):
     raise MemoryError("no room")
 if launched(check.os.environ).rank == 1:
-    ranks.surroundings.unresolved = fail
+    ranks.environment.unresolved = fail
 check.software.binding = lambda name: check.launcher()
 sys.exit(main(["check", "--framework", "torch"]))
 """

@@ -13,6 +13,7 @@ import tensorflow as tf
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.comm import naming
 from hvd_accordion.tensorflow import elastic as of_tensorflow
 from hvd_accordion.tensorflow.exchange import registry
 from hvd_accordion.tensorflow.exchange.shared import shared
@@ -27,7 +28,7 @@ SPECS = [None, hvd.Compression.fp16, Dense(), PowerSGD(2), TopK(0.1), RandomK(0.
 def job(monkeypatch):
     """As one that an elastic launcher has started; with no exchanges of other tests."""
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    monkeypatch.setattr(elastic, "_generation", 0)
+    monkeypatch.setattr(naming, "_generation", 0)
     monkeypatch.setattr(elastic, "check_process_set", lambda *_: None)  # made-up ranks
     monkeypatch.setattr(registry, "_built", [])
     monkeypatch.setattr(registry, "_waiting", [])
@@ -38,7 +39,7 @@ def job(monkeypatch):
 
 def gather(ranks, count):
     ranks.count = count
-    elastic.gathered()
+    naming.gathered()
     registry.move()
 
 

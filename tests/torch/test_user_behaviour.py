@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_ranks import SimulatedRanks
-from torch_ledger import Ledger, install
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import QSGD, Accordion, AccordionBatchSize, Dense, PowerSGD, RandomK, TopK
+from tests.differential.torch_ledger import Ledger, install
+from tests.torch.simulated_ranks import SimulatedRanks
 
 EXAMPLES = int(os.environ.get("HVD_ACCORDION_TEST_EXAMPLES", "15"))  # 50 and more: others in each run
 

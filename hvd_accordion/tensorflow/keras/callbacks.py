@@ -12,12 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hvd_accordion.comm import naming
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.exchange.agreement import require_equal
 from hvd_accordion.tensorflow.exchange.variables import value_of
 from hvd_accordion.tensorflow.keras.learning_rate import innermost, learning_rate_of
 from hvd_accordion.tensorflow.keras.optimizer import _Distributed
-from hvd_accordion.training import elastic
 
 __all__ = [
     "BestModelCheckpoint",
@@ -85,7 +85,7 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
     @property
     def broadcast_done(self) -> bool:
         """Whether the ranks of now have been given their variables."""
-        return self._done == elastic.generation()
+        return self._done == naming.generation()
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
@@ -113,7 +113,7 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
                 sums = optimizer._hvd_sums
                 count = sums.count if sums.passes > 1 else None
                 optimizer._hvd.broadcast(self.root_rank, count, list(sums.sums.values()))
-        self._done = elastic.generation()
+        self._done = naming.generation()
 
 
 class MetricAverageCallback(EpochCallback):

@@ -12,7 +12,6 @@ import tensorflow as tf
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.optim import factories, methods, smoothness
-from hvd_accordion.optim.iterates import Vectors
 from hvd_accordion.optim.training import Reports, Training
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.tensorflow.exchange.agreement import from_rank_0, require_equal
@@ -20,6 +19,7 @@ from hvd_accordion.tensorflow.exchange.eager_driver import EagerDriver
 from hvd_accordion.tensorflow.exchange.variables import names_of, value_of
 from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
+from hvd_accordion.training.vectors import Vectors
 from hvd_accordion.utils import validation
 
 Closure = Callable[[], Any]

@@ -22,11 +22,11 @@ from horovod.torch.elastic.state import (
     set_handler_registry,
 )
 
+from hvd_accordion.comm import naming
 from hvd_accordion.torch.broadcasting import broadcast_tree
 from hvd_accordion.torch.exchange import state
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
-from hvd_accordion.training import elastic
 
 __all__ = [
     "ModelStateHandler",
@@ -74,7 +74,7 @@ class TorchState(horovods.TorchState):
         self.save()
 
     def reset(self) -> None:
-        elastic.gathered()
+        naming.gathered()
         for handler in self._optimizers():
             handler.move()
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.optim.iterates import Vectors
+from hvd_accordion.training.vectors import Vectors
 
 Closure = Callable[[], torch.Tensor]
 

@@ -14,7 +14,6 @@ from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.optim import factories, methods, smoothness
-from hvd_accordion.optim.iterates import Vectors
 from hvd_accordion.optim.training import Reports, Training
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.torch.exchange.agreement import from_rank_0, require_equal
@@ -22,6 +21,7 @@ from hvd_accordion.torch.exchange.driver import Driver
 from hvd_accordion.torch.optim.closure_gradients import Closure, ClosureGradients
 from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
+from hvd_accordion.training.vectors import Vectors
 from hvd_accordion.utils import validation
 
 STATE = "hvd_accordion"  # our entry in the optimizer's state_dict

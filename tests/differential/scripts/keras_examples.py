@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from harness import Script, register
+
+from tests.differential.harness import Script, register
 
 KERAS: dict[str, Script] = {}
 script = register(KERAS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import keras
-from keras_examples import examples, fitted, loss, network, script
+
+from tests.differential.scripts.keras_examples import examples, fitted, loss, network, script
 
 
 @script

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import keras
 import tensorflow as tf
-from keras_examples import examples, loss, network, script
+
+from tests.differential.scripts.keras_examples import examples, loss, network, script
 
 
 @script

@@ -1,6 +1,5 @@
 """All scripts of Keras: importing them registers them."""
 
-import keras_fits
-import keras_loops
+from tests.differential.scripts import keras_fits, keras_loops
 
 __all__ = ["keras_fits", "keras_loops"]

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from harness import Script, register
 from torch import nn
+
+from tests.differential.harness import Script, register
 
 TORCH: dict[str, Script] = {}
 script = register(TORCH)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch_common import batches, loss_of, network, script
+
+from tests.differential.scripts.torch_common import batches, loss_of, network, script
 
 
 class Mixed(nn.Module):

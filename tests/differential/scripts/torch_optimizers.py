@@ -6,7 +6,8 @@ import copy
 import io
 
 import torch
-from torch_common import batches, loss_of, network, script, sgd, train, wrapped
+
+from tests.differential.scripts.torch_common import batches, loss_of, network, script, sgd, train, wrapped
 
 
 def of(hvd, kind, **options):

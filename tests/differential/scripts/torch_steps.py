@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch_common import batches, loss_of, network, script, train, wrapped
+
+from tests.differential.scripts.torch_common import batches, loss_of, network, script, train, wrapped
 
 
 class Decaying(torch.optim.SGD):

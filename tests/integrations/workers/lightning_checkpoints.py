@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_common import Module, assert_equal_ranks, data, loader, trainer, weights
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -15,6 +14,7 @@ import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, PowerSGD, TopK
 from hvd_accordion.integrations.lightning import HorovodCallback, HorovodStrategy
 from hvd_accordion.torch.reports import STATE
+from tests.integrations.workers.lightning_common import Module, assert_equal_ranks, data, loader, trainer, weights
 
 LOSSY = {
     "topk": TopK(0.05),

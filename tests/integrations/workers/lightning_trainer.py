@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only
-from lightning_common import Module, assert_equal_ranks, data, loader, trainer, weights
 from torch.utils.data import DataLoader, IterableDataset
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import AccordionBatchSize, Dense, TopK
 from hvd_accordion.integrations.lightning import HorovodCallback, HorovodStrategy
+from tests.integrations.workers.lightning_common import Module, assert_equal_ranks, data, loader, trainer, weights
 
 mine = torch.tensor
 

@@ -7,13 +7,21 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning_common import Module, assert_equal_ranks, data, loader, one_process, trainer, weights
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, TopK
 from hvd_accordion.integrations.lightning import HorovodCallback, HorovodStrategy
+from tests.integrations.workers.lightning_common import (
+    Module,
+    assert_equal_ranks,
+    data,
+    loader,
+    one_process,
+    trainer,
+    weights,
+)
 
 CLIPPED = {"gradient_clip_val": 0.05}
 CASES = {

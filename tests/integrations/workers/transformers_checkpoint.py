@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 from transformers import TrainerCallback
-from transformers_common import assert_ranks_equal, flat, history, horovod, model, text
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, PowerSGD, TopK
+from tests.integrations.workers.transformers_common import assert_ranks_equal, flat, history, horovod, model, text
 
 SPECS = {
     "none": None,

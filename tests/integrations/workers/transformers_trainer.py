@@ -8,11 +8,21 @@ import torch
 from accelerate.state import DistributedType
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
-from transformers_common import DEFAULTS, accuracy, alone, assert_ranks_equal, flat, history, horovod, model, text
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import QSGD, Accordion, AccordionBatchSize, Dense, PowerSGD, TopK
 from hvd_accordion.integrations.transformers import HorovodTrainer, HorovodTrainerMixin
+from tests.integrations.workers.transformers_common import (
+    DEFAULTS,
+    accuracy,
+    alone,
+    assert_ranks_equal,
+    flat,
+    history,
+    horovod,
+    model,
+    text,
+)
 
 EXACT = {"none": None, "dense": Dense()}
 LOSSY = {

@@ -8,10 +8,10 @@ import os
 import keras
 import numpy as np
 import tensorflow as tf
-from changes import Changes
 
 import hvd_accordion.tensorflow.keras as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
+from tests.elastic.changes import Changes
 
 LR, SMALL, STEPS = 0.01, 12, 24
 SPECS = {

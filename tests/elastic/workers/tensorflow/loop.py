@@ -7,11 +7,11 @@ survives a change of the ranks.
 import keras
 import numpy as np
 import tensorflow as tf
-from changes import Changes
 
 import hvd_accordion.tensorflow as hvd
 from hvd_accordion import Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.tensorflow.exchange import registry
+from tests.elastic.changes import Changes
 
 LR, BATCH = 0.05, 48
 SPECS = {

@@ -5,10 +5,10 @@ mean with a wrong scale shows, and a residual that is dropped, doubled or scaled
 """
 
 import torch
-from changes import Changes
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, RandomK, TopK
+from tests.elastic.changes import Changes
 
 LR, BATCH, EXAMPLES = 0.1, 24, 1200
 KINDS = {

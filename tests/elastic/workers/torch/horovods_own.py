@@ -4,7 +4,8 @@ import os
 
 import horovod.torch as hvd
 import torch
-from changes import Changes
+
+from tests.elastic.changes import Changes
 
 torch.set_num_threads(1)
 hvd.init()

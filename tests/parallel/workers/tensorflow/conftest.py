@@ -2,9 +2,9 @@ import gc
 
 import pytest
 import tensorflow as tf
-from subsets import registered
 
 import hvd_accordion.tensorflow as hvd
+from tests.parallel.subsets import registered
 
 
 @pytest.fixture(scope="session", autouse=True)

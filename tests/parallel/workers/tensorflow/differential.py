@@ -10,12 +10,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from harness import EXACT, LOSSY, Horovod, Script
-from keras_examples import KERAS
-from keras_scripts import *  # noqa: F403
 
 import hvd_accordion.tensorflow.keras as hvd
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
+from tests.differential.harness import EXACT, LOSSY, Horovod, Script
+from tests.differential.scripts.keras_examples import KERAS
+from tests.differential.scripts.keras_scripts import *  # noqa: F403
 
 
 class ByHand:

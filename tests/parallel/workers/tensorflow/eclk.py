@@ -2,13 +2,13 @@
 
 import pickle
 
-import convex
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import assert_ranks_equal
 
 import hvd_accordion.tensorflow as hvd
+from tests.parallel import convex
+from tests.parallel.workers.tensorflow.keras_common import assert_ranks_equal
 
 
 class Problem:

@@ -4,14 +4,14 @@ import importlib
 import tempfile
 
 import keras
-import names
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import assert_ranks_equal, flat
-from names import Refused
 
 import hvd_accordion.tensorflow as hvd
+from tests.parallel import names
+from tests.parallel.names import Refused
+from tests.parallel.workers.tensorflow.keras_common import assert_ranks_equal, flat
 
 COUNT = (True, False)
 

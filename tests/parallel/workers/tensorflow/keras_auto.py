@@ -6,13 +6,24 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import BATCH, assert_ranks_equal, compiled, data, fit, flat, loss, model, residuals, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import Accordion, Auto, Dense, PowerSGD, TopK
 from hvd_accordion.tensorflow import allgather_object
 from hvd_accordion.tensorflow.exchange import calibration
+from tests.parallel.workers.tensorflow.keras_common import (
+    BATCH,
+    assert_ranks_equal,
+    compiled,
+    data,
+    fit,
+    flat,
+    loss,
+    model,
+    residuals,
+    sgd,
+)
 
 AUTO = Auto((PowerSGD(2), TopK(0.02)))
 SLOW, FAST = 1e4, 1e13  # bytes a second

@@ -3,11 +3,22 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import BATCH, STEPS, assert_ranks_equal, compiled, data, fit, flat, loss, model, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
+from tests.parallel.workers.tensorflow.keras_common import (
+    BATCH,
+    STEPS,
+    assert_ranks_equal,
+    compiled,
+    data,
+    fit,
+    flat,
+    loss,
+    model,
+    sgd,
+)
 
 EPOCHS = 4
 # of STEPS = 5 micro-batches an epoch: two epochs one by one, then 4 and the one that is left over

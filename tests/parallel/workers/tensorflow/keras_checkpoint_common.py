@@ -5,9 +5,9 @@ from pathlib import Path
 
 import keras
 import tensorflow as tf
-from keras_common import SPECS, compiled, model, sgd
 
 import hvd_accordion.tensorflow as hvd
+from tests.parallel.workers.tensorflow.keras_common import SPECS, compiled, model, sgd
 
 NAMES = ["topk", "randomk", "qsgd1", "powersgd4", "powersgd2-twice", "accordion", "accordion-kinds", "globs", "none"]
 

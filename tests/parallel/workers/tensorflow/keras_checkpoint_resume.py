@@ -3,12 +3,21 @@
 import keras
 import numpy as np
 import pytest
-from keras_checkpoint_common import NAMES, built, checkpoint, path
-from keras_common import SPECS, assert_ranks_equal, fit, flat, loss, model, residuals, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion.tensorflow.keras import copies
+from tests.parallel.workers.tensorflow.keras_checkpoint_common import NAMES, built, checkpoint, path
+from tests.parallel.workers.tensorflow.keras_common import (
+    SPECS,
+    assert_ranks_equal,
+    fit,
+    flat,
+    loss,
+    model,
+    residuals,
+    sgd,
+)
 
 
 def assert_resumes(name, net, optimizer):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from keras_checkpoint_common import NAMES, built, checkpoint, path
-from keras_common import SPECS, fit, flat
+
+from tests.parallel.workers.tensorflow.keras_checkpoint_common import NAMES, built, checkpoint, path
+from tests.parallel.workers.tensorflow.keras_common import SPECS, fit, flat
 
 
 @pytest.mark.parametrize("name", NAMES)

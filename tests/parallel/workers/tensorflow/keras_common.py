@@ -7,12 +7,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import reference
 import tensorflow as tf
 
 import hvd_accordion.tensorflow.keras as hvd
 from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.tensorflow import allgather
+from tests.parallel import reference
 
 SPECS = {
     "none": None,

@@ -6,12 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import BATCH, compiled, data, fit, flat, model, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
 from hvd_accordion.tensorflow.exchange import uneven
+from tests.parallel.workers.tensorflow.keras_common import BATCH, compiled, data, fit, flat, model, sgd
 
 
 def error_of(run):

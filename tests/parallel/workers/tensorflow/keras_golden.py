@@ -5,11 +5,11 @@ import inspect
 import keras
 import pytest
 import tensorflow as tf
-from trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion.tensorflow.exchange import calibration
+from tests.golden.trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
 
 GOLDEN = Golden("keras", fingerprint(tf.__version__))
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from keras_common import assert_ranks_equal, compiled, fit, flat
 
 import hvd_accordion.tensorflow as hvd
 from hvd_accordion import Accordion, MLflowLogger, TopK
+from tests.parallel.workers.tensorflow.keras_common import assert_ranks_equal, compiled, fit, flat
 
 FOLDER = Path(os.environ["LOGS"])
 

@@ -4,11 +4,23 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import BATCH, assert_ranks_equal, compiled, data, everyone, fit, flat, loss, model, residuals, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import QSGD, Accordion, PowerSGD, TopK
+from tests.parallel.workers.tensorflow.keras_common import (
+    BATCH,
+    assert_ranks_equal,
+    compiled,
+    data,
+    everyone,
+    fit,
+    flat,
+    loss,
+    model,
+    residuals,
+    sgd,
+)
 
 
 def test_an_embedding_batch_norm_and_dropout_under_fit_with_callbacks_and_steps_per_execution():

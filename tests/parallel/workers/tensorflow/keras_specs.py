@@ -6,13 +6,25 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import SPECS, STEPS, assert_ranks_equal, compiled, data, everyone, fit, flat, loss, residuals, sgd
-from keras_common import model as network
-from reference import SHAPES, simulated
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
+from tests.parallel.reference import SHAPES, simulated
+from tests.parallel.workers.tensorflow.keras_common import (
+    SPECS,
+    STEPS,
+    assert_ranks_equal,
+    compiled,
+    data,
+    everyone,
+    fit,
+    flat,
+    loss,
+    residuals,
+    sgd,
+)
+from tests.parallel.workers.tensorflow.keras_common import model as network
 
 
 @pytest.mark.parametrize("name", SPECS)

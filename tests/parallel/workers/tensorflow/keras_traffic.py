@@ -2,10 +2,10 @@
 
 import pytest
 import tensorflow as tf
-from reference import on_the_wire
 
 import hvd_accordion.tensorflow as hvd
 from hvd_accordion import BF16, QSGD, Accordion, Dense, PowerSGD, RandomK, TopK
+from tests.parallel.reference import on_the_wire
 
 SHAPE = (2048, 1024)  # 8 MB: messages of all specs are large against Horovod's own
 PAIRS = [(Dense(), TopK(0.1)), (BF16(), RandomK(0.3)), (PowerSGD(128), PowerSGD(64)), (QSGD(7), QSGD(1))]

@@ -4,10 +4,22 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_common import BATCH, assert_ranks_equal, compiled, data, everyone, fit, flat, joined, loss, model, sgd
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
+from tests.parallel.workers.tensorflow.keras_common import (
+    BATCH,
+    assert_ranks_equal,
+    compiled,
+    data,
+    everyone,
+    fit,
+    flat,
+    joined,
+    loss,
+    model,
+    sgd,
+)
 
 
 def alone(optimizer, epochs=2, net=None, **options):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from common import assert_ranks_equal, flat, loss_of, model, sgd, train
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, Auto, Dense, PowerSGD, TopK
 from hvd_accordion.policy.auto import PROBE_STEPS
 from hvd_accordion.torch.exchange.calibration import Probe
+from tests.parallel.workers.torch.common import assert_ranks_equal, flat, loss_of, model, sgd, train
 
 AUTO = Auto((PowerSGD(2), TopK(0.02)))
 

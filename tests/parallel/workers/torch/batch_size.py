@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from common import assert_ranks_equal, flat, loss_of, model, sgd
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, TopK
+from tests.parallel.workers.torch.common import assert_ranks_equal, flat, loss_of, model, sgd
 
 STEPS = 7  # micro-batches an epoch: with batches of 4, one of 4 and one of 3
 SMALL = 2 * STEPS  # micro-batches before the batch grows

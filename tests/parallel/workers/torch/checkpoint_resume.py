@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from common import SPECS, assert_ranks_equal, checkpoint, checkpointed, flat, model, sgd, train
 
 import hvd_accordion.torch as hvd
-from hvd_accordion.training import elastic
+from hvd_accordion.comm import naming
+from tests.parallel.workers.torch.common import (
+    SPECS,
+    assert_ranks_equal,
+    checkpoint,
+    checkpointed,
+    flat,
+    model,
+    sgd,
+    train,
+)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -129,7 +138,7 @@ def test_sync_brings_a_new_rank_to_the_point_of_the_others(name, monkeypatch):
     state.step = 5
     kept = {key: x.clone() for key, x in getattr(state.optimizer._hvd, "residual", {}).items()}
     if hvd.rank() == hvd.size() - 1:  # another in its place, which has never seen a step
-        elastic.gathered()
+        naming.gathered()
         net = model()
         state = hvd.elastic.TorchState(model=net, optimizer=adam(net, name), step=0)
         kept = {key: torch.zeros_like(x) for key, x in kept.items()}

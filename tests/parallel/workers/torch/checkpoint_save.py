@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from common import SPECS, checkpoint, checkpointed, flat, train
+
+from tests.parallel.workers.torch.common import SPECS, checkpoint, checkpointed, flat, train
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import reference
 import torch
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
+from tests.parallel import reference
 
 SPECS = {
     **reference.SPECS,

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from subsets import registered
 
 import hvd_accordion.torch as hvd
+from tests.parallel.subsets import registered
 
 
 @pytest.fixture(scope="session", autouse=True)

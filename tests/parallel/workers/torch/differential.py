@@ -8,13 +8,13 @@ from typing import Any
 import horovod.torch as horovod
 import pytest
 import torch
-from common import assert_ranks_equal
-from harness import EXACT, LOSSY, Horovod, Script
-from torch_common import TORCH
-from torch_ledger import Ledger, install
-from torch_scripts import *  # noqa: F403
 
 import hvd_accordion.torch as hvd
+from tests.differential.harness import EXACT, LOSSY, Horovod, Script
+from tests.differential.scripts.torch_common import TORCH
+from tests.differential.scripts.torch_scripts import *  # noqa: F403
+from tests.differential.torch_ledger import Ledger, install
+from tests.parallel.workers.torch.common import assert_ranks_equal
 
 
 def trained(script: Script, module: Any, **options: Any) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """ECLK and its siblings on real ranks: numpy's trajectory, equal on all ranks, resumed bit for bit, errors on all alike."""
 
-import convex
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_ranks_equal
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import TopK
+from tests.parallel import convex
+from tests.parallel.workers.torch.common import assert_ranks_equal
 
 
 def everywhere_equal(params):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from common import model, sgd
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, PowerSGD, TopK
+from tests.parallel.workers.torch.common import model, sgd
 
 
 def error_of(build):

@@ -1,13 +1,13 @@
 """Trainings of torch, bit for bit as they were recorded (tests/golden)."""
 
-import convex
 import pytest
 import torch
 import torch.nn.functional as F
-from trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
 
 import hvd_accordion.torch as hvd
 from hvd_accordion.torch.exchange.calibration import Probe
+from tests.golden.trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
+from tests.parallel import convex
 
 GOLDEN = Golden("torch", fingerprint(torch.__version__))
 

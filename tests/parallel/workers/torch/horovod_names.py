@@ -2,13 +2,13 @@
 
 import tempfile
 
-import names
 import numpy as np
 import pytest
 import torch
-from names import Refused
 
 import hvd_accordion.torch as hvd
+from tests.parallel import names
+from tests.parallel.names import Refused
 
 
 def mine(*shape):

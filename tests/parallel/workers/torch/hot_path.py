@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from common import SPECS, loss_of, model, sgd, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvd_accordion.ops.torch
 import hvd_accordion.torch as hvd
+from tests.parallel.workers.torch.common import SPECS, loss_of, model, sgd, train
 
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "allclose")
 
@@ -42,7 +42,7 @@ def test_the_check_can_fail(wait):
 @pytest.mark.parametrize("name", SPECS)
 def test_no_wait_in_the_hot_path(name, monkeypatch):
     # what follows is the path of a GPU, which this machine need not have
-    monkeypatch.setattr(hvd_accordion.ops.torch, "at_hand", lambda x: False)
+    monkeypatch.setattr(hvd_accordion.ops.torch, "is_on_cpu", lambda x: False)
     net = model()
     optimizer = hvd.DistributedOptimizer(
         sgd(net), net.named_parameters(), compression=SPECS[name], steps_per_epoch=1000

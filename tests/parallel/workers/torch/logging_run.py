@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import assert_ranks_equal, flat, model, sgd, train
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, MLflowLogger, TopK
+from tests.parallel.workers.torch.common import assert_ranks_equal, flat, model, sgd, train
 
 FOLDER = Path(os.environ["LOGS"])
 

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 import torch
-from common import assert_ranks_equal, flat, model, sgd, train
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, MLflowLogger, TopK
+from tests.parallel.workers.torch.common import assert_ranks_equal, flat, model, sgd, train
 
 FOLDER = Path(os.environ["LOGS"])
 COMPRESSION = Accordion(critical=TopK(0.1), relaxed=TopK(0.01), interval=1)

@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from common import flat, loss_of, model, sgd, train
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.policy import norm_sampling
+from tests.parallel.workers.torch.common import flat, loss_of, model, sgd, train
 
 STEPS = 4
 LARGE = "5.weight"  # 18,432 entries

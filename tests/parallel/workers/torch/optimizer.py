@@ -7,10 +7,10 @@ import weakref
 import horovod.torch as horovod
 import pytest
 import torch
-from common import assert_ranks_equal, batch, flat, loss_of, model, sgd, train
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import BF16, Accordion, Dense, PowerSGD, TopK
+from tests.parallel.workers.torch.common import assert_ranks_equal, batch, flat, loss_of, model, sgd, train
 
 LOSSY = PowerSGD(2)
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from parity import RATE, SPECS, STEPS, batch, dtype, file, weights
 
 import hvd_accordion.torch as hvd
+from tests.parallel.parity import RATE, SPECS, STEPS, batch, dtype, file, weights
 
 
 @pytest.mark.parametrize("name", SPECS)

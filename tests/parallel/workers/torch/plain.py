@@ -3,9 +3,9 @@
 import horovod.torch as horovod
 import pytest
 import torch
-from common import flat, model, sgd, train
 
 import hvd_accordion.torch as hvd
+from tests.parallel.workers.torch.common import flat, model, sgd, train
 
 
 def trained(factory, passes=1, plain_sgd=False, **options):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from common import SPECS, assert_ranks_equal, flat, model, sgd, train
-from reference import SHAPES, simulated
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import PowerSGD, TopK
+from tests.parallel.reference import SHAPES, simulated
+from tests.parallel.workers.torch.common import SPECS, assert_ranks_equal, flat, model, sgd, train
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import on_the_wire
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import BF16, QSGD, Dense, PowerSGD, RandomK, TopK
+from tests.parallel.reference import on_the_wire
 
 SHAPE = (2048, 1024)  # 8 MB: messages of all specs are large against Horovod's own
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from common import SPECS, assert_ranks_equal, flat, loss_of, model, sgd
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import Accordion, AccordionBatchSize, Dense, PowerSGD, TopK
+from tests.parallel.workers.torch.common import SPECS, assert_ranks_equal, flat, loss_of, model, sgd
 
 
 def wrap(net, compression, inner=None, **options):
