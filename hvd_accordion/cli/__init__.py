@@ -79,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: argparse._SubParsersAction, name: str, short: str, long: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, short: str, long: str
+) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     made: argparse.ArgumentParser = commands.add_parser(name, help=short, description=long, formatter_class=raw)
     return made

@@ -121,7 +121,7 @@ def _serve(me: Launched) -> Any:
     """Horovod's server, on a thread that goes with this process: process sets may be added later."""
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-    class Server(RendezvousHTTPServer):
+    class Server(RendezvousHTTPServer):  # type: ignore[misc]  # it has no annotations
         request_queue_size = 1024  # all ranks come at once
         daemon_threads = True
 

@@ -7,7 +7,7 @@ from hvd_accordion.tensorflow.keras.callbacks import *  # noqa: F403
 from hvd_accordion.tensorflow.keras.callbacks import __all__  # noqa: F401
 
 
-class BestModelCheckpoint(_ours.BestModelCheckpoint):
+class BestModelCheckpoint(_ours.BestModelCheckpoint):  # type: ignore[no-redef]
     """As hvd_accordion.tensorflow.keras.callbacks has it, of whole models alone, as horovod.keras's."""
 
     def __init__(

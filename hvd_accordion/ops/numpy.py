@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy import clip, concatenate, floor, reshape, stack, where
 
+from hvd_accordion.ops.protocol import Split
 from hvd_accordion.ops.selection import exact as top_k
 
-Array = np.ndarray
+Array: TypeAlias = np.ndarray[Any, Any]
 
 __all__ = ["clip", "floor", "reshape", "stack", "top_k", "where"]
 
@@ -27,7 +29,7 @@ def zeros_like(xs: Sequence[Array]) -> list[Array]:
 
 
 def commit_residual(
-    ok: Array, split: Callable, values: Sequence[Array], residual: Sequence[Array], xs: Sequence[Array]
+    ok: Array, split: Split, values: Sequence[Array], residual: Sequence[Array], xs: Sequence[Array]
 ) -> tuple[list[Array], list[Array]]:
     del values, xs
     mean, left = split(True)

@@ -7,9 +7,12 @@ reuse the memory of the tensor that they update. Nothing here may wait for the d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-Tensor = Any
+Tensor: TypeAlias = Any
+Split: TypeAlias = Callable[
+    [bool], tuple[list[Any], Any]
+]  # averages, and the remainders where the argument asks for them
 
 
 class Ops(Protocol):
@@ -22,7 +25,7 @@ class Ops(Protocol):
 
     def zeros_like(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
     def commit_residual(
-        self, ok: Tensor, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+        self, ok: Tensor, split: Split, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Averages, and the new residual: the remainder where `ok` holds, else the old one.
 

@@ -7,10 +7,11 @@ entries the first are taken.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 
-Array = np.ndarray
+Array: TypeAlias = np.ndarray[Any, Any]
 
 SMALL = 2**17  # entries up to which a partition of the whole takes no longer than what saves it
 CHUNK = 2**16  # entries that stay in a core's cache between two passes over them
@@ -58,7 +59,7 @@ def filled(above: Array, equal: Array, k: int) -> Array:
     return np.sort(np.concatenate([above, equal[: k - above.size]])).astype(np.int32)
 
 
-def matching(compare: Callable, x: Array, limit: Array, enough: int | None = None) -> Array:
+def matching(compare: Callable[..., Array], x: Array, limit: Array, enough: int | None = None) -> Array:
     """Indices, ascending, of the entries whose magnitude is `compare` to the limit; no more where there are enough."""
     bits, most = x.view(limit.dtype), np.iinfo(limit.dtype).max
     magnitude, matches = np.empty(CHUNK, limit.dtype), np.empty(CHUNK, bool)

@@ -5,11 +5,13 @@ A seed or a step may be an int64 scalar tensor. Shapes are static.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow import Tensor, concat, floor, reshape, stack
+
+from hvd_accordion.ops.protocol import Split
 
 __all__ = ["concat", "floor", "reshape", "stack"]
 
@@ -27,7 +29,7 @@ def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def commit_residual(
-    ok: Any, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+    ok: Any, split: Split, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     del values, xs
     mean, left = split(True)

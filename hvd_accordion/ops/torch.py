@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, floor, reshape, stack, where
 
 from hvd_accordion.ops import selection
+from hvd_accordion.ops.protocol import Split
 
 __all__ = ["floor", "reshape", "stack", "where"]
 
@@ -33,7 +34,7 @@ def added(x: Tensor, y: Tensor) -> Tensor:
     Part by part: each is read from memory once, and looked at and added from there.
     """
     done, flat_x, flat_y = 0, x.view(-1), y.view(-1)
-    for part, into in zip(flat_x.split(CACHED), flat_y.split(CACHED), strict=True):
+    for part, into in zip(torch.split(flat_x, CACHED), torch.split(flat_y, CACHED), strict=True):
         if not fit(part):
             flat_y[:done].sub_(flat_x[:done])
             return x + y
@@ -63,7 +64,7 @@ def is_on_cpu(x: Tensor) -> bool:
 
 
 def commit_residual(
-    ok: Tensor, split: Callable, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+    ok: Tensor, split: Split, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     if is_on_cpu(residual[0]):  # nothing is copied: the remainder stays where the values are, in the residual's memory
         if ok:

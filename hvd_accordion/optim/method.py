@@ -45,7 +45,7 @@ class Method:
 
     def coin(self, step: int) -> bool:
         """Whether w moves at this step: with probability p, from (seed, step), so alike on all ranks."""
-        return seeds.at(seeds.stable_hash(self.seed, "coin"), step) < self.p * seeds.PRIME
+        return bool(seeds.at(seeds.stable_hash(self.seed, "coin"), step) < self.p * seeds.PRIME)
 
     def estimate(self, gx: Vectors, gw: Vectors | None, full: Vectors | None, shift: Vectors | None) -> Vectors:
         """g_tau. Where gw is None, gx is the gradient over all of the rank's data, and grad f_i(w) = grad f^tau(w) = full."""

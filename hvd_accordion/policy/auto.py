@@ -139,7 +139,7 @@ class Advice(Sequence[LayerAdvice]):
 
 def advice_of(engine: Any) -> Advice:
     """What the engine's Auto came to. ValueError where there is none, or where it has not chosen yet."""
-    advice = getattr(engine, "advice", None)
+    advice: Advice | None = getattr(engine, "advice", None)
     if advice is None:
         raise ValueError(
             "advice needs compression=Auto() (alone, in a dict, or as an Accordion's relaxed side), two ranks or more, and "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -202,7 +202,7 @@ def _number(value: float) -> str:
 
 def _step(count: int, room: int) -> int:
     """Smallest step of 1, 2, 5, 10, 20... with which at most `room` of `count` labels are shown."""
-    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    steps: Iterator[int] = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
     return next(step for step in steps if math.ceil(count / step) <= room)
 
 

@@ -100,7 +100,8 @@ def dry_run(rounds: Rounds[Result], ops: Ops, world_size: int) -> Result:
         try:
             request = rounds.send(answer)
         except StopIteration as stop:
-            return stop.value
+            result: Result = stop.value
+            return result
         if isinstance(request, AllReduce):
             answer = list(request.tensors)
         elif isinstance(request, AllGather):

@@ -162,7 +162,7 @@ class Controller:
 
     def micro_batches(self) -> int:
         """Steps of which the update to come is made."""
-        return max(1, min(self.limits(self.step, self.step_of_epoch, self.passes)))
+        return int(max(1, min(self.limits(self.step, self.step_of_epoch, self.passes))))
 
     @property
     def passes(self) -> int:

@@ -8,7 +8,8 @@ import horovod.tensorflow.keras.elastic as _horovod
 import keras
 from horovod._keras import elastic as _impl
 
-from hvd_accordion.tensorflow.elastic import TensorFlowKerasState, run  # noqa: F401
+from hvd_accordion.tensorflow.elastic import TensorFlowKerasState as TensorFlowKerasState
+from hvd_accordion.tensorflow.elastic import run as run
 from hvd_accordion.tensorflow.keras.callbacks import EpochCallback
 
 __all__ = [*_horovod.__all__]
