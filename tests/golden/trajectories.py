@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {  # arguments of the DistributedOptimizer
         "steps_per_epoch": 6,
     },
 }
+# Keras traces each for seconds: with GOLDEN_SUBSET=1, which tests/parallel sets unless GOLDEN_WHOLE=1, these and all SAVED
+SUBSET = ["none", "bf16", "topk-two-step", "qsgd127-l2", "powersgd2-twice", "accordion-kinds", "per-layer"]
 SAVED = ["powersgd4", "topk", "randomk", "accordion", "accordion-exact", "auto", "batch"]
 
 

@@ -1,5 +1,6 @@
 """What only real ranks can show: each case is a pytest file of workers/, run on every rank; several share a start."""
 
+import os
 import re
 import sys
 import time
@@ -48,7 +49,8 @@ def starts(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("starts")
     cases = [item.callspec.params["case"] for item in request.session.items if "starts" in item.fixturenames]
     folders = {name: str(folder) for name in ("CHECKPOINTS", "LOGS", "PARITY")}
-    starts = Starts(cases, folder, {**folders, "HOROVOD_TIMELINE": "DYNAMIC"})
+    golden = {} if "GOLDEN_WHOLE" in os.environ else {"GOLDEN_SUBSET": "1"}
+    starts = Starts(cases, folder, {**folders, **golden, "HOROVOD_TIMELINE": "DYNAMIC"})
     yield starts
     starts.finish()
 

@@ -1,6 +1,7 @@
 """Trainings of Keras, bit for bit as they were recorded (tests/golden)."""
 
 import inspect
+import os
 
 import keras
 import pytest
@@ -9,7 +10,19 @@ import tensorflow as tf
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion.tensorflow.exchange import calibration
-from tests.golden.trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
+from tests.golden.trajectories import (
+    CASES,
+    HALF,
+    RATE,
+    SAVED,
+    STEPS,
+    SUBSET,
+    Golden,
+    batch,
+    fingerprint,
+    state_file,
+    weights,
+)
 
 GOLDEN = Golden("keras", fingerprint(tf.__version__))
 
@@ -58,7 +71,7 @@ class Training:
             GOLDEN.check(case, {name: v.numpy() for name, v in self.p.items()}, regimes=regimes, sent=sent)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SUBSET if "GOLDEN_SUBSET" in os.environ else CASES)
 def test_parameters_are_as_recorded(case):
     training = Training(case)
     for step in range(STEPS):
