@@ -1,1 +1,1 @@
-"""What ranks say to each other: collectives, names, agreement, how ranks are started, ranks simulated in one process."""
+"""Communication between ranks: collectives and their names, agreement, how ranks start, ranks simulated in one process."""

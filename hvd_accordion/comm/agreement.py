@@ -1,4 +1,4 @@
-"""What ranks must have in common before they exchange anything: the same error on all of them where they have not."""
+"""Compares settings between ranks before the first exchange. Different settings raise the same error on every rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def require_equal(settings: Mapping[str, object], name: str, gather: Gather) -> 
 
 
 def first_difference(everyone: Sequence[Sequence[str]]) -> str:
-    """Where a rank's lines first differ from those of rank 0."""
+    """The first line that differs between rank 0 and another rank, as text."""
     reference = everyone[0]
     for rank, lines in enumerate(everyone[1:], 1):
         for i in range(max(len(reference), len(lines))):

@@ -1,7 +1,7 @@
-"""The collectives that an exchange may ask for, and what each makes one rank send.
+"""The collectives that an exchange requests, and the bytes that one rank sends for each.
 
-An exchange is a generator: it yields one of these and is sent the result. Who carries them out (Horovod under torch or
-TensorFlow, a cluster of simulated ranks in numpy) is none of its business.
+An exchange is a generator: it yields a request and receives the result. A driver carries the requests out: over Horovod
+in torch and TensorFlow, or over simulated ranks in numpy.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class AllToAll:
 
 @dataclass(frozen=True)
 class AllFinite:
-    """Whether `sound()` holds for every exchange of this step, on the device. Costs nothing: it is equal on all ranks.
+    """True if `is_finite()` holds for every exchange of this step. Sends nothing: the flag is equal on all ranks.
 
-    Asked for only where something depends on it.
+    `is_finite` returns a flag on the device. The driver calls it only if a result depends on it.
     """
 
     is_finite: Callable[[], Tensor]

@@ -1,7 +1,7 @@
-"""Horovod's `init`, under launchers that Horovod does not know too, and never as one rank where several were started.
+"""`init` for launchers that Horovod does not know, and an error where ranks would train alone.
 
-Horovod itself knows horovodrun and the MPI that it was built with. Under all others each process is rank 0 of 1 to it, trains
-alone, and nobody is told.
+Horovod knows horovodrun and the MPI that it was built with. Under any other launcher it sees one rank in each process,
+and each process trains alone without a message.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ log = logging.getLogger("hvd_accordion")
 
 YIELD = "OMPI_MCA_mpi_yield_when_idle"
 START_SECONDS = 300.0  # frameworks are imported before, and a busy machine takes long over it
-_met: list[dict[str, str]] = []  # what each `init` of this process under such a launcher has set
+_met: list[dict[str, str]] = []  # the variables that each `init` under such a launcher has set
 
 
 def initialiser(horovod: ModuleType) -> Callable[..., None]:
     """`init` for a module that mirrors one of Horovod's."""
 
     def init(comm: Any = None, process_sets: Any = None) -> None:
-        """Starts Horovod, as Horovod's own `init` does, which takes the same arguments.
+        """Starts Horovod. Takes the same arguments as Horovod's own `init`.
 
-        Under torchrun and srun, whose ranks Horovod's own leaves alone, they meet by Gloo. Under Open MPI waiting threads
-        leave their cores to others where ranks have fewer than two each.
+        Ranks of torchrun and srun meet by Gloo. Under Open MPI, waiting threads yield their cores if a rank has fewer than
+        two.
 
         Args:
             comm: ranks, or an mpi4py communicator; only where MPI starts the ranks.
             process_sets: a list of `hvd.ProcessSet`, or "dynamic".
 
-        Raises StartError on each process where a launcher started several and Horovod sees only one, and where ranks do not
-        come to `init` within HOROVOD_START_TIMEOUT seconds (300); ValueError for `comm` without MPI.
+        Raises:
+            StartError: on each process, if a launcher started several and Horovod sees only one, or if a rank does not
+                call `init` within HOROVOD_START_TIMEOUT seconds (300).
+            ValueError: `comm` without MPI.
         """
         me = launched(os.environ) if horovod.is_initialized() else prepare(horovod, comm, os.environ)
         horovod.init(comm, process_sets)
@@ -52,8 +54,8 @@ def initialiser(horovod: ModuleType) -> Callable[..., None]:
 
 
 def prepare(horovod: ModuleType, comm: Any, environ: MutableMapping[str, str]) -> Launched:
-    """Sets what Horovod reads from the environment when it starts, as far as the user has not. Returns who started it."""
-    # a server of Horovod's serves one start; after another, or after `shutdown`, ranks meet at a new one
+    """Sets the variables that Horovod reads at its start, except those that the user has set. Returns the launcher."""
+    # a rendezvous server serves one start: remove the variables of the last one
     for name, value in (_met[-1] if _met else {}).items():
         if environ.get(name) == value:
             del environ[name]
@@ -76,7 +78,7 @@ def prepare(horovod: ModuleType, comm: Any, environ: MutableMapping[str, str]) -
 
 
 def joins(me: Launched, environ: Mapping[str, str], mpi_built: bool) -> bool:
-    """Whether ranks must be brought together here: Horovod does not know their launcher, and no user says otherwise."""
+    """True if the ranks must meet here: Horovod does not know their launcher, and the user has chosen no controller."""
     told = any(name in environ for name in ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_RANK", "HOROVOD_SIZE"))
     chosen = {environ.get(name, "").lower() for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")}
     # srun --mpi=pmix: Open MPI finds the others by itself
@@ -85,16 +87,16 @@ def joins(me: Launched, environ: Mapping[str, str], mpi_built: bool) -> bool:
 
 
 def yields(environ: Mapping[str, str], cores: int) -> bool:
-    """Whether Open MPI's waiting threads should leave their core to others: its ranks here have fewer than two cores each.
+    """True if Open MPI's waiting threads should yield: a rank has fewer than two cores, and the user has not chosen.
 
-    A rank computes and waits on two threads. Never where the user has said either.
+    A rank computes on one thread and waits on another.
     """
     ranks = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
     return ranks.isdigit() and 2 * int(ranks) > cores and YIELD not in environ
 
 
 def start_seconds(environ: Mapping[str, str]) -> float:
-    """How long ranks wait for each other. ValueError where HOROVOD_START_TIMEOUT is no number of seconds."""
+    """Seconds that ranks wait for each other. ValueError if HOROVOD_START_TIMEOUT is not a number of seconds."""
     given = environ.get("HOROVOD_START_TIMEOUT", str(START_SECONDS))
     try:
         seconds = float(given)
@@ -106,7 +108,7 @@ def start_seconds(environ: Mapping[str, str]) -> float:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: by its affinity, or fewer where its control group has a share only."""
+    """Cores that this process may use, by its affinity and the quota of its control group."""
     cores = len(os.sched_getaffinity(0))
     try:
         with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""Who started this process, as which of how many, by what launchers leave in the environment. Pure."""
+"""Finds launcher, rank and size of this process from the environment. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ HOROVOD = "horovodrun"
 
 
 class StartError(RuntimeError):
-    """Ranks did not find each other. All that are there raise it, with the same reason."""
+    """Ranks did not find each other. Every rank that is present raises it, with the same reason."""
 
 
 class Launched(NamedTuple):
-    """A process among those that a launcher started together."""
+    """One of the processes that a launcher started together."""
 
     launcher: str = "no launcher"
     rank: int = 0
     size: int = 1
-    variable: str = ""  # that told the size
-    address: str = ""  # of rank 0's host, where a launcher tells it that Horovod does not know
-    node: str = ""  # which host this process is on, among those of that launcher
-    job: str = ""  # what tells this job from others on the same hosts
+    variable: str = ""  # that holds the size
+    address: str = ""  # of rank 0's host, if Horovod does not know the launcher
+    node: str = ""  # the launcher's name or number of this host
+    job: str = ""  # differs between jobs on the same hosts
 
 
 # Prefixes of _RANK and _SIZE. Open MPI; MPICH, Intel MPI and others; MVAPICH; jsrun
@@ -35,7 +35,7 @@ MPI = {
 
 
 def launched(environ: Mapping[str, str]) -> Launched:
-    """The innermost launcher's word, where one starts another: torchrun under srun, Open MPI's mpirun in a job of Slurm."""
+    """The innermost launcher, if one starts another: torchrun under srun, Open MPI's mpirun in a Slurm job."""
     found = (
         _numbered(environ, HOROVOD, "HOROVOD_RANK", "HOROVOD_SIZE")
         or ("TORCHELASTIC_RUN_ID" in environ and _by_address(environ, "torchrun"))
@@ -55,20 +55,20 @@ def _numbered(environ: Mapping[str, str], launcher: str, rank: str, size: str) -
 
 
 def _by_address(environ: Mapping[str, str], launcher: str) -> Launched | None:
-    """As torchrun tells it, and others in the same words: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
+    """From torchrun's variables, which other launchers use too: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
     found = _numbered(environ, launcher, "RANK", "WORLD_SIZE")
     address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
     if found is None or not (address and port):
         return None
     alone = environ.get("GROUP_WORLD_SIZE") == "1" or environ.get("LOCAL_WORLD_SIZE") == str(found.size)
     job = f"{launcher} {environ.get('TORCHELASTIC_RUN_ID', '')} {address}:{port} {found.size}"
-    # torchrun counts its agents, of which a host may have two; others tell nothing, and the host's name has to do
+    # torchrun numbers its agents, and a host may run two; other launchers number nothing: then the host's name is used
     node = "0" if alone else environ.get("GROUP_RANK", "")
     return found._replace(address="127.0.0.1" if alone else address, node=node, job=job)
 
 
 def _by_slurm(environ: Mapping[str, str]) -> Launched | None:
-    """Of a task of srun. The shells of salloc and sbatch have SLURM_NTASKS too, but no number of a step's tasks."""
+    """From srun's variables. Shells of salloc and sbatch have SLURM_NTASKS too, but not SLURM_STEP_NUM_TASKS."""
     found = _numbered(environ, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     hosts = environ.get("SLURM_STEP_NODELIST", "")
     if found is None or not hosts:

@@ -1,4 +1,4 @@
-"""Names of collectives: the same on all ranks of a process set, different for whatever else exchanges there."""
+"""Names of collectives: equal on all ranks of a process set, unique to one optimizer there."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ _generation = 0
 
 
 def generation() -> int:
-    """How often the ranks of an elastic job were gathered anew while this process was one of them."""
+    """Number of times that Horovod was initialised again in this process, in an elastic job."""
     return _generation
 
 
 def gathered() -> None:
-    """Horovod has been initialised again, among other ranks than before.
+    """Counts another initialisation of Horovod, with other ranks.
 
-    Names start again as in a new process, so that ranks that were there and ranks that have just come use the same.
+    Names count from 0 again, as in a new process, so that old and new ranks use the same names.
     """
     global _generation
     _generation += 1
 
 
 class Prefix:
-    """What the names of one optimizer's collectives begin with, drawn when it is first written.
+    """The prefix of one optimizer's collectives, numbered when it is first converted to text.
 
-    Ranks must agree in the order of first collectives alone: objects that only one of them makes, and never uses to
-    exchange, don't count. Drawn again, from 0, when ranks of an elastic job were gathered anew: those that have just come
-    begin there.
+    Only the order of first collectives must be equal on all ranks: an object that never exchanges takes no number. In an
+    elastic job numbers start at 0 again after each new initialisation, as they do on a new rank.
     """
 
     def __init__(self, process_set: Any) -> None:

@@ -1,10 +1,10 @@
-"""Ranks whose launcher Horovod does not know meet at a rendezvous server of Horovod's own, which rank 0 starts.
+"""Gloo rendezvous for launchers that Horovod does not know: rank 0 starts Horovod's rendezvous server, all ranks meet there.
 
-What of Horovod's inside is used stands in this file alone: the server (the class, GET and PUT of /scope/key) and, in
-`environment`, the variables by which `horovodrun --gloo` tells ranks their place.
+Horovod's internals are used in this file alone: the server (its class, GET and PUT of /scope/key) and, in
+`environment`, the variables that `horovodrun --gloo` sets.
 
-Nobody tells the others on which port the server is: it follows from the job, which all know. Each rank tells it its host;
-rank 0 numbers the ranks and leaves each its place there.
+The server's port follows from the job's name, which all ranks know. Each rank stores its host there; rank 0 numbers the
+ranks and stores each rank's place.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PORTS = range(20000, 30000)  # below those that systems give to connections
 TRIES = 8  # ports of a job: another program may have the first
 LOOPBACK = "127.0.0.1"
 REQUEST = 5.0  # seconds
-PAUSE = 0.05  # seconds between two questions
+PAUSE = 0.05  # seconds between two requests
 SCOPE = "hvd_accordion"
 FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a request; the last: another program's answer
 
 
-class Told(NamedTuple):
-    """What a rank tells of itself: its host, its address on the way to rank 0, and rank 0's as it is seen from there."""
+class Arrival(NamedTuple):
+    """What a rank stores on arrival: its host, its own address towards rank 0, and rank 0's address as it sees it."""
 
     node: str
     own: str
@@ -38,7 +38,7 @@ class Told(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a rank is among all, as Horovod counts, and the address by which others reach it."""
+    """A rank's numbers, as Horovod counts them, and the address by which other ranks reach it."""
 
     hostname: str
     rank: int
@@ -51,31 +51,31 @@ class Place(NamedTuple):
 
 
 def ports(job: str) -> list[int]:
-    """Where rank 0 of a job listens: the first of them that is free."""
+    """The ports that rank 0 of a job tries in turn: it listens on the first free one."""
     start = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big")
     return [PORTS[(start + 101 * i) % len(PORTS)] for i in range(TRIES)]
 
 
-def places(told: Sequence[Told]) -> list[Place]:
-    """Of all ranks, from what each told. Ranks are numbered over hosts; a host's own are numbered in the same order."""
-    nodes = [its.node for its in told]
+def places(arrivals: Sequence[Arrival]) -> list[Place]:
+    """The place of every rank. Local ranks of a host are numbered in the order of the ranks."""
+    nodes = [its.node for its in arrivals]
     members = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in dict.fromkeys(nodes)}
     first = nodes[0]
     seen = next(
-        (its.server for its in told if its.node != first), LOOPBACK
+        (its.server for its in arrivals if its.node != first), LOOPBACK
     )  # rank 0's host, by those who must reach it
     result = []
-    for rank, its in enumerate(told):
+    for rank, its in enumerate(arrivals):
         local = members[its.node].index(rank)
         peers = [node for node, ranks in members.items() if len(ranks) > local]
         address = LOOPBACK if len(members) == 1 else seen if its.node == first else its.own
         size = len(members[its.node])
-        result.append(Place(its.node, rank, len(told), local, size, peers.index(its.node), len(peers), address))
+        result.append(Place(its.node, rank, len(arrivals), local, size, peers.index(its.node), len(peers), address))
     return result
 
 
 def environment(place: Place, server: tuple[str, int], interface: str) -> dict[str, str]:
-    """What `horovodrun --gloo` would have set."""
+    """The variables that `horovodrun --gloo` would set."""
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
@@ -93,16 +93,16 @@ def environment(place: Place, server: tuple[str, int], interface: str) -> dict[s
 
 
 def join(me: Launched, environ: Mapping[str, str], seconds: float) -> dict[str, str]:
-    """Meets the other ranks; returns what this one must add to its environment before Horovod starts.
+    """Meets the other ranks. Returns the variables to set before Horovod starts.
 
-    Raises StartError on all ranks that came, where not all have come after so many seconds.
+    Raises StartError on every rank that has arrived, if not all ranks arrive within `seconds`.
     """
     until = time.monotonic() + seconds
     server = _serve(me) if me.rank == 0 else None
     where = (LOOPBACK, server.server_address[1]) if server else _find(me, until, seconds)
-    until = time.monotonic() + seconds + REQUEST  # rank 0 waits for so long at most, since before it was found
+    until = time.monotonic() + seconds + REQUEST  # rank 0 waits no longer than this
     _, own, its = _request(where, "GET", "job")
-    _put(where, str(me.rank), Told(f"{socket.gethostname()}-{me.node}", own, its), until)
+    _put(where, str(me.rank), Arrival(f"{socket.gethostname()}-{me.node}", own, its), until)
     if server:
         _assign(server, where, me, seconds)
     answer = _await(where, f"place-{me.rank}", until)
@@ -118,7 +118,7 @@ def join(me: Launched, environ: Mapping[str, str], seconds: float) -> dict[str, 
 
 
 def _serve(me: Launched) -> Any:
-    """Horovod's server, on a thread that goes with this process: process sets may be added later."""
+    """Horovod's server, on a daemon thread. It stays for process sets that are added later."""
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     class Server(RendezvousHTTPServer):  # type: ignore[misc]  # it has no annotations
@@ -131,14 +131,14 @@ def _serve(me: Launched) -> Any:
             server = Server((host, port), RendezvousHandler, 0)
         except OSError:
             continue
-        threading.Thread(target=server.serve_forever, name="hvd_accordion.comm.rendezvous", daemon=True).start()
+        threading.Thread(target=server.serve_forever, name="hvd_accordion.rendezvous", daemon=True).start()
         _put((LOOPBACK, port), "job", me.job, time.monotonic() + REQUEST)
         return server
     raise StartError(f"{me.launcher}: rank 0 found none of the ports {ports(me.job)} free")
 
 
 def _find(me: Launched, until: float, seconds: float) -> tuple[str, int]:
-    """The server of this job; another program, or another job, may answer at one of its ports."""
+    """The address of this job's server. Another program or job may answer on one of the ports."""
     problem = ""
     while True:
         for port in ports(me.job):
@@ -154,7 +154,7 @@ def _find(me: Launched, until: float, seconds: float) -> tuple[str, int]:
 
 
 def _assign(server: Any, where: tuple[str, int], me: Launched, seconds: float) -> None:
-    """Rank 0 waits for all and gives each its place, or, where some don't come, the reason why there is none."""
+    """Rank 0 waits for all ranks and stores each rank's place; if ranks are missing, it stores the error for each."""
     until = time.monotonic() + seconds
     answers = [_await(where, str(rank), until) for rank in range(me.size)]
     if missing := [rank for rank, answer in enumerate(answers) if answer is None]:
@@ -167,8 +167,8 @@ def _assign(server: Any, where: tuple[str, int], me: Launched, seconds: float) -
             _put(where, f"place-{rank}", problem, time.monotonic() + REQUEST)
         time.sleep(10 * PAUSE)  # the server goes with this process
         raise StartError(problem)
-    found = places([Told(*answer) for answer in answers])
-    server.init(found)  # clears all that was left there
+    found = places([Arrival(*answer) for answer in answers])
+    server.init(found)  # clears all values
     for place in found:
         _put(where, f"place-{place.rank}", place, time.monotonic() + REQUEST)
 
@@ -178,7 +178,7 @@ def _alone(me: Launched) -> str:
 
 
 def _interface(address: str) -> str:
-    """The network interface that has an address: Gloo connects by it."""
+    """The network interface that has this address; Gloo needs its name."""
     import psutil
 
     wanted = LOOPBACK if address.startswith("127.") else address
@@ -191,13 +191,13 @@ def _interface(address: str) -> str:
 
 
 def _get(where: tuple[str, int], key: str) -> Any:
-    """What lies at the server under a key; None if nothing does."""
+    """The value that the server holds under a key; None if it holds none."""
     text, _, _ = _request(where, "GET", key)
     return None if text is None else json.loads(text)
 
 
 def _await(where: tuple[str, int], key: str, until: float) -> Any:
-    """What comes to lie at the server under a key; None if nothing has by then."""
+    """Waits for a value under a key; None after the time `until`."""
     while True:
         try:
             if (answer := _get(where, key)) is not None:
@@ -223,7 +223,7 @@ def _put(where: tuple[str, int], key: str, value: Any, until: float) -> None:
 
 
 def _request(where: tuple[str, int], method: str, key: str, body: bytes | None = None) -> tuple[bytes | None, str, str]:
-    """The answer, None if it is a refusal; this side's address and the server's. No proxy comes between."""
+    """The answer (None for a refusal), this side's address and the server's. Ignores proxies."""
     connection = http.client.HTTPConnection(*where, timeout=REQUEST)
     try:
         connection.connect()

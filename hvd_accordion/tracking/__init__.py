@@ -1,1 +1,1 @@
-"""What a training leaves in MLflow: metrics, figures, and a watchdog that ends the runs of killed jobs."""
+"""Records of a training in MLflow: metrics, figures, and a watchdog that ends the runs of killed jobs."""

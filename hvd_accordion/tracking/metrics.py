@@ -1,4 +1,4 @@
-"""What a logger is told, and how it looks in MLflow: metric names and values, JSON, pictures. Pure but for the last."""
+"""Names and values of the MLflow metrics, JSON and pictures. Pure functions, but for `save_artifacts`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MetricValue(NamedTuple):
 
 
 def metric_key(name: str, limit: int = MAX_KEY_LENGTH) -> str:
-    """`name` in the characters and length that MLflow takes; other characters become underscores."""
+    """`name` in the characters and length that MLflow accepts; other characters become underscores."""
     parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
     # MLflow refuses keys that change as a path: no empty, "." or ".." parts
     key = "/".join("__" if part == ".." else part for part in parts if part not in ("", ".")) or "_"
@@ -36,9 +36,9 @@ def metric_key(name: str, limit: int = MAX_KEY_LENGTH) -> str:
 
 
 def metric_values(metrics: Mapping[str, Any], step: int, timestamp: int) -> tuple[list[MetricValue], list[str]]:
-    """Values ready to be logged, and a complaint for each one that is no number.
+    """Values to log, and a message for each value that is not a number.
 
-    Infinity becomes NaN: MLflow's database would store 1.8e308, which flattens every chart it is in.
+    Infinity becomes NaN: MLflow's database would store 1.8e308, which flattens every chart.
     """
     values, bad = [], []
     for name, raw in metrics.items():
@@ -81,7 +81,7 @@ def windows_json(windows: Mapping[int, Mapping[str, LayerRecord]]) -> str:
 def save_artifacts(
     folder: str, epochs: Mapping[int, tuple[float, float]], windows: Mapping[int, Mapping[str, LayerRecord]]
 ) -> Iterator[str]:
-    """Write the artifacts that there are data for, one by one, and yield their paths."""
+    """Writes each artifact that has data, and yields its path."""
     if windows:
         path = os.path.join(folder, "regimes.json")
         with open(path, "w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""Marks an MLflow run FAILED when its training dies without a word.
+"""Marks an MLflow run FAILED after its training process was killed.
 
-A rank that is killed runs no Python any more: launchers kill all ranks once one host is lost, MPI aborts, memory runs
-out. So a small process of its own waits for the training's death. It imports nothing of weight before that.
+A killed rank runs no Python any more: launchers kill all ranks when one host is lost, MPI aborts, memory runs out. So a
+small separate process waits for the end of the training process. It imports MLflow only then.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 
-# MLflow may take long to give up on a server: the alarm ends that. The run's parent process is looked at, rather than a
-# pipe's end, for what the training forks holds a copy of every pipe.
+# MLflow may wait long for a server: the alarm ends that. The parent's id is polled instead of a pipe, for the forks of
+# the training hold a copy of every pipe.
 WATCH = """
 import os, signal, sys, time
 run_id, parent = sys.argv[1], int(sys.argv[2])
@@ -28,7 +28,7 @@ if client.get_run(run_id).info.status == "RUNNING":
 
 
 class RunWatchdog:
-    """Waits for the death of this process, then marks the run FAILED, unless it is dismissed before.
+    """Waits for the end of this process, then marks the run FAILED, unless it is dismissed before.
 
     Args:
         tracking_uri: MLflow server or database that holds the run.
@@ -41,16 +41,16 @@ class RunWatchdog:
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", WATCH, run_id, str(os.getpid())],
-            # not among the arguments, which everybody on the machine can read: it may hold a password
+            # not an argument, which every user of the machine can read: it may hold a password
             env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # a launcher waits until nobody holds its pipes any more
+            stdout=subprocess.DEVNULL,  # a launcher waits until every process has closed its pipes
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # what kills the training's group doesn't reach it
+            start_new_session=True,  # signals to the training's process group do not reach it
         )
 
     def dismiss(self) -> None:
-        """Nothing is left to do; may be called again."""
+        """Ends the watch. May be called again."""
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)

@@ -1,1 +1,1 @@
-"""What every layer uses: checks of arguments, seeds, the mirror of Horovod's modules."""
+"""Helpers of every layer: validation of arguments, seeds, the mirror of Horovod's modules."""

@@ -1,4 +1,4 @@
-"""Modules of this package that have all that a module of Horovod has."""
+"""Lets modules of this package offer every name of a Horovod module."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def mirror(theirs: ModuleType, ours: dict[str, Any]) -> list[str]:
-    """Puts every public name of `theirs` into the namespace of a package, but where that has a module; returns the names.
+    """Copies every public name of `theirs` into a package's namespace, except names of its own modules. Returns the names.
 
-    Its submodules are found under our name too: "import hvd_accordion.torch.elastic".
+    Submodules can be imported under our name too: "import hvd_accordion.torch.elastic".
     """
     package, path = ours["__name__"], ours["__path__"]
     _FINDER.mirrored[package] = theirs.__name__, list(path)
@@ -30,13 +30,13 @@ def mirror(theirs: ModuleType, ours: dict[str, Any]) -> list[str]:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds submodules of Horovod under the names of the packages that mirror it: the same modules, not copies."""
+    """Finds submodules of Horovod under the names of the mirroring packages: the same modules, not copies."""
 
     def __init__(self) -> None:
-        self.mirrored: dict[str, tuple[str, list[str]]] = {}  # our package -> theirs, where ours has its files
+        self.mirrored: dict[str, tuple[str, list[str]]] = {}  # our package -> theirs, our package's search path
 
     def _theirs(self, fullname: str) -> str | None:
-        """What a module is called at theirs; None if it is none of theirs, or we have one in its place."""
+        """Horovod's name of a module; None if Horovod has no such module, or this package replaces it."""
         for package in sorted(self.mirrored, key=len, reverse=True):
             if fullname.startswith(package + "."):
                 theirs, path = self.mirrored[package]

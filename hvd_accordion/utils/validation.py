@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns the value or raises an error that names argument, value and what is allowed."""
+"""Checks of arguments. Each returns the value, or raises an error that names argument, value and allowed values."""
 
 from __future__ import annotations
 

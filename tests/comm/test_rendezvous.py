@@ -10,7 +10,7 @@ import pytest
 
 from hvd_accordion.comm import rendezvous
 from hvd_accordion.comm.launchers import Launched, StartError
-from hvd_accordion.comm.rendezvous import Told, join, places, ports
+from hvd_accordion.comm.rendezvous import Arrival, join, places, ports
 
 pytest.importorskip("horovod")
 
@@ -36,19 +36,19 @@ def test_places_count_as_horovod_counts():
     """As horovod.runner.common.util.hosts numbers the ranks of hosts a (3 ranks), b (1), c (2)."""
     hosts = pytest.importorskip("horovod.runner.common.util.hosts")
     slots = hosts.get_host_assignments(hosts.parse_hosts("a:3,b:1,c:2"), 6)
-    found = places([Told(node, f"own-{node}", "rank-0") for node in "aaabcc"])
+    found = places([Arrival(node, f"own-{node}", "rank-0") for node in "aaabcc"])
     for place, slot in zip(found, slots, strict=True):
         for name in ("hostname", "rank", "size", "local_rank", "local_size", "cross_rank", "cross_size"):
             assert getattr(place, name) == getattr(slot, name)
 
 
 def test_ranks_dealt_out_over_hosts_in_turn():
-    found = places([Told(node, "", "") for node in "abab"])
+    found = places([Arrival(node, "", "") for node in "abab"])
     assert [(its.local_rank, its.cross_rank) for its in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_the_address_of_a_rank_is_the_one_that_others_reach():
-    on_a, on_b = Told("a", "127.0.1.1", "127.0.1.1"), Told("b", "10.0.0.2", "10.0.0.1")
+    on_a, on_b = Arrival("a", "127.0.1.1", "127.0.1.1"), Arrival("b", "10.0.0.2", "10.0.0.1")
     assert [its.address for its in places([on_a, on_a, on_b])] == ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
     assert [its.address for its in places([on_a, on_a])] == ["127.0.0.1", "127.0.0.1"]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from hvd_accordion.tracking import mlflow_logger
+from hvd_accordion.tracking.background import Sender
 from hvd_accordion.tracking.metrics import layer_metrics, metric_key, metric_values, windows_json
 from hvd_accordion.tracking.mlflow_logger import MLflowLogger
 from hvd_accordion.training.reports import LayerRecord
@@ -386,7 +387,7 @@ def test_records_after_a_failure_arrive(uri, client, monkeypatch, warnings):
 @pytest.fixture
 def hold(monkeypatch):
     """Starts a logger with a worker that stops before it connects; returns what lets the worker go on."""
-    release, held, connect = threading.Event(), threading.Event(), MLflowLogger._connect
+    release, held, connect = threading.Event(), threading.Event(), Sender._connect
 
     def wait(self):
         held.set()
@@ -398,7 +399,7 @@ def hold(monkeypatch):
         assert held.wait(30)
         return release.set
 
-    monkeypatch.setattr(MLflowLogger, "_connect", wait)
+    monkeypatch.setattr(Sender, "_connect", wait)
     yield start
     release.set()
 

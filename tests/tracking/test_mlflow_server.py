@@ -177,7 +177,7 @@ import os, signal, time
 from hvd_accordion import MLflowLogger
 logger = MLflowLogger({server.address!r}, "killed")
 logger.start({{"lr": 0.1}})
-while not logger._delivered:
+while not logger.delivered:
     time.sleep(0.05)
 os.kill(os.getpid(), signal.SIGKILL)
 """

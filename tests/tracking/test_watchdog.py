@@ -26,7 +26,7 @@ import os, sys, time
 from hvd_accordion import MLflowLogger
 logger = MLflowLogger(sys.argv[1])
 logger.start({"lr": 0.1})
-while not logger._delivered:  # by then the run has its caretaker
+while not logger.delivered:  # by then the run has its caretaker
     time.sleep(0.05)
 if sys.argv[2] == "forks" and not os.fork():
     os.setsid()
@@ -138,8 +138,8 @@ def test_a_run_that_somebody_else_ended_stays_as_it_is(uri, client, mark):
     run_id = client.create_run("0").info.run_id
     code = f"""
 import os
-from hvd_accordion.tracking.watchdog import Caretaker
-Caretaker({uri!r}, {run_id!r})
+from hvd_accordion.tracking.watchdog import RunWatchdog
+RunWatchdog({uri!r}, {run_id!r})
 input()
 os._exit(3)
 """
