@@ -24,6 +24,15 @@ def add(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
+def taken_back(y: Array, x: Array) -> Array:
+    del x  # `add` leaves its arguments as they are
+    return y
+
+
+def accumulate(sums: Sequence[Array], xs: Sequence[Array], weight: float, ok: Array | None) -> list[Array]:
+    return [s + s.dtype.type(weight) * x if ok is None or ok else s for s, x in zip(sums, xs, strict=True)]
+
+
 def zeros_like(xs: Sequence[Array]) -> list[Array]:
     return [np.zeros_like(x) for x in xs]
 
@@ -119,6 +128,10 @@ def max(x: Array, axis: int, keepdims: bool) -> Array:
 
 def sum(x: Array, axis: int, keepdims: bool) -> Array:
     return np.sum(x, axis=axis, keepdims=keepdims)
+
+
+def norm(x: Array) -> Array:
+    return np.sqrt(np.sum(x * x))
 
 
 def argsort(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """What a framework must supply. Arithmetic (+ - * / ** @ abs, comparisons, slices) comes from the tensors themselves.
 
-Names and meanings are numpy's where numpy has them. `add`, `settle`, `low_rank`, `add_row`, `put` and `scatter_add` may
-reuse the memory of the tensor that they update. Nothing here may wait for the device.
+Names and meanings are numpy's where numpy has them. `add`, `accumulate`, `commit_residual`, `low_rank`, `add_row`, `put`
+and `scatter_add` may reuse the memory of the tensor that they update. Nothing here may wait for the device.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ class Ops(Protocol):
 
     def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
         """Each x + y. May take the memory of y, unless x holds NaN or Inf; the xs stay as they are."""
+
+    def taken_back(self, y: Tensor, x: Tensor) -> Tensor:
+        """y as it was before `add([x], [y])`, up to rounding."""
+
+    def accumulate(
+        self, sums: Sequence[Tensor], xs: Sequence[Tensor], weight: float, ok: Tensor | None
+    ) -> list[Tensor]:
+        """Each sum + weight x; the sums as they are where the flag `ok` does not hold. None: it holds."""
 
     def zeros_like(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
     def commit_residual(
@@ -81,6 +89,8 @@ class Ops(Protocol):
     def clip(self, x: Tensor, low: float, high: float) -> Tensor: ...
     def max(self, x: Tensor, axis: int, keepdims: bool) -> Tensor: ...
     def sum(self, x: Tensor, axis: int, keepdims: bool) -> Tensor: ...
+    def norm(self, x: Tensor) -> Tensor:
+        """The Euclidean norm of a vector."""
 
     # entries of vectors
     def top_k(self, x: Tensor, k: int) -> Tensor:

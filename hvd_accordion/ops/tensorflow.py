@@ -24,6 +24,16 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
+def taken_back(y: Tensor, x: Tensor) -> Tensor:
+    del x  # `add` leaves its arguments as they are
+    return y
+
+
+def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: Any, ok: Any) -> list[Tensor]:
+    summed = [s + tf.cast(weight, s.dtype) * x for s, x in zip(sums, xs, strict=True)]
+    return summed if ok is None else [where(ok, new, old) for new, old in zip(summed, sums, strict=True)]
+
+
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [tf.zeros_like(x) for x in xs]
 
@@ -125,6 +135,10 @@ def max(x: Tensor, axis: int, keepdims: bool) -> Tensor:
 
 def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
     return tf.reduce_sum(x, axis, keepdims)
+
+
+def norm(x: Tensor) -> Tensor:
+    return tf.sqrt(tf.reduce_sum(x * x))
 
 
 def top_k(x: Tensor, k: int) -> Tensor:

@@ -54,6 +54,14 @@ def taken_back(y: Tensor, x: Tensor) -> Tensor:
     return y - x if is_on_cpu(y) and fit(x) else y
 
 
+def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: float, ok: Tensor | None) -> list[Tensor]:
+    if ok is not None and not is_on_cpu(ok):
+        xs = unflatten(torch.where(ok, flatten(xs), 0.0), xs)
+    if ok is None or not is_on_cpu(ok) or ok:
+        torch._foreach_add_(list(sums), list(xs), alpha=weight)
+    return list(sums)
+
+
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) for x in xs]
 
@@ -166,6 +174,10 @@ def max(x: Tensor, axis: int, keepdims: bool) -> Tensor:
 
 def sum(x: Tensor, axis: int, keepdims: bool) -> Tensor:
     return x.sum(dim=axis, keepdim=keepdims)
+
+
+def norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x)
 
 
 def top_k(x: Tensor, k: int) -> Tensor:

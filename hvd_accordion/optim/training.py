@@ -11,10 +11,9 @@ from hvd_accordion.comm.collectives import Rounds
 from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.optim import factories
-from hvd_accordion.optim.worker import Gradient, Worker
+from hvd_accordion.optim.worker import Gradient, Share, Worker
 from hvd_accordion.policy.assignment import Compression, Layer
 from hvd_accordion.training.controller import Controller
-from hvd_accordion.training.norm_window import Share
 from hvd_accordion.training.reports import CompressionReport, Logger, Stats
 from hvd_accordion.training.settings import check_logger
 from hvd_accordion.training.vectors import Vectors
@@ -80,7 +79,7 @@ class Training:
 
     def end_epoch(self) -> None:
         if self.controller.end_epoch():
-            self.node.watch.check()
+            self.node.decide()
 
     def report(self) -> CompressionReport:
         specs, layers = self.controller.specs(), self.controller.layers

@@ -11,14 +11,15 @@ from hvd_accordion.comm.collectives import Rounds, Tensor
 from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.optim.iterates import Points
+from hvd_accordion.optim.messages import Messages
 from hvd_accordion.optim.method import Method
 from hvd_accordion.training import resume
-from hvd_accordion.training.channel import Channel
 from hvd_accordion.training.controller import Controller
-from hvd_accordion.training.norm_window import NormWindow, Share
+from hvd_accordion.training.norm_window import NormWindow
 from hvd_accordion.training.vectors import Vectors, each
 
 Gradient = Callable[[Vectors], Vectors]  # of this rank's data, at a point
+Share = Callable[[Sequence[float]], list[float]]  # the numbers as rank 0 has them
 LOOK = 32  # steps from one look for divergence to the next
 FAR = 1e4  # times the first step's length: no transient gets there
 
@@ -55,9 +56,9 @@ class Worker:
         self.moved = True  # w, since its gradient was taken
         self.first_length = 0.0
         self.warned = False
-        self.watch = NormWindow(ops, controller, seed, share)
-        modes = {"fed": "fed", "learnt": "once", "dense": "dense"}
-        self.channels = {kind: Channel(kind, mode, ops, controller, seed, rank, size) for kind, mode in modes.items()}
+        self.window, self.share = NormWindow(ops, controller.watched, seed), share
+        modes = {"fed": "error_feedback", "learnt": "plain", "dense": "dense"}
+        self.channels = {kind: Messages(kind, mode, ops, controller, seed, rank, size) for kind, mode in modes.items()}
         self._target: Vectors = []
 
     @property
@@ -112,8 +113,9 @@ class Worker:
             self.shift = each(lambda f, rest: f - rest, self._target, left)
             h = h if method.has_residual else self.h  # EF21 moves by what it has just learnt
         d = method.direction(sent, h)
-        if self.watch.asked:
-            self.watch.add(each(lambda v: v / method.iterates.step, d))
+        if self.controller.measured:
+            estimate = dict(zip(self.controller.layers, each(lambda v: v / method.iterates.step, d), strict=True))
+            self.window.add({name: estimate[name] for name in self.controller.measured})
         if self.step % LOOK == 0 and not self.warned:
             self._look(d)
         refresh = method.reduced and method.coin(self.step)
@@ -121,8 +123,15 @@ class Worker:
         self.moved = refresh
         if self.controller.advance(nbytes, seconds):
             self.controller.end_epoch()
-        self.watch.check()
+        self.decide()
         return x
+
+    def decide(self) -> None:
+        """Between steps: new regimes from the norms that are due."""
+        names = self.controller.due()
+        if names:
+            norms = self.share(self.window.norms(names))
+            self.controller.observe(dict(zip(names, norms, strict=True)), 1.0)
 
     def _answer(self, kind: str, answers: Mapping[str, ExchangeResult]) -> tuple[Any, Any]:
         mine = {name: step for name, step in answers.items() if name.startswith(f"{kind}.")}
@@ -163,7 +172,7 @@ class Worker:
             "h": self.h,
             "own": {"full": self.full, "shift": self.shift, "residual": dict(self.channels["fed"].residual)},
             "memory": {kind: {n: dict(m) for n, m in c.memory.items() if m} for kind, c in kept.items()},
-            "summed": dict(self.watch.summed),
+            "summed": dict(self.window.summed),
             "moved": self.moved,
             "first_length": self.first_length,
             "controller": self.controller.state_dict(),
@@ -185,9 +194,10 @@ class Worker:
         self.points = {name: [copy(v) for v in vectors] for name, vectors in state["points"].items()}
         self.h = copied(state["h"])
         self.full, self.shift = copied(state["own"]["full"]), copied(state["own"]["shift"])
-        self.channels["fed"].residual = {name: copy(v) for name, v in state["own"]["residual"].items()}
+        residual = {name: copy(v) for name, v in state["own"]["residual"].items()}
         for kind, memory in state["memory"].items():
-            self.channels[kind].memory = {n: {key: copy(v) for key, v in m.items()} for n, m in memory.items()}
-        self.watch.summed = {name: copy(v) for name, v in state["summed"].items()}
+            own = {n: {key: copy(v) for key, v in m.items()} for n, m in memory.items()}
+            self.channels[kind].load(residual if kind == "fed" else {}, own)
+        self.window.summed = {name: copy(v) for name, v in state["summed"].items()}
         self.moved, self.first_length = bool(state["moved"]), float(state["first_length"])
         resume.warn_of(self.controller.load_state_dict(state["controller"]), stacklevel=4)

@@ -1,78 +1,81 @@
-"""One kind of message of a method: lists of tensors through the specs of their layers, with what that must remember."""
+"""What layers keep from exchange to exchange, and each exchange with it: one for torch, TensorFlow and `optim`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hvd_accordion.comm.collectives import Rounds, Tensor
-from hvd_accordion.compression import Context, Dense
+from hvd_accordion.compression import Context
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.compression.feedback import ExchangeResult, exchange
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.policy import assignment
-from hvd_accordion.training.controller import Controller
-from hvd_accordion.training.vectors import Vectors, each
+from hvd_accordion.policy.assignment import Group
+
+Places = Callable[[], Sequence[Tensor | None]]  # see `feedback.exchange`
 
 
 @dataclass
 class Channel:
-    """Messages of one kind.
+    """Residuals and memory of layers.
 
     Args:
-        kind: part of the names of its exchanges; equal on all ranks.
-        mode: "fed", with error feedback: what was not sent goes with the next; "once", compressed as it is: what was not
-            sent is forgotten; "dense".
+        seed: of everything random in compression.
+        rank, size: this rank's number among the ranks that exchange.
+        residual: layer name -> what this rank has not sent yet, fp32 at least. A mapping of any kind: read when an
+            exchange starts, set when it ends.
+        memory: layer name -> what its spec keeps, equal on all ranks; likewise.
+        seed_name: what seeds depend on in place of a layer's name.
+        forgets: what an exchange leaves unsent is not kept, though its result has it.
     """
 
-    kind: str
-    mode: str
     ops: Ops
-    controller: Controller
     seed: int
     rank: int
     size: int
-    residual: dict[str, Tensor] = field(default_factory=dict)
-    memory: dict[str, Memory] = field(default_factory=dict)
-    _groups: dict[str, assignment.Group] = field(default_factory=dict)
+    residual: MutableMapping[str, Tensor] = field(default_factory=dict)
+    memory: MutableMapping[str, Memory] = field(default_factory=dict)
+    seed_name: Callable[[str], str] = str
+    forgets: bool = False
+    added: dict[str, Tensor] = field(default_factory=dict)  # gradients under way that residuals may hold by now
 
-    def exchanges(self, vectors: Vectors) -> dict[str, Rounds[ExchangeResult]]:
-        """To be run side by side; `vectors` stay as they are."""
-        layers = self.controller.layers
-        dense = self.mode == "dense"
-        specs = dict.fromkeys(layers, Dense()) if dense else self.controller.specs()
-        groups = assignment.grouped([list(layers.values())], specs, self.residual)
-        self._groups = {f"{self.kind}.{group.name}": group for group in groups}
-        values = dict(zip(layers, each(lambda v: v * 1, vectors), strict=True))
-        return {name: self._exchange(group, values) for name, group in self._groups.items()}
-
-    def _exchange(self, group: assignment.Group, values: Mapping[str, Tensor]) -> Rounds[ExchangeResult]:
-        names = tuple(layer.name for layer in group.layers)
-        mine = [values[name] for name in names]
-        residual = None
-        if group.has_residual:
-            zeros = self.ops.zeros_like(mine)
-            residual = [self.residual.get(name, zero) for name, zero in zip(names, zeros, strict=True)]
+    def exchange(
+        self, group: Group, gradients: Sequence[Tensor], step: Any, places: Places | None = None
+    ) -> Rounds[ExchangeResult]:
+        """The group's exchange at this step: takes residual and memory, puts back what the exchange leaves of them."""
+        names = [layer.name for layer in group.layers]
+        residual = self._residual(names, gradients) if group.has_residual else None
+        if residual is not None and group.spec.lossy:
+            self.added.update(zip(names, gradients, strict=True))
         memory = [self.memory.get(name, {}) for name in names]
-        # seeds by kind and place: other random entries than another kind's, the same whatever a framework calls a variable
-        places = {name: i for i, name in enumerate(self.controller.layers)}
-        seeds = tuple(f"{self.kind}.{places[name]}" for name in names)
-        ctx = Context(seeds, group.layers[0].dtype, self.controller.step, self.seed, self.rank, self.size)
-        return exchange(group.spec, self.ops, mine, residual, memory, ctx)
+        seeds = tuple(map(self.seed_name, names))
+        ctx = Context(seeds, group.layers[0].dtype, step, self.seed, self.rank, self.size)
+        result = yield from exchange(group.spec, self.ops, list(gradients), residual, memory, ctx, places)
+        for name in names:
+            self.added.pop(name, None)
+        self.memory.update(zip(names, result.memory, strict=True))
+        if result.residual is not None and not self.forgets:
+            self.residual.update(zip(names, result.residual, strict=True))
+        return result
 
-    def received(self, answers: Mapping[str, ExchangeResult]) -> tuple[Vectors, Vectors]:
-        """Means over the ranks, and what this rank holds unsent, zeros where that is nothing; in the layers' order."""
-        mean: dict[str, Tensor] = {}
-        left: dict[str, Tensor] = {}
-        for name, group in self._groups.items():
-            step, names = answers[name], [layer.name for layer in group.layers]
-            mean.update(zip(names, step.mean, strict=True))
-            self.memory.update(zip(names, step.memory, strict=True))
-            if step.residual is not None:
-                left.update(zip(names, step.residual, strict=True))
-        if self.mode == "fed":
-            self.residual.update(left)
-        order = list(self.controller.layers)
-        nothing = self.ops.zeros_like([mean[name] for name in order if name not in left])
-        left.update(zip([name for name in order if name not in left], nothing, strict=True))
-        return [mean[name] for name in order], [left[name] for name in order]
+    def _residual(self, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
+        found = {name: self.residual[name] for name in names if name in self.residual}
+        new = [(name, grad) for name, grad in zip(names, gradients, strict=True) if name not in found]
+        if new:
+            zeros = self.ops.zeros_like(self.ops.upcast([grad for _, grad in new]))
+            made = dict(zip((name for name, _ in new), zeros, strict=True))
+            if not self.forgets:
+                self.residual.update(made)
+            found |= made
+        return [found[name] for name in names]
+
+    def unsent(self) -> dict[str, Tensor]:
+        """The residuals, without the gradients of exchanges under way."""
+        before = {name: self.ops.taken_back(self.residual[name], grad) for name, grad in self.added.items()}
+        return {**self.residual, **before}
+
+    def abandon(self) -> None:
+        """Exchanges under way will not end: residuals become what they were."""
+        self.residual.update({name: x for name, x in self.unsent().items() if name in self.added})
+        self.added = {}

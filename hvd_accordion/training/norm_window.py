@@ -1,53 +1,71 @@
-"""Norms of gradient estimates that are summed over a window, as an Accordion asks for them."""
+"""Sums of averaged gradients over a window, and their norms: one for torch, TensorFlow and `optim`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 
 from hvd_accordion.comm.collectives import Tensor
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.policy import norm_sampling
-from hvd_accordion.training.controller import Controller
-from hvd_accordion.training.vectors import Vectors
-
-Share = Callable[[Sequence[float]], list[float]]  # the numbers as rank 0 has them
 
 
-@dataclass
 class NormWindow:
-    """Adds up the watched entries of layers whose regime is to be decided, and tells the controller when it is due."""
+    """Adds up, since a window's start, the entries of which a rule needs the norm.
 
-    ops: Ops
-    controller: Controller
-    seed: int
-    share: Share
-    summed: dict[str, Tensor] = field(default_factory=dict)
+    Args:
+        sample_size: of a layer's name and its number of entries, how many of them are added up.
+        seed: of which they are.
+        summed: layer name -> vector of fp32 at least: a mapping of any kind, by default an empty dict.
+    """
 
-    @property
-    def asked(self) -> bool:
-        return bool(self.controller.measured)
+    def __init__(
+        self,
+        ops: Ops,
+        sample_size: Callable[[str, int], int],
+        seed: int,
+        summed: MutableMapping[str, Tensor] | None = None,
+    ) -> None:
+        self.ops, self.sample_size, self.seed = ops, sample_size, seed
+        self.summed: MutableMapping[str, Tensor] = {} if summed is None else summed
+        self._entries: dict[tuple[str, int], Tensor] = {}  # by layer and sample size: positions; missing: all
 
-    def add(self, estimate: Vectors) -> None:
-        """A step's gradient estimate, equal on all ranks."""
-        for name, value in zip(self.controller.layers, estimate, strict=True):
-            if name in self.controller.measured:
-                seen = self._entries(name, value)
-                self.summed[name] = self.summed[name] + seen if name in self.summed else seen
-
-    def _entries(self, name: str, value: Tensor) -> Tensor:
-        flat = self.ops.reshape(value, (-1,))
-        count = self.controller.layers[name].numel
-        size = self.controller.watched(name, count)
-        if size == count:
-            return flat
-        return self.ops.take(flat, norm_sampling.entries(self.ops, name, count, size, self.seed, flat))
-
-    def check(self) -> None:
-        """Between steps: new regimes from the norms that are due."""
-        names = self.controller.due()
-        if not names:
+    def add(self, means: Mapping[str, Tensor], is_finite: Tensor | None = None, weight: float = 1) -> None:
+        """Adds `weight` times the averaged gradients. Nothing where the step met NaN or Inf, as the flag says."""
+        if not means:
             return
+        samples = self.ops.upcast([self.sample(name, mean) for name, mean in means.items()])
+        new = [(name, x) for name, x in zip(means, samples, strict=True) if name not in self.summed]
+        if new:
+            zeros = self.ops.zeros_like([x for _, x in new])
+            self.summed.update(zip((name for name, _ in new), zeros, strict=True))
+        sums = self.ops.accumulate([self.summed[name] for name in means], samples, weight, is_finite)
+        self.summed.update(zip(means, sums, strict=True))
+
+    def sample(self, name: str, mean: Tensor) -> Tensor:
+        """The entries of a layer that count, as a vector."""
+        flat = self.ops.reshape(mean, (-1,))
+        count = int(flat.shape[0])
+        size = self.sample_size(name, count)
+        if size >= count:
+            return flat
+        if (name, size) not in self._entries:
+            self._entries[name, size] = norm_sampling.entries(self.ops, name, count, size, self.seed, flat)
+        return self.ops.take(flat, self._entries[name, size])
+
+    def norms(self, names: Iterable[str]) -> list[float]:
+        """The sums' Euclidean norms, 0 where nothing was added. The sums start anew. Waits for the device."""
         sums = [self.summed.pop(name, None) for name in names]
-        norms = [0.0 if x is None else float(self.ops.sum(x * x, 0, keepdims=False)) ** 0.5 for x in sums]
-        self.controller.observe(dict(zip(names, self.share(norms), strict=True)), 1.0)
+        return [float(norm) for norm in [0.0 if x is None else self.ops.norm(x) for x in sums]]
+
+    def load(
+        self, saved: Mapping[str, Tensor], counts: Mapping[str, int], copy: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        """Takes up saved sums, but for those of another sample size than now.
+
+        Args:
+            counts: entries of each layer.
+            copy: of a layer's name and its saved sum, a copy where the layer is.
+        """
+        fitting = {n: x for n, x in saved.items() if tuple(x.shape) == (self.sample_size(n, counts[n]),)}
+        self.summed.clear()
+        self.summed.update({name: copy(name, x) for name, x in fitting.items()})

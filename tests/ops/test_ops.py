@@ -119,6 +119,15 @@ def test_add_takes_the_memory_of_what_is_added_to_unless_that_would_spoil_it(bad
     np.testing.assert_allclose(torch_ops.taken_back(y, x), was, rtol=0, atol=1e-6)
 
 
+@floats
+def test_accumulate_adds_unless_the_step_met_nan(dtype):
+    sums, xs = ([numbers(3, 4, dtype=dtype, seed=s), numbers(7, dtype=dtype, seed=s)] for s in (0, 1))
+    np.testing.assert_allclose(same("accumulate", sums, xs, 2, None, exact=False)[1], sums[1] + 2 * xs[1], rtol=1e-6)
+    same("accumulate", sums, xs, 0.5, np.array(True), exact=False)
+    xs[0][0, 0] = np.nan
+    np.testing.assert_array_equal(same("accumulate", sums, xs, 2, np.array(False))[0], sums[0])
+
+
 # commit_residual: averages and the new residual
 
 
@@ -403,6 +412,7 @@ def test_reductions(dtype):
         for keepdims in (True, False):
             same("max", x, axis, keepdims)
             same("sum", x, axis, keepdims, exact=False)
+    np.testing.assert_allclose(same("norm", x.ravel(), exact=False), np.linalg.norm(x), rtol=1e-6)
 
 
 @floats
