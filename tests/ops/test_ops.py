@@ -616,6 +616,8 @@ def in_a_graph(function):
 CALLS = {
     "upcast": ([numbers(3, 4).astype(np.float16), numbers(5)],),
     "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
+    "taken_back": (numbers(3, 4), numbers(3, 4)),
+    "accumulate": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)], 2.0, np.array(True)),
     "cleared": (numbers(3, 4),),
     "zeros_like": ([numbers(3, 4), numbers(5)],),
     "commit_residual": (
@@ -645,6 +647,7 @@ CALLS = {
     "clip": (numbers(3, 4), -1, 1),
     "max": (numbers(3, 4), -1, True),
     "sum": (numbers(3, 4), 0, False),
+    "norm": (numbers(20),),
     "top_k": (numbers(20), 4),
     "argsort": (np.array([3, 1, 7], np.int32),),
     "searchsorted": (np.array([1, 3, 3, 7], np.int32), np.array([3, 0, 9], np.int32)),
