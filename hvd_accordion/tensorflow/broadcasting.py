@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.tensorflow.exchange.variables import value_of
+from hvd_accordion.tensorflow.transport import ProcessSet, Transport, broadcast_in_place, global_process_set
 
 # what Horovod can't send, as what it can
 CARRIED_AS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64}
 
 
-def send(value: tf.Tensor, root_rank: int, name: str, process_set: hvd.ProcessSet) -> tf.Tensor:
+def send(value: tf.Tensor, root_rank: int, name: str, transport: Transport) -> tf.Tensor:
     """The tensor as `root_rank` has it, of any dtype of numbers."""
     carrier = CARRIED_AS.get(value.dtype)
     sent = value if carrier is None else tf.bitcast(value, carrier)
-    got = hvd.broadcast(sent, root_rank, name=name, process_set=process_set, ignore_name_scope=True)
+    got = transport.broadcast(sent, name, root_rank)
     return got if carrier is None else tf.bitcast(got, value.dtype)
 
 
 def broadcast_variables(
     variables: Sequence[Any],
     root_rank: int,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
     inplace: bool = False,
 ) -> Any:
     """Gives every rank the values that the variables have on `root_rank`.
@@ -36,11 +36,13 @@ def broadcast_variables(
     """
     values = [value_of(v) for v in variables]
     if inplace:  # one by one: Horovod takes the variables' names, of which two may be the same
-        return [hvd.broadcast_variables([v], root_rank, process_set, inplace=True) for v in values] and None
+        return [broadcast_in_place(v, root_rank, process_set) for v in values] and None
 
     def broadcast() -> list[Any]:
         names = (f"hvd_accordion.broadcast.{i}" for i in range(len(values)))
-        sent = [send(v.read_value(), root_rank, name, process_set) for v, name in zip(values, names, strict=True)]
+        sent = [
+            send(v.read_value(), root_rank, name, Transport(process_set)) for v, name in zip(values, names, strict=True)
+        ]
         return [v.assign(value) for v, value in zip(values, sent, strict=True)]
 
     if not tf.executing_eagerly():
@@ -53,11 +55,11 @@ def broadcast_object_fn(
     root_rank: int = 0,
     session: Any = None,
     name: str | None = None,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
 ) -> Callable[[Any], Any]:
     """A function that gives every rank the object that `root_rank` calls it with; Horovod's own needs TensorFlow 1."""
     name = name or "broadcast_object_fn"
-    return lambda obj: hvd.broadcast_object(obj, root_rank, session, name, process_set)
+    return lambda obj: Transport(process_set).broadcast_object(obj, name, root_rank, session)
 
 
 def broadcast_global_variables(root_rank: int) -> Any:

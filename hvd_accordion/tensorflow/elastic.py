@@ -21,9 +21,9 @@ from horovod.tensorflow.mpi_ops import init, rank, shutdown
 from hvd_accordion.comm import naming
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.exchange import registry
-from hvd_accordion.tensorflow.exchange.numpy_bridge import is_horovods
 from hvd_accordion.tensorflow.exchange.shared import shared
 from hvd_accordion.tensorflow.exchange.variables import value_of
+from hvd_accordion.tensorflow.transport import has_failed
 
 __all__ = [*_horovod.__all__]
 
@@ -51,7 +51,7 @@ def _translated(func: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return func(*args, **kwargs)
         except tf.errors.OpError as error:
-            if is_horovods(error):
+            if has_failed(error):
                 raise HorovodInternalError(str(error)) from error
             raise
 

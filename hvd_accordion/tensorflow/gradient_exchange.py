@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
@@ -22,6 +21,8 @@ from hvd_accordion.tensorflow.exchange.state import State, outside
 from hvd_accordion.tensorflow.exchange.uneven import compresses
 from hvd_accordion.tensorflow.exchange.variables import check_groups, check_process_set, layer_of, names_of, value_of
 from hvd_accordion.tensorflow.exchange.xla import refuse_xla
+from hvd_accordion.tensorflow.transport import Average, ProcessSet, Sum, global_process_set
+from hvd_accordion.tensorflow.transport import Compression as HorovodCompression
 from hvd_accordion.training import elastic
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.reports import CompressionReport, Logger, Stats
@@ -64,11 +65,11 @@ class GradientExchange(tf.Module):
         seed: int = 0,
         min_compress_numel: int = MIN_NUMEL,
         batch_size: AccordionBatchSize | None = None,
-        op: Any = hvd.Average,
+        op: Any = Average,
         gradient_predivide_factor: float = 1.0,
         groups: int | list[list[Any]] | None = None,
         sparse_as_dense: bool = False,
-        process_set: hvd.ProcessSet = hvd.global_process_set,
+        process_set: ProcessSet = global_process_set,
         scale_local_gradients: bool = True,
         backward_passes_per_step: int = 1,
         optimizer: str = "",
@@ -76,11 +77,11 @@ class GradientExchange(tf.Module):
         super().__init__(name="gradient_exchange")
         check_groups(groups)
         check_logger(logger)
-        elastic.check_process_set(process_set, hvd.global_process_set)
+        elastic.check_process_set(process_set, global_process_set)
         check_process_set(process_set)
         settings = Settings(
             op,
-            hvd.Average,
+            Average,
             process_set,
             backward_passes_per_step,
             gradient_predivide_factor,
@@ -95,7 +96,7 @@ class GradientExchange(tf.Module):
         if plain and batch_size is not None:
             plain, compression = False, plain_spec(compression)
         if not plain:
-            check_op(op, (hvd.Average, hvd.Sum), compression, batch_size)
+            check_op(op, (Average, Sum), compression, batch_size)
         policy = plain_spec(compression) if plain else translated(compression)
         assign(policy, [], strict=False)  # a value of a wrong type shows at once
         # in plain objects: attributes that are dicts or lists would count as parts of a checkpoint
@@ -130,7 +131,7 @@ class GradientExchange(tf.Module):
     def key(self, variable: Any) -> str:
         """Of a variable that it knows, in the names of its state."""
         assert self._engine is not None
-        return self._engine.numbers[self._known.name(variable)]
+        return self._engine.plan.numbers[self._known.name(variable)]
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the state for these variables, tf.Variable or keras.Variable, the same on every rank. Sends nothing.
@@ -156,7 +157,7 @@ class GradientExchange(tf.Module):
             engine.controller.set_layers([*engine.controller.layers.values(), *layers])
         if isinstance(self.settings.groups, list):
             members = {self._known.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
-            engine.group_of.update(members)
+            engine.plan.group_of.update(members)
         engine.add(layers)
         if known == 0:
             registry.add(self)
@@ -170,7 +171,7 @@ class GradientExchange(tf.Module):
         logger = self._logger(policy)
         controller = Controller(layers, policy, size, steps, logger, small, settings.batch_size)
         self.state = State(rank, size)
-        plain = (asked.compression or hvd.Compression.none) if asked.plain else None
+        plain = (asked.compression or HorovodCompression.none) if asked.plain else None
         self._counts(plain, size)
         return Engine(controller, self.state, settings, plain, self._prefix)
 
@@ -211,7 +212,7 @@ class GradientExchange(tf.Module):
             moved = (was == 0) != (self.state.me[0] == 0)
             controller = self._engine.controller
             self._engine.move(self._logger(controller.policy) if moved else controller.logger)
-            self._counts(self._engine.plain, self.state.me[1])
+            self._counts(self._engine.compressor, self.state.me[1])
 
     def _counts(self, plain: Any, size: int) -> None:
         """It sends what Horovod's `join` knows nothing of."""
@@ -342,15 +343,15 @@ class GradientExchange(tf.Module):
         Called a second time without an exchange in between it does nothing.
         """
         if self._engine is not None and self.active:
-            self._engine.clock.end_epoch(float(self._learning_rate()))
+            self._engine.bridge.end_epoch(float(self._learning_rate()))
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
         if self._engine is None:
             return CompressionReport()
-        self._engine.clock.look()
-        report, gathered = self._engine.controller.report(self._engine.bytes_per_step()), self._engine.gathered()
-        rows = (replace(row, spec=GATHERED, regime=None) if row.name in gathered else row for row in report)
+        self._engine.bridge.look()
+        report, plan = self._engine.controller.report(self._engine.traffic.bytes_per_step()), self._engine.plan
+        rows = (replace(row, spec=GATHERED, regime=None) if plan.is_sparse(row.name) else row for row in report)
         return replace(report, layers=tuple(rows))
 
     def advice(self) -> Advice:
@@ -365,13 +366,13 @@ class GradientExchange(tf.Module):
         """Running totals of steps and bytes; a graph can't tell the seconds that its exchange takes: they are 0."""
         if self._engine is None:
             return Stats()
-        self._engine.clock.look()
+        self._engine.bridge.look()
         return self._engine.controller.stats
 
     def restored(self, left: Sequence[str]) -> None:
         """Its variables were restored. Warns of what was not taken up: `left`, in words, and more of the kind."""
         if self._engine is not None:
-            self._engine.clock.look(left)
+            self._engine.bridge.look(left)
 
     def broadcast(self, root_rank: int, count: tf.Variable | None = None, sums: Sequence[tf.Variable] = ()) -> None:
         """Gives every rank what `root_rank` has restored: levels, factors, norms and counts, but no residual.
@@ -382,17 +383,17 @@ class GradientExchange(tf.Module):
         if self._engine is None or not self.active or self.settings.process_set.size() == 1:
             return
         self.restored([])  # sizes are those of the settings of now, on all ranks
-        process_set, name = self.settings.process_set, f"{self._prefix}.state"
+        transport, name = self._engine.transport, f"{self._prefix}.state"
         for i, v in enumerate(self.state.shared()):
-            v.assign(send(v.read_value(), root_rank, f"{name}.{i}", process_set))
-        theirs = [send(v.read_value(), root_rank, f"{name}.sums.{i}", process_set) for i, v in enumerate(sums)]
+            v.assign(send(v.read_value(), root_rank, f"{name}.{i}", transport))
+        theirs = [send(v.read_value(), root_rank, f"{name}.sums.{i}", transport) for i, v in enumerate(sums)]
         if count is not None:
-            waiting = send(count.read_value(), root_rank, f"{name}.count", process_set)
+            waiting = send(count.read_value(), root_rank, f"{name}.count", transport)
             if int(waiting) != int(count):
                 for v, value in zip([count, *sums], [waiting, *theirs], strict=True):
                     v.assign(value)
         journal = self.state.journal.numpy()
-        self.state.journal.assign(hvd.broadcast_object(journal, root_rank, name=name, process_set=process_set))
+        self.state.journal.assign(transport.broadcast_object(journal, name, root_rank))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.tensorflow.exchange.variables import trainable_of, value_of
 from hvd_accordion.tensorflow.gradient_exchange import GradientExchange
+from hvd_accordion.tensorflow.transport import Average, ProcessSet, global_process_set
 from hvd_accordion.training.settings import groups_of
 
 
@@ -21,11 +21,11 @@ def DistributedGradientTape(
     device_sparse: str = "",
     compression: Compression | GradientExchange | type = None,
     sparse_as_dense: bool = False,
-    op: Any = hvd.Average,
+    op: Any = Average,
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: int | list[list[Any]] | None = None,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
     *,
     steps_per_epoch: int | None = None,

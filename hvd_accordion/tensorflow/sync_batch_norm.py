@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
+
+from hvd_accordion.tensorflow.transport import sum_by_place, world_size
 
 
 @keras.saving.register_keras_serializable("hvd_accordion")
@@ -29,14 +30,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
         """Not public: what Keras's `call` asks for the moments of the batch."""
         mean, variance = super()._moments(inputs, mask)
-        if hvd.size() == 1:
+        if world_size() == 1:
             return mean, variance
         count = self._count(inputs, mask)
         mean, variance = tf.reshape(mean, (-1,)), tf.reshape(variance, (-1,))
         parts = tf.stack([mean * count, (variance + tf.square(mean)) * count, count])
-        mean, square, count = tf.unstack(
-            hvd.allreduce(parts, op=hvd.Sum)
-        )  # named by Horovod after its place in the graph
+        mean, square, count = tf.unstack(sum_by_place(parts))
         count = tf.maximum(count, 1.0)
         return mean / count, tf.maximum(square / count - tf.square(mean / count), 0.0)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.compression import CompressionSpec, Context, exchange
@@ -14,19 +13,20 @@ from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration
 from hvd_accordion.tensorflow.exchange.agreement import from_rank_0
+from hvd_accordion.tensorflow.transport import Transport
 from hvd_accordion.training.calibration import REPEATS, dry_run, measure
 
 
 def measured(
-    layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]], name: str, process_set: hvd.ProcessSet
+    layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]], name: str, transport: Transport
 ) -> Calibration:
     """The same on all ranks. No backward pass was seen yet: nothing counts as hidden behind it."""
-    n = process_set.size()
+    n = transport.size
 
     def allreduce(size: int) -> float:
         x = tf.ones(size // 4)
         begin = time.perf_counter()
-        hvd.allreduce(x, op=hvd.Sum, name=f"{name}.probe.{size}", process_set=process_set)[:1].numpy()
+        transport.allreduce([x], f"{name}.probe.{size}")[0][:1].numpy()
         return time.perf_counter() - begin
 
     return measure(
@@ -37,7 +37,7 @@ def measured(
         None,
         allreduce,
         lambda layer, spec: exchange_seconds(layer, spec, n),
-        lambda numbers: from_rank_0(numbers, f"{name}.measured", process_set),
+        lambda numbers: from_rank_0(numbers, f"{name}.measured", transport),
     )
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.accordion import Regime
 from hvd_accordion.tensorflow.exchange import journal
-from hvd_accordion.tensorflow.exchange.agreement import root
 from hvd_accordion.tensorflow.exchange.state import State
+from hvd_accordion.tensorflow.transport import Transport
 from hvd_accordion.training import controller as control
 from hvd_accordion.training import resume
 from hvd_accordion.training.controller import Controller
@@ -50,11 +49,11 @@ class ControllerBridge:
         state: State,
         numbers: dict[str, str],
         name: Prefix,
-        process_set: Any,
+        transport: Transport,
         refit: Callable[[], list[str]],
     ) -> None:
         self.controller, self.state, self.numbers = controller, state, numbers
-        self.name, self.process_set, self.refit = name, process_set, refit
+        self.name, self.transport, self.refit = name, transport, refit
         self._journal = b""
 
     @property
@@ -120,10 +119,7 @@ class ControllerBridge:
         return [tf.constant(0.0, tf.float64) if x is None else tf.norm(tf.cast(x, tf.float64)) for x in summed]
 
     def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
-        if self.process_set.size() == 1:
-            return numbers
-        where = {"process_set": self.process_set, "ignore_name_scope": True}
-        return hvd.broadcast(numbers, root(self.process_set), name=f"{self.name}.norms", **where)
+        return numbers if self.transport.size == 1 else self.transport.broadcast(numbers, f"{self.name}.norms")
 
     def follow(
         self,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.comm.collectives import AllFinite, AllGather, AllReduce, AllToAll, Request, Rounds, payload, sent
 from hvd_accordion.compression.feedback import ExchangeResult
+from hvd_accordion.tensorflow.transport import Transport
+
+
+class Driven(NamedTuple):
+    """What an exchange returned, as if the step had no NaN or Inf; whether it had none; the bytes that this rank sent."""
+
+    result: ExchangeResult
+    ok: tf.Tensor
+    nbytes: float
 
 
 @dataclass(frozen=True)
@@ -19,25 +26,24 @@ class Driver:
 
     Args:
         prefix: of the names of all collectives; unique to an exchange of gradients, equal on all ranks.
-        process_set: the ranks that exchange.
         scales: what a mean multiplies with before and after its sum.
     """
 
     prefix: str
-    process_set: hvd.ProcessSet
+    transport: Transport
     scales: tuple[float, float]
 
-    def run(self, rounds: Rounds[ExchangeResult], name: str) -> tuple[ExchangeResult, tf.Tensor, float]:
-        """What came of the exchange, as if the step were sound; whether it is, as far as this one saw; bytes sent."""
-        size = self.process_set.size()
+    def run(self, rounds: Rounds[ExchangeResult], name: str) -> Driven:
+        """Runs an exchange to its end."""
+        size = self.transport.size
         answer: Any = None
         ok, nbytes, count = None, 0.0, 0
         while True:
             try:
                 request = rounds.send(answer)
             except StopIteration as stop:
-                assert ok is not None, "an exchange ended without asking whether the step was sound"
-                return stop.value, ok, nbytes
+                assert ok is not None, "an exchange ended without asking for AllFinite"
+                return Driven(stop.value, ok, nbytes)
             if isinstance(request, AllFinite):
                 ok, answer = request.is_finite(), True
             else:
@@ -47,18 +53,13 @@ class Driver:
 
     def carry_out(self, request: Request, name: str) -> Any:
         """The result of one collective."""
-        where = {"name": name, "process_set": self.process_set, "ignore_name_scope": True}
         if isinstance(request, AllReduce):
-            return self._allreduce(request.tensors, where)
+            return self.transport.allreduce(request.tensors, name, *self.scales)
         if isinstance(request, AllGather):
-            rows = hvd.allgather(request.tensor, **where)
-            return tf.reshape(rows, (self.process_set.size(), request.tensor.shape[0]))
+            rows = self.transport.allgather(request.tensor, name)
+            return tf.reshape(rows, (self.transport.size, request.tensor.shape[0]))
         assert isinstance(request, AllToAll)
-        return tf.reshape(hvd.alltoall(request.tensor, **where), request.tensor.shape)
-
-    def _allreduce(self, tensors: Sequence[tf.Tensor], where: dict[str, Any]) -> list[tf.Tensor]:
-        before, after = self.scales
-        return hvd.grouped_allreduce(list(tensors), op=hvd.Sum, prescale_factor=before, postscale_factor=after, **where)
+        return tf.reshape(self.transport.alltoall(request.tensor, name), request.tensor.shape)
 
 
 def n_bytes(x: tf.Tensor) -> int:

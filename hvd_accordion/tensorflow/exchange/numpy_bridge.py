@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from horovod.common.exceptions import HorovodInternalError
 
 from hvd_accordion.tensorflow.exchange.state import outside
+from hvd_accordion.tensorflow.transport import HorovodInternalError, has_failed
 
 # exchanges of one graph run one after the other, in the order in which it was traced
 _order: list[tf.Variable] = []
@@ -54,7 +54,7 @@ def call(
         try:
             means = exchange(grads, rate, steps)
         except tf.errors.OpError as error:
-            if is_horovods(error):
+            if has_failed(error):
                 raise HorovodInternalError(str(error)) from error
             raise
         return [x for each, mean in zip(given, means, strict=True) for x in taken_apart(mean, len(each))]
@@ -81,17 +81,6 @@ def taken_apart(mean: Any, parts: int) -> list[tf.Tensor]:
     if parts < 2 or isinstance(mean, tf.IndexedSlices):
         return [mean.values, mean.indices] if parts == 2 else [mean][:parts]
     return [mean, tf.range(mean.shape[0])]
-
-
-def is_horovods(error: tf.errors.OpError) -> bool:
-    """Whether it says that a collective has failed, as it does where another rank is gone."""
-    kinds = (
-        tf.errors.UnknownError,
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.FailedPreconditionError,
-    )
-    return isinstance(error, kinds) and "horovod" in error.message.lower()
 
 
 def threads() -> int:

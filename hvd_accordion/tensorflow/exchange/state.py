@@ -131,6 +131,11 @@ def outside(make: Callable[[], T]) -> T:
         return pool.submit(make).result()
 
 
+def wide_dtype(dtype: str) -> tf.DType:
+    """What residuals and sums of gradients of this dtype are kept in."""
+    return tf.float64 if dtype == "float64" else tf.float32
+
+
 def variable(value: Any, dtype: tf.DType, shape: Sequence[int | None] | None = None) -> tf.Variable:
     return tf.Variable(
         tf.cast(value, dtype) if dtype != tf.string else value, trainable=False, dtype=dtype, shape=shape

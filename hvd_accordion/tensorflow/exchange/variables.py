@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
 from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.tensorflow.transport import ProcessSet, is_initialized
 from hvd_accordion.utils import validation
 
 
@@ -80,9 +80,9 @@ def check_groups(groups: Any) -> None:
 
 def check_process_set(process_set: Any) -> None:
     """TypeError for what is none, ValueError for one that Horovod doesn't know."""
-    if not isinstance(process_set, hvd.ProcessSet):
+    if not isinstance(process_set, ProcessSet):
         raise TypeError(f"process_set must be an hvd.ProcessSet, got {process_set!r}")
-    if process_set.process_set_id is None and hvd.is_initialized():
+    if process_set.process_set_id is None and is_initialized():
         raise ValueError(
             f"process_set must be known to Horovod, by hvd.init(process_sets=[...]) or hvd.add_process_set, got {process_set}"
         )

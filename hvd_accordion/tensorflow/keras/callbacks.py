@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import horovod.tensorflow as hvd
 import horovod.tensorflow.keras.callbacks as theirs
 import keras
 import numpy as np
@@ -18,6 +17,7 @@ from hvd_accordion.tensorflow.exchange.agreement import require_equal
 from hvd_accordion.tensorflow.exchange.variables import value_of
 from hvd_accordion.tensorflow.keras.learning_rate import innermost, learning_rate_of
 from hvd_accordion.tensorflow.keras.optimizer import _Distributed
+from hvd_accordion.tensorflow.transport import Transport, global_process_set, world_rank, world_size
 
 __all__ = [
     "BestModelCheckpoint",
@@ -42,11 +42,11 @@ class EpochCallback(keras.callbacks.Callback):
                 log.warning("jit_compile is off: Horovod's collectives can't be compiled by XLA")
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if hvd.size() > 1 and exchanges_nothing(self.model):
+        if world_size() > 1 and exchanges_nothing(self.model):
             log.warning(
                 "%d ranks train, each for itself: the model's optimizer, %r, is no DistributedOptimizer and holds none; "
                 "compile with hvd.DistributedOptimizer(...)",
-                hvd.size(),
+                world_size(),
                 self.model.optimizer,
             )
 
@@ -129,17 +129,18 @@ class MetricAverageCallback(EpochCallback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if logs is None or hvd.size() == 1:
+        if logs is None or world_size() == 1:
             return
         found = {name: np.asarray(value) for name, value in sorted(logs.items())}
         mine = {name: value.astype(np.float64) for name, value in found.items() if value.dtype.kind in "biuf"}
         shapes = {f"metric {name}": value.shape for name, value in mine.items()}
         with tf.device(self.device or None):
-            require_equal(shapes, "hvd_accordion.metrics.names", hvd.global_process_set)
+            ranks = Transport(global_process_set)
+            require_equal(shapes, "hvd_accordion.metrics.names", ranks)
             if mine:
                 joined = tf.constant(np.concatenate([value.reshape(-1) for value in mine.values()]))
-                means = hvd.allreduce(joined, op=hvd.Average, name="hvd_accordion.metrics").numpy()
-                logs.update(split(means, mine))
+                (means,) = ranks.mean([joined], "hvd_accordion.metrics")
+                logs.update(split(means.numpy(), mine))
 
 
 def split(joined: np.ndarray, like: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -233,14 +234,14 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
     ) -> None:
         def multiplier(epoch: float) -> float:
             epoch += 1.0 / self.steps_per_epoch  # round numbers at the ends of epochs
-            return (epoch * (hvd.size() - 1) / warmup_epochs + 1) / hvd.size()
+            return (epoch * (world_size() - 1) / warmup_epochs + 1) / world_size()
 
         super().__init__(initial_lr, multiplier, 0, warmup_epochs, False, momentum_correction, steps_per_epoch)
         self.verbose = verbose
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if epoch == self.end_epoch - 1 and self.verbose > 0 and hvd.rank() == 0:
+        if epoch == self.end_epoch - 1 and self.verbose > 0 and world_rank() == 0:
             rate = learning_rate_of(self.model.optimizer)
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
@@ -17,6 +16,7 @@ from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.tensorflow.exchange.agreement import from_rank_0, require_equal
 from hvd_accordion.tensorflow.exchange.eager_driver import EagerDriver
 from hvd_accordion.tensorflow.exchange.variables import names_of, value_of
+from hvd_accordion.tensorflow.transport import ProcessSet, Transport, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
 from hvd_accordion.training.vectors import Vectors
@@ -39,7 +39,7 @@ class ErrorCompensated(Reports):
         make: factories.Make,
         seed: int,
         *,
-        process_set: hvd.ProcessSet = hvd.global_process_set,
+        process_set: ProcessSet = global_process_set,
         steps_per_epoch: int | None = None,
         logger: Logger | None = None,
     ) -> None:
@@ -50,12 +50,12 @@ class ErrorCompensated(Reports):
         wide = self._x()
         names = names_of(list(params))
         layers = [factories.layer_of(n, tuple(v.shape), v.dtype.name) for n, v in zip(names, wide, strict=True)]
-        self._process_set, self._prefix = process_set, Prefix(process_set)
+        self._transport, self._prefix = Transport(process_set), Prefix(process_set)
         if not process_set.included():
             raise ValueError(
                 f"process_set must include this rank, got {process_set}: only its members make the optimizer"
             )
-        rank, size = process_set.rank(), process_set.size()
+        rank, size = self._transport.rank, self._transport.size
         share = self._from_rank_0 if size > 1 else list
         self._training = Training(ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger)
         self._driver: EagerDriver | None = None  # as long as ranks have not compared what they must have in common
@@ -105,12 +105,12 @@ class ErrorCompensated(Reports):
         digest = hashlib.blake2b(digest_size=8)
         for v in [*x, *self._training.node.shared()]:
             digest.update(v.numpy().tobytes())
-        require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
-        self._driver = EagerDriver(str(self._prefix), self._process_set)
+        require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._transport)
+        self._driver = EagerDriver(str(self._prefix), self._transport)
         return self._driver
 
     def _from_rank_0(self, numbers: Any) -> list[float]:
-        return from_rank_0(numbers, f"{self._prefix}.norms", self._process_set)
+        return from_rank_0(numbers, f"{self._prefix}.norms", self._transport)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, but for x, as dicts of numpy arrays and numbers: save and load one file per rank."""
@@ -162,7 +162,7 @@ def estimate_smoothness(
     params: Sequence[Any],
     iterations: int = 30,
     seed: int = 0,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
 ) -> float:
     """The smoothness constant L of the mean over the ranks of their losses: the Hessian's largest eigenvalue, at the
     variables' values of now, by power iteration on differences of gradients. Every rank must call it.
@@ -186,8 +186,7 @@ def estimate_smoothness(
     def gradient(point: Vectors) -> Vectors:
         place(point)
         _, own = gradients(closure, variables)
-        where = {"name": prefix, "process_set": process_set, "ignore_name_scope": True}
-        return hvd.grouped_allreduce(own, op=hvd.Average, **where)
+        return Transport(process_set).mean(own, prefix)
 
     try:
         return smoothness.estimate(ops, x, gradient, iterations, seed)

@@ -101,7 +101,7 @@ def test_all_ranks_choose_by_rank_0s_numbers_before_the_one_trace(link, bandwidt
 def test_layers_that_stay_dense_keep_nothing(link):
     link(SLOW)
     net, optimizer = built({"*dense1*": AUTO, "*dense2*": Auto(PowerSGD(2, error_feedback=False)), "*": None})
-    state, numbers = optimizer._hvd.state, optimizer._hvd._engine.numbers
+    state, numbers = optimizer._hvd.state, optimizer._hvd._engine.plan.numbers
     fit(net)
     kept = residuals(optimizer)
     (first,) = (name for name in chosen(optimizer) if "dense1" in name and "kernel" in name)

@@ -104,6 +104,6 @@ def exchange_of(optimizer: Any) -> Any:
 
 def residuals(optimizer: Any) -> dict[str, np.ndarray]:
     """Layer name -> residual."""
-    numbers = optimizer._hvd._engine.numbers
+    numbers = optimizer._hvd._engine.plan.numbers
     kept = optimizer._hvd.state.residual
     return {name: kept[key].numpy() for name, key in numbers.items() if key in kept}
