@@ -1,5 +1,7 @@
-"""Five trainings of one example under horovodrun, alike but for the compression, and what came of them.
+"""Trains one network with different compressions and seeds, and compares accuracy, bytes and seconds.
 
+The first seed trains on this machine, the others over links of 1 Gbit/s and 100 Mbit/s. The links are network namespaces,
+which need root and iproute2. Without them all seeds train on this machine, and the cost model predicts the links' seconds.
 Writes table.md, results.json, demo.png and a log of each training to build/demo/ (torch) or build/demo-keras/, and
 everything to MLflow (mlflow.db).
 """
@@ -8,186 +10,113 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-MLFLOW_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
+import launching
+from demo_report import LINKS, LOCAL, draw, mean, notes, table
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import hosts  # noqa: E402
+
+MLFLOW_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
 SCRIPTS = {  # their names are those of MLflow's experiments, too
     "torch": ROOT / "examples" / "pytorch" / "pytorch_mnist.py",
     "keras": ROOT / "examples" / "keras" / "keras_mnist.py",
 }
 FOLDERS = {"torch": ROOT / "build" / "demo", "keras": ROOT / "build" / "demo-keras"}
+RECIPE = "--model vgg --examples 1000 --lr 0.05 --weight-decay 1e-4 --drops 0.5 0.83".split()
 RUNS = {
-    "plain Horovod": ["--compression", "none"],
-    "PowerSGD, relaxed only": ["--compression", "powersgd", "--level", "relaxed"],
-    "PowerSGD, critical only": ["--compression", "powersgd", "--level", "critical"],
-    "Accordion over PowerSGD": ["--compression", "accordion-powersgd"],
-    "Accordion over TopK": ["--compression", "accordion-topk"],
+    "plain Horovod": "--compression none".split(),
+    "PowerSGD(1) throughout": "--compression powersgd --level relaxed".split(),
+    "PowerSGD(4) throughout": "--compression powersgd --level critical".split(),
+    "Accordion(PowerSGD(4), PowerSGD(1))": "--compression accordion-powersgd --interval 2".split(),
 }
-ENVIRONMENT = {  # the same for all
-    "HOROVOD_CYCLE_TIME": "1",  # ms, Horovod's default
-    "OMPI_MCA_mpi_yield_when_idle": "1",  # two ranks have four busy threads; MPI must not spin while it waits
-    "OMP_NUM_THREADS": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # horovodrun imports TensorFlow where there is one
-    "TF_ENABLE_ONEDNN_OPTS": "0",
-}
-TAG = re.compile(r"\[[\d,]+\]<std(?:out|err)>:")  # what horovodrun puts before each write of a rank
-BAR = re.compile(r"\d+%\|")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=SCRIPTS, default="torch")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--np", type=int, default=2, help="ranks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--np", type=int, default=2, help="ranks, at least 2")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one training may take")
     args = parser.parse_args()
+    if args.np < 2:
+        parser.error(f"--np must be at least 2, got {args.np}")
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: sys.exit("demo: interrupted"))
     begin = time.perf_counter()
     script, out = SCRIPTS[args.framework], FOLDERS[args.framework]
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")  # held until this process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"demo: another one is running and writes to {out}")
-    client, experiment = mlflow_experiment(script.stem)
-    results = {}
-    for i, (name, arguments) in enumerate(RUNS.items(), 1):
-        print(f"[{i}/{len(RUNS)}] {name}", flush=True)
-        arguments = [*arguments, "--seed", str(args.seed), "--epochs", str(args.epochs)]
-        results[name] = train(name, script, arguments, args.np, args.timeout, out)
-
-    text = table(results)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(results, out)
-    log_demo(client, experiment, results, out)
-    total = time.perf_counter() - begin
-    print(f"\n{text}\n\n{args.epochs} epochs, {args.np} ranks, seed {args.seed}; {total:.0f} s in all")
+    with launching.alone(out):
+        client, experiment = mlflow_experiment(script.stem)
+        results = trainings(script, args, out)
+        text = f"{table(results)}\n\n{notes(results)}"
+        (out / "table.md").write_text(text + "\n", encoding="utf-8")
+        (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        draw(results).savefig(out / "demo.png", dpi=120)
+        log_demo(client, experiment, results, out)
+    print(f"\n{text}\n{time.perf_counter() - begin:.0f} s in all")
     print(f"Written to {out.relative_to(ROOT)}/ (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
 
 
-def train(name: str, script: Path, arguments: list[str], ranks: int, timeout: float, out: Path) -> dict[str, Any]:
-    """One training in a session of its own, of which nothing is left at the end, however it ends."""
+def trainings(script: Path, args: argparse.Namespace, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """All runs with all seeds; seed by seed, so that the runs of one link come close to each other."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
+    with several_hosts(args.np) as network, tempfile.TemporaryDirectory(prefix="demo-") as folder:
+        for i, seed in enumerate(args.seeds):
+            link = [*LINKS][i % len(LINKS)] if network else LOCAL
+            start, env = launching.horovodrun(args.np), {}
+            if network and (rate := LINKS[link]):
+                network.set_rate(f"{rate:.0f}bit")
+                start = network.command(0, hosts.mpirun(network, hosts.write_agent(network, Path(folder))))
+                env = hosts.environment(cycle_time=1.0)
+            for j, name in enumerate(RUNS, 1):
+                done = f"{i * len(RUNS) + j}/{len(args.seeds) * len(RUNS)}"
+                print(f"[{done}] {name}, seed {seed}, {link}", flush=True)
+                command = [*start, sys.executable, str(script), *RECIPE, *RUNS[name], "--epochs", str(args.epochs)]
+                trial = train(f"{name}, seed {seed}", [*command, "--seed", str(seed)], env, args.timeout, out)
+                results[name].append({"seed": seed, "link": link, **trial})
+    return results
+
+
+@contextlib.contextmanager
+def several_hosts(count: int) -> Iterator[hosts.Network | None]:
+    """Hosts whose links can be shaped; None, with a line that says why, if they can't be made."""
+    with contextlib.ExitStack() as stack:
+        network = None
+        try:
+            network = stack.enter_context(hosts.hosts(count))
+            network.burst = "80kb"  # a step's bytes must not pass as one unshaped burst
+        except SystemExit as why:
+            if not str(why).startswith("hosts:"):
+                raise
+            print(f"Seconds over links will be predicted, not measured ({why})")
+        yield network
+
+
+def train(name: str, command: list[str], env: dict[str, str], timeout: float, out: Path) -> dict[str, Any]:
+    """One training: the JSON line of its output, and its history by epoch."""
     stem = re.sub(r"\W+", "-", name.lower())
     history, log = out / f"{stem}.json", out / f"{stem}.log"
-    horovodrun = Path(sys.executable).with_name("horovodrun")
-    command = [str(horovodrun), "-np", str(ranks), sys.executable, str(script), *arguments]
-    command += ["--history", str(history), "--mlflow-uri", MLFLOW_URI, "--run-name", name]
-    begin = time.monotonic()
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **ENVIRONMENT},
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        timer = threading.Timer(timeout, stop, [process])
-        timer.start()
-        try:
-            show(process.stderr, file)
-            code = process.wait()
-        finally:
-            timer.cancel()
-            stop(process)
-    lines = [TAG.sub("", line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    found = [line for line in lines if line.startswith('{"accuracy"')]
-    if code or not found:
-        late = time.monotonic() - begin >= timeout
-        why = f"took longer than {timeout:g} s" if late else f"ended with exit status {code}"
-        sys.exit(f"demo: the training {name!r} {why}; its output is above and in {log}")
-    return {"command": command[1:], **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
-
-
-def show(stream: Any, log: Any) -> None:
-    """Passes stderr on without tags: the progress bar in one line that renews itself, or its end where none looks."""
-    live, bar, width = sys.stderr.isatty(), "", shutil.get_terminal_size().columns - 1
-    for line in lines_of(stream):
-        if BAR.search(line):
-            bar = line
-            sys.stderr.write(f"\r{bar[:width]}" if live else "")
-        else:
-            os.write(log.fileno(), line.encode() + b"\n")
-            sys.stderr.write(f"\n{line}\n" if live and bar else f"{line}\n")
-        sys.stderr.flush()
-    sys.stderr.write("\n" if live else f"{bar}\n" if bar else "")
-
-
-def lines_of(stream: Any) -> Iterator[str]:
-    """What comes between returns and newlines, without tags, as soon as it is complete."""
-    rest = b""
-    while chunk := os.read(stream.fileno(), 65536):
-        *done, rest = re.split(rb"[\r\n]", rest + chunk)
-        yield from filter(None, (TAG.sub("", part.decode(errors="replace")).rstrip() for part in done))
-    if rest:
-        yield TAG.sub("", rest.decode(errors="replace"))
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends all that the process started: mpirun gives each rank a process group, but they stay in the session."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + 5
-        for pid in session(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
-        while session(process.pid):
-            process.poll()
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        else:
-            return
-
-
-def session(leader: int) -> list[int]:
-    """Processes of the session that began with `leader`."""
-    members = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(int(pid)) == leader:
-                members.append(int(pid))
-    return members
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """In Markdown, legible as it stands."""
-    rows = [["run", "test accuracy", "MB sent per rank", "times less than dense", "seconds"]]
-    for name, r in results.items():
-        less = r["dense_bytes"] / r["sent_bytes"] if r["sent_bytes"] else 1.0
-        numbers = [f"{r['accuracy']:.1%}", f"{r['sent_bytes'] / 1e6:,.1f}", f"{less:,.1f}", f"{r['seconds']:.1f}"]
-        rows.append([name, *numbers])
-    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))] for row in rows]
-    lines.insert(1, ["-" * first, *("-" * (w - 1) + ":" for w in others)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
-    from hvd_accordion.tracking.figures import demo_figure
-
-    curves = {name: [(sent / 1e6, accuracy) for sent, accuracy in r["points"]] for name, r in results.items()}
-    regimes = {name: r["regimes"] for name, r in results.items() if any(r["regimes"])}
-    demo_figure(curves, regimes).savefig(out / "demo.png", dpi=120)
+    log.unlink(missing_ok=True)
+    command = [*command, "--history", str(history), "--mlflow-uri", MLFLOW_URI, "--run-name", name]
+    why = launching.run(command, log, timeout, env, ROOT)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = [line for line in launching.TAG.sub("", text).splitlines() if line.startswith('{"accuracy"')]
+    if why or not found:
+        sys.exit(f"demo: the training {name!r} {why or 'printed no result'}; its output is above and in {log}")
+    return {"command": command, **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
 
 
 def mlflow_experiment(name: str) -> tuple[Any, str]:
@@ -201,11 +130,12 @@ def mlflow_experiment(name: str) -> tuple[Any, str]:
     return client, known.experiment_id if known else client.create_experiment(name, (ROOT / "mlruns").as_uri())
 
 
-def log_demo(client: Any, experiment: str, results: dict[str, dict[str, Any]], out: Path) -> None:
+def log_demo(client: Any, experiment: str, results: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """One MLflow run with the means over the seeds, the table and the picture."""
     run = client.create_run(experiment, run_name="demo").info.run_id
-    for name, r in results.items():
-        for key in ("accuracy", "sent_bytes", "dense_bytes", "seconds", "critical_fraction"):
-            client.log_metric(run, f"{re.sub(r',', '', name)}/{key}", r[key])
+    for name, trials in results.items():
+        for key in ("accuracy", "sent_bytes", "dense_bytes", "critical_fraction"):
+            client.log_metric(run, f"{re.sub(r'[(),]', ' ', name).strip()}/{key}", mean(trials, key))
     for file in ("table.md", "results.json", "demo.png"):
         client.log_artifact(run, str(out / file))
     client.set_terminated(run)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from hosts import Network
+from hosts import Network, environment, mpirun, write_agent
 from modes import Mode
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -135,33 +135,3 @@ def fleet(network: Network, model: str, cycle_time: float, logs: Path) -> Iterat
         made = Fleet(network, model, cycle_time, Path(folder), logs)
         with made.listener:
             yield made
-
-
-def environment(cycle_time: float) -> dict[str, str]:
-    """One thread a rank, and Horovod over MPI: its Gloo would take a stopped peer for a dead one."""
-    return {
-        "OMP_NUM_THREADS": "1",
-        "HOROVOD_CYCLE_TIME": f"{cycle_time:g}",
-        "HOROVOD_CONTROLLER": "mpi",
-        "HOROVOD_CPU_OPERATIONS": "mpi",
-        "HOROVOD_STALL_CHECK_DISABLE": "1",
-        "OMPI_MCA_mpi_yield_when_idle": "1",  # MPI must not spin where the other rank computes
-        "GLOO_SOCKET_IFNAME": "eth0",
-    }
-
-
-def write_agent(network: Network, folder: Path) -> Path:
-    """What mpirun takes for ssh: it runs a command on the host of an address."""
-    agent = folder / "agent.sh"
-    prefix = network.namespaces[0].removesuffix("1")
-    agent.write_text(f'#!/bin/sh\nhost={prefix}${{1##*.}}\nshift\nexec ip netns exec "$host" sh -c "$*"\n')
-    agent.chmod(0o700)
-    return agent
-
-
-def mpirun(network: Network, agent: Path) -> list[str]:
-    """Runs what follows on every host, when it is started on the first."""
-    where = ",".join(f"{address}:1" for address in network.addresses)
-    command = ["mpirun", "--allow-run-as-root", "-np", str(len(network.addresses)), "-H", where, "-bind-to", "none"]
-    command += ["-mca", "plm_rsh_agent", str(agent), "-mca", "orte_leave_session_attached", "1"]
-    return command + "-mca btl tcp,self -mca btl_tcp_if_include eth0 -mca oob_tcp_if_include eth0".split()

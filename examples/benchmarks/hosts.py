@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces, joined by a bridge over links whose rate can be set.
+"""Several hosts on one machine: network namespaces, joined by a bridge over links whose rate can be set; MPI's ranks there.
 
 Needs Linux, root, and `ip` and `tc` of iproute2. Nothing of it is left behind, however the program ends.
 """
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 # Ends what runs in the namespaces $@ and removes them, and with them the bridge and the links, as soon as its stdin is
@@ -50,6 +51,10 @@ class Network:
                     run("tc", "-n", where, *f"qdisc del dev {device} root".split())
         self.rate = rate
 
+    def command(self, host: int, command: Sequence[str]) -> list[str]:
+        """The words that run a command on a host."""
+        return ["ip", "netns", "exec", self.namespaces[host], *command]
+
     def start(
         self,
         host: int,
@@ -59,7 +64,7 @@ class Network:
     ) -> subprocess.Popen[bytes]:
         """A process on a host, in a session of its own: what a terminal sends to this program doesn't reach it."""
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespaces[host], *command],
+            self.command(host, command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -122,3 +127,33 @@ def run(*command: str) -> None:
     if "ermi" in error:  # "Operation not permitted", "Permission denied"
         hint = " (network namespaces are not permitted here; in a container they need CAP_SYS_ADMIN and CAP_NET_ADMIN)"
     sys.exit(f"hosts: `{' '.join(command)}` failed: {error}{hint}")
+
+
+def environment(cycle_time: float) -> dict[str, str]:
+    """One thread a rank, and Horovod over MPI: its Gloo would take a stopped peer for a dead one."""
+    return {
+        "OMP_NUM_THREADS": "1",
+        "HOROVOD_CYCLE_TIME": f"{cycle_time:g}",
+        "HOROVOD_CONTROLLER": "mpi",
+        "HOROVOD_CPU_OPERATIONS": "mpi",
+        "HOROVOD_STALL_CHECK_DISABLE": "1",
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # MPI must not spin where the other rank computes
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+
+
+def write_agent(network: Network, folder: Path) -> Path:
+    """What mpirun takes for ssh: it runs a command on the host of an address."""
+    agent = folder / "agent.sh"
+    prefix = network.namespaces[0].removesuffix("1")
+    agent.write_text(f'#!/bin/sh\nhost={prefix}${{1##*.}}\nshift\nexec ip netns exec "$host" sh -c "$*"\n')
+    agent.chmod(0o700)
+    return agent
+
+
+def mpirun(network: Network, agent: Path) -> list[str]:
+    """Runs what follows on every host, when it is started on the first."""
+    where = ",".join(f"{address}:1" for address in network.addresses)
+    command = ["mpirun", "--allow-run-as-root", "-np", str(len(network.addresses)), "-H", where, "-bind-to", "none"]
+    command += ["-mca", "plm_rsh_agent", str(agent), "-mca", "orte_leave_session_attached", "1"]
+    return command + "-mca btl tcp,self -mca btl_tcp_if_include eth0 -mca oob_tcp_if_include eth0".split()

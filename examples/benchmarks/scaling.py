@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fleet import environment, mpirun, write_agent
-from hosts import Network, hosts
+from hosts import Network, environment, hosts, mpirun, write_agent
 from scaling_report import UNSHAPED, analysis, draw, nominal, page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,8 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fleet import environment, mpirun, write_agent
-from hosts import Network, hosts
+from hosts import Network, environment, hosts, mpirun, write_agent
 from links_report import markdown
 from matplotlib.figure import Figure
 

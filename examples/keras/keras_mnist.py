@@ -9,6 +9,7 @@ making of the graph included), epochs, ranks, critical_fraction.
 
 import argparse
 import json
+import math
 import sys
 import time
 
@@ -44,16 +45,22 @@ parser.add_argument("--compression", choices=CHOICES, default="accordion-powersg
 parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
 parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
 parser.add_argument("--interval", type=positive, default=1, help="Accordion: epochs from check to check")
-parser.add_argument("--epochs", type=positive, default=15, help="after two thirds of them the learning rate drops x0.1")
+parser.add_argument("--model", choices=["small", "vgg"], default="small", help="vgg: six convolutions, batch norm")
+parser.add_argument("--examples", type=positive, default=4000, help="digits to train on, at most 4,000")
+parser.add_argument("--epochs", type=positive, default=15)
+parser.add_argument(
+    "--drops", type=float, nargs="*", default=[2 / 3], help="shares of the epochs after which the rate drops x0.1"
+)
 parser.add_argument("--batch-size", type=positive, default=32, help="of each rank")
 parser.add_argument("--steps-per-execution", type=positive, default=1, help="steps in one call of the graph")
 parser.add_argument("--lr", type=float, default=0.01, help="for one rank; times the number of ranks")
 parser.add_argument("--momentum", type=float, default=0.9)
+parser.add_argument("--weight-decay", type=float, default=0.0)
 parser.add_argument("--seed", type=int, default=42)
 parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
 parser.add_argument("--run-name", help="in MLflow; by default the compression")
-parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy and regimes by epoch to this JSON file")
+parser.add_argument("--history", metavar="FILE", help="write traffic, accuracy, time and regimes by epoch to this JSON")
 parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
@@ -73,6 +80,19 @@ def network(seed):
     )
 
 
+def vgg():
+    """Six convolutions with batch norm and two dense layers, after VGG; 147,386 parameters to train."""
+    model = keras.Sequential([keras.Input((28, 28, 1))])
+    for outputs in (16, 32, 64):
+        for _ in range(2):
+            for layer in (layers.Conv2D(outputs, 3, padding="same"), layers.BatchNormalization(), layers.ReLU()):
+                model.add(layer)
+        model.add(layers.MaxPooling2D())
+    for layer in (layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10)):
+        model.add(layer)
+    return model
+
+
 def compression_of(args):
     if args.compression in PLAIN:
         return PLAIN[args.compression]
@@ -82,12 +102,12 @@ def compression_of(args):
     return LEVELS[name][args.level]
 
 
-def datasets():
-    """4,000 digits to train on, 1,000 to test: always the same."""
+def datasets(examples=4000):
+    """Digits to train on, 4,000 or the first of them, and 1,000 to test: always the same."""
     images, labels = mnist_data()
     images = ((images / 255 - 0.1307) / 0.3081).astype("float32").reshape(-1, 28, 28, 1)
     order = np.random.default_rng(0).permutation(len(images))
-    train, test = order[:4000], order[4000:]
+    train, test = order[:4000][:examples], order[4000:]
     return (images[train], labels[train]), (images[test], labels[test])
 
 
@@ -104,7 +124,7 @@ class Record(keras.callbacks.Callback):
     def __init__(self, bar, logger):
         super().__init__()
         self.bar, self.logger = bar, logger
-        self.seconds, self.points, self.regimes = 0.0, [], []
+        self.seconds, self.points, self.regimes, self.clock = 0.0, [], [], []
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.begin = epoch, time.perf_counter()
@@ -125,6 +145,7 @@ class Record(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.seconds += time.perf_counter() - self.begin
         accuracy = round(logs["val_accuracy"], 6)  # Keras counts in float32
+        self.clock.append(self.seconds)
         self.points.append([self.model.optimizer.stats.sent_bytes, accuracy])
         self.bar.set_postfix_str(f"accuracy {accuracy:.1%}", refresh=False)
         if self.logger:
@@ -144,7 +165,7 @@ def main(args):
     if gpus := tf.config.list_physical_devices("GPU"):
         tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
 
-    train_set, (test_images, test_labels) = datasets()
+    train_set, (test_images, test_labels) = datasets(args.examples)
     # Horovod: partition the data; shards of the test set are equal, so that the mean of theirs is that of all.
     train_set = batches(*train_set, args.batch_size, args.seed)
     shard = slice(hvd.rank(), len(test_labels) // hvd.size() * hvd.size(), hvd.size())
@@ -154,12 +175,12 @@ def main(args):
         settings = {name: str(value) for name, value in vars(args).items()}
         logger = MLflowLogger(args.mlflow_uri, "keras_mnist", args.run_name or args.compression, settings)
 
-    model = network(args.seed + hvd.rank())
+    model = vgg() if args.model == "vgg" else network(args.seed + hvd.rank())
     # Horovod: scale learning rate by the number of ranks.
     rate = args.lr * hvd.size()
     # Horovod: add Horovod DistributedOptimizer; hvd_accordion: choose the compression.
     optimizer = hvd.DistributedOptimizer(
-        keras.optimizers.SGD(rate, momentum=args.momentum),
+        keras.optimizers.SGD(rate, momentum=args.momentum, weight_decay=args.weight_decay or None),
         compression=compression_of(args),
         logger=logger,
     )
@@ -179,13 +200,13 @@ def main(args):
         disable=args.no_progress or not first,
     )
     record = Record(bar, logger)
-    drop = -(-2 * args.epochs // 3)
+    drops = [math.ceil(share * args.epochs) for share in args.drops]
     callbacks = [
         # Horovod: broadcast initial variable states from rank 0 to all other processes.
         hvd.callbacks.BroadcastGlobalVariablesCallback(0),
         # Horovod: average metrics among workers at the end of every epoch; before callbacks that use them.
         hvd.callbacks.MetricAverageCallback(),
-        hvd.callbacks.LearningRateScheduleCallback(rate, lambda epoch: 1.0 if epoch < drop else 0.1),
+        hvd.callbacks.LearningRateScheduleCallback(rate, lambda epoch: 0.1 ** sum(epoch >= drop for drop in drops)),
         record,
     ]
     model.fit(
@@ -205,7 +226,7 @@ def main(args):
         logger.finish()
     if args.history:
         with open(args.history, "w", encoding="utf-8") as file:
-            json.dump({"points": record.points, "regimes": record.regimes}, file)
+            json.dump({"points": record.points, "seconds_by_epoch": record.clock, "regimes": record.regimes}, file)
     result = {
         "accuracy": record.points[-1][1],
         "sent_bytes": round(optimizer.stats.sent_bytes),

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))  # demo.py, which knows how to start and to stop ranks
+sys.path.insert(0, str(ROOT / "examples"))
 
+import launching  # noqa: E402
 from accordion_paper import experiments, launch, picture, table, tasks  # noqa: E402
 from accordion_paper.experiments import Run  # noqa: E402
 
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
         return
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: sys.exit("accordion_paper: interrupted; the same command goes on from here"))
-    with launch.alone(out):
+    with launching.alone(out):
         if args.mlflow_uri:
             mlflow_experiment(args.mlflow_uri)
         results: dict[Run, dict[str, Any]] = {}

@@ -9,6 +9,7 @@ epochs, ranks, critical_fraction.
 
 import argparse
 import json
+import math
 import sys
 import time
 
@@ -46,10 +47,16 @@ parser.add_argument("--compression", choices=CHOICES, default="accordion-powersg
 parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
 parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
 parser.add_argument("--interval", type=positive, default=1, help="Accordion: epochs from check to check")
-parser.add_argument("--epochs", type=positive, default=15, help="after two thirds of them the learning rate drops x0.1")
+parser.add_argument("--model", choices=["small", "vgg"], default="small", help="vgg: six convolutions, batch norm")
+parser.add_argument("--examples", type=positive, default=4000, help="digits to train on, at most 4,000")
+parser.add_argument("--epochs", type=positive, default=15)
+parser.add_argument(
+    "--drops", type=float, nargs="*", default=[2 / 3], help="shares of the epochs after which the rate drops x0.1"
+)
 parser.add_argument("--batch-size", type=positive, default=32, help="of each rank")
 parser.add_argument("--lr", type=float, default=0.01, help="for one rank; times the number of ranks")
 parser.add_argument("--momentum", type=float, default=0.9)
+parser.add_argument("--weight-decay", type=float, default=0.0)
 parser.add_argument("--seed", type=int, default=42)
 parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
@@ -73,6 +80,17 @@ class Net(nn.Module):
         return self.fc2(F.dropout(x, training=self.training))
 
 
+def vgg():
+    """Six convolutions with batch norm and two dense layers, after VGG; 147,386 parameters."""
+    layers, inputs = [], 1
+    for outputs in (16, 32, 64):
+        for _ in range(2):
+            layers += [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
 def compression_of(args):
     if args.compression in PLAIN:
         return PLAIN[args.compression]
@@ -82,13 +100,13 @@ def compression_of(args):
     return LEVELS[name][args.level]
 
 
-def datasets():
-    """4,000 digits to train on, 1,000 to test: always the same."""
+def datasets(examples=4000):
+    """Digits to train on, 4,000 or the first of them, and 1,000 to test: always the same."""
     images, labels = mnist_data()
     images = ((images / 255 - 0.1307) / 0.3081).astype("float32").reshape(-1, 1, 28, 28)
     images, labels = torch.tensor(images), torch.tensor(labels)
     order = np.random.default_rng(0).permutation(len(images))
-    train, test = order[:4000], order[4000:]
+    train, test = order[:4000][:examples], order[4000:]
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
@@ -110,15 +128,17 @@ def main(args):
     torch.set_num_threads(args.threads)
     first = hvd.rank() == 0
 
-    train_set, test_set = datasets()
+    train_set, test_set = datasets(args.examples)
     # Horovod: use DistributedSampler to partition the training data.
     sampler = DistributedSampler(train_set, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed)
     loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
     test_shard = test_set[hvd.rank() :: hvd.size()]
 
-    model = Net()
+    model = vgg() if args.model == "vgg" else Net()
     # Horovod: scale learning rate by the number of ranks.
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum, weight_decay=args.weight_decay
+    )
 
     # Horovod: broadcast parameters & optimizer state.
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -137,7 +157,8 @@ def main(args):
         steps_per_epoch=len(loader),
         logger=logger,
     )
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=-(-2 * args.epochs // 3))
+    drops = [math.ceil(share * args.epochs) for share in args.drops]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
 
     seconds, points, regimes, clock = 0.0, [], [], []
     bar = tqdm(

@@ -1,0 +1,157 @@
+"""The demo's results: seconds over links, the table, the picture. Numbers in, Markdown and a matplotlib figure out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+from hvd_accordion.comm.collectives import AllReduce
+from hvd_accordion.policy.cost_model import Link, seconds
+
+LOCAL = "this machine"
+LINKS: dict[str, float | None] = {LOCAL: None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8}  # bits a second
+LATENCY = 50e-6  # seconds a hop, assumed where nothing was measured
+COLOURS = ("#000000", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's, for the colour-blind
+MARKERS = ("s", "v", "^", "o")
+CRITICAL, RELAXED = "#D55E00", "#9CCDEB"
+
+Trials = Sequence[Mapping[str, Any]]  # of one compression, one for each seed
+
+
+class Clock(NamedTuple):
+    """Seconds of training at the end of each epoch."""
+
+    seconds: list[float]
+    measured: bool
+
+
+def clock(trials: Trials, link: str) -> Clock:
+    """The mean over the trials on this link; if there is none, the prediction from those on this machine."""
+    measured = [trial["seconds_by_epoch"] for trial in trials if trial["link"] == link]
+    if measured:
+        return Clock([statistics.fmean(epoch) for epoch in zip(*measured, strict=True)], True)
+    local = [predicted(trial, link) for trial in trials if trial["link"] == LOCAL]
+    return Clock([statistics.fmean(epoch) for epoch in zip(*local, strict=True)], False)
+
+
+def predicted(trial: Mapping[str, Any], link: str) -> list[float]:
+    """Seconds on this machine plus one allreduce a step with the bytes of a mean step, by the package's cost model.
+
+    It assumes the link's full rate, and that nothing travels during backward.
+    """
+    ranks, rate = trial["ranks"], LINKS[link]
+    assert rate is not None and ranks > 1
+    joined = Link(LATENCY, rate / 8)
+    found = []
+    for epoch, ((sent, _), local) in enumerate(zip(trial["points"], trial["seconds_by_epoch"], strict=True), 1):
+        steps = epoch * trial["steps_per_epoch"]
+        payload = sent / steps / (2 * (ranks - 1) / ranks)
+        found.append(local + steps * seconds(AllReduce, payload, ranks, joined))
+    return found
+
+
+def mean(trials: Trials, key: str) -> float:
+    return statistics.fmean(trial[key] for trial in trials)
+
+
+def table(results: Mapping[str, Trials]) -> str:
+    """In Markdown, aligned. `~` marks seconds that were predicted."""
+    head = ["compression", "test accuracy", "MB sent per rank", "times less"]
+    rows = [[*head, *(f"s, {link}" for link in LINKS)]]
+    for name, trials in results.items():
+        less = mean(trials, "dense_bytes") / mean(trials, "sent_bytes")
+        cells = [name, spread(trials), f"{mean(trials, 'sent_bytes') / 1e6:,.1f}", f"{less:,.1f}"]
+        rows.append([*cells, *map(last, (clock(trials, link) for link in LINKS))])
+    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))] for row in rows]
+    lines.insert(1, ["-" * first, *("-" * (w - 1) + ":" for w in others)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def spread(trials: Trials) -> str:
+    """Mean accuracy, and the lowest and highest of several seeds."""
+    values = [trial["accuracy"] for trial in trials]
+    several = f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1%}{several}"
+
+
+def last(found: Clock) -> str:
+    return f"{'' if found.measured else '~'}{found.seconds[-1]:.1f}"
+
+
+def notes(results: Mapping[str, Trials]) -> str:
+    """The lines below the table: schedule, seeds, and how the seconds were found."""
+    trials = next(iter(results.values()))
+    seeds = ", ".join(f"{trial['seed']} ({trial['link']})" for trial in trials)
+    text = f"{trials[0]['epochs']} epochs, {trials[0]['ranks']} ranks; seeds and where they trained: {seeds}."
+    if any(not clock(trials, link).measured for link in LINKS):
+        text += "\n~: predicted by the cost model (latency + bytes / bandwidth, none of it hidden behind backward)."
+    return text
+
+
+def draw(results: Mapping[str, Trials]) -> Figure:
+    """Accuracy over bytes, which layer was critical when, and accuracy over the seconds of both links."""
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    (sent, regimes), (fast, slow) = figure.subplots(2, 2)
+    for i, (name, trials) in enumerate(results.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": name}
+        megabytes = [statistics.fmean(x[0] for x in epoch) / 1e6 for epoch in zip(*curves(trials), strict=True)]
+        curve(sent, megabytes, trials, style)
+        for axes, link in ((fast, "1 Gbit/s"), (slow, "100 Mbit/s")):
+            curve(axes, clock(trials, link).seconds, trials, style)
+    sent.set(xlabel="MB sent per rank", title="What it costs in bytes")
+    for axes, link in ((fast, "1 Gbit/s"), (slow, "100 Mbit/s")):
+        how = "measured" if all(clock(trials, link).measured for trials in results.values()) else "predicted"
+        axes.set(xlabel=f"seconds of training over {link}, {how}", title=f"What it costs in time, {link}")
+    for axes in (sent, fast, slow):
+        axes.set(xscale="log", ylabel="test accuracy", ylim=(0.5, 1.0))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    adaptive = [trials[0] for trials in results.values() if any(trials[0]["regimes"])]
+    heat_map(regimes, adaptive[0]["regimes"] if adaptive else [], f"seed {adaptive[0]['seed']}" if adaptive else "")
+    figure.legend(*sent.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), frameon=False)
+    return figure
+
+
+def curves(trials: Trials) -> list[list[list[float]]]:
+    """For each trial its points by epoch: bytes sent, accuracy."""
+    return [trial["points"] for trial in trials]
+
+
+def curve(axes: Axes, x: Sequence[float], trials: Trials, style: Mapping[str, Any]) -> None:
+    """The mean accuracy of the seeds by epoch, in a band from the lowest to the highest."""
+    by_epoch = [[point[1] for point in epoch] for epoch in zip(*curves(trials), strict=True)]
+    axes.fill_between(x, [*map(min, by_epoch)], [*map(max, by_epoch)], color=style["color"], alpha=0.15, linewidth=0)
+    means = [*map(statistics.fmean, by_epoch)]
+    axes.plot(x, means, markersize=4, linewidth=1.6, markeredgecolor="white", markeredgewidth=0.4, **style)
+
+
+def heat_map(axes: Axes, regimes: Sequence[Mapping[str, str]], which: str) -> None:
+    """A row for each layer, a column for each epoch."""
+    layers = list(dict.fromkeys(layer for epoch in regimes for layer in epoch))
+    if not layers:
+        axes.set_axis_off()
+        return
+    cells = [[float(epoch.get(layer) == "critical") for epoch in regimes] for layer in layers]
+    axes.imshow(cells, cmap=ListedColormap([RELAXED, CRITICAL]), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.xaxis.set_minor_locator(FixedLocator([i + 0.5 for i in range(len(regimes) - 1)]))
+    axes.yaxis.set_minor_locator(FixedLocator([i + 0.5 for i in range(len(layers) - 1)]))
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_yticks(range(len(layers)), [layer.removesuffix(".weight") for layer in layers], fontsize=8)
+    axes.set(xlabel="epoch", title=f"Which layer Accordion took for critical, {which}")
+    names = (("critical: PowerSGD(4)", CRITICAL), ("relaxed: PowerSGD(1)", RELAXED))
+    patches = [Patch(color=colour, label=name) for name, colour in names]
+    axes.legend(handles=patches, loc="lower left", fontsize=8, framealpha=0.9)
