@@ -51,7 +51,7 @@ def predicted(trial: Mapping[str, Any], link: str) -> list[float]:
     joined = Link(LATENCY, rate / 8)
     found = []
     for epoch, ((sent, _), local) in enumerate(zip(trial["points"], trial["seconds_by_epoch"], strict=True), 1):
-        steps = epoch * trial["steps_per_epoch"]
+        steps = epoch * trial["steps"] / trial["epochs"]
         payload = sent / steps / (2 * (ranks - 1) / ranks)
         found.append(local + steps * seconds(AllReduce, payload, ranks, joined))
     return found

@@ -4,7 +4,7 @@ horovodrun -np 2 python examples/keras/keras_mnist.py --compression accordion-po
 
 This is Horovod's examples/keras/keras_mnist.py but for one import and the argument `compression`. The last line of
 rank 0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), seconds (of training alone, the
-making of the graph included), epochs, ranks, critical_fraction.
+making of the graph included), epochs, steps, ranks, critical_fraction.
 """
 
 import argparse
@@ -233,6 +233,7 @@ def main(args):
         "dense_bytes": round(optimizer.stats.dense_bytes),
         "seconds": round(record.seconds, 3),
         "epochs": args.epochs,
+        "steps": args.epochs * len(train_set),
         "ranks": hvd.size(),
         "critical_fraction": optimizer.stats.critical_fraction,
     }

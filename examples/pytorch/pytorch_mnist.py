@@ -4,7 +4,7 @@ horovodrun -np 2 python examples/pytorch/pytorch_mnist.py --compression accordio
 
 This is Horovod's examples/pytorch/pytorch_mnist.py but for one import and the argument `compression`. The last line of
 rank 0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), seconds (of training alone),
-epochs, ranks, critical_fraction.
+epochs, steps, ranks, critical_fraction.
 """
 
 import argparse
@@ -204,6 +204,7 @@ def main(args):
         "dense_bytes": round(optimizer.stats.dense_bytes),
         "seconds": round(seconds, 3),
         "epochs": args.epochs,
+        "steps": args.epochs * len(loader),
         "ranks": hvd.size(),
         "critical_fraction": optimizer.stats.critical_fraction,
     }
