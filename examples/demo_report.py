@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,8 +151,15 @@ def heat_map(axes: Axes, regimes: Sequence[Mapping[str, str]], which: str) -> No
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_yticks(range(len(layers)), [layer.removesuffix(".weight") for layer in layers], fontsize=8)
-    axes.set(xlabel="epoch", title=f"Which layer Accordion took for critical, {which}")
+    axes.set_xticks(range(0, len(regimes), 4))
+    axes.set_yticks(range(len(layers)), [layer_name(layer) for layer in layers])
+    axes.set_xlabel("epoch")
+    axes.set_title(f"Accordion's levels, {which}", pad=26)
     names = (("critical: PowerSGD(4)", CRITICAL), ("relaxed: PowerSGD(1)", RELAXED))
     patches = [Patch(color=colour, label=name) for name, colour in names]
-    axes.legend(handles=patches, loc="lower left", fontsize=8, framealpha=0.9)
+    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+
+
+def layer_name(variable: str) -> str:
+    """Of "conv1.weight" (torch) or "sequential/conv1/kernel" (Keras): "conv1"."""
+    return re.split(r"[./]", variable)[-2]

@@ -83,13 +83,15 @@ def network(seed):
 def vgg():
     """Six convolutions with batch norm and two dense layers, after VGG; 147,386 parameters to train."""
     model = keras.Sequential([keras.Input((28, 28, 1))])
-    for outputs in (16, 32, 64):
-        for _ in range(2):
-            for layer in (layers.Conv2D(outputs, 3, padding="same"), layers.BatchNormalization(), layers.ReLU()):
-                model.add(layer)
-        model.add(layers.MaxPooling2D())
-    for layer in (layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10)):
-        model.add(layer)
+    for i, outputs in enumerate((16, 16, 32, 32, 64, 64), 1):
+        model.add(layers.Conv2D(outputs, 3, padding="same", name=f"conv{i}"))
+        model.add(layers.BatchNormalization(momentum=0.9, name=f"norm{i}"))
+        model.add(layers.ReLU())
+        if i % 2 == 0:
+            model.add(layers.MaxPooling2D())
+    model.add(layers.Flatten())
+    model.add(layers.Dense(128, activation="relu", name="dense1"))
+    model.add(layers.Dense(10, name="dense2"))
     return model
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -82,13 +83,17 @@ class Net(nn.Module):
 
 def vgg():
     """Six convolutions with batch norm and two dense layers, after VGG; 147,386 parameters."""
-    layers, inputs = [], 1
-    for outputs in (16, 32, 64):
-        for _ in range(2):
-            layers += [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-            inputs = outputs
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, 128), nn.ReLU(), nn.Linear(128, 10))
+    layers, inputs = OrderedDict(), 1
+    for i, outputs in enumerate((16, 16, 32, 32, 64, 64), 1):
+        layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+        layers[f"norm{i}"] = nn.BatchNorm2d(outputs)
+        layers[f"relu{i}"] = nn.ReLU()
+        if i % 2 == 0:
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+        inputs = outputs
+    layers["flat"] = nn.Flatten()
+    layers |= {"dense1": nn.Linear(64 * 3 * 3, 128), "relu": nn.ReLU(), "dense2": nn.Linear(128, 10)}
+    return nn.Sequential(layers)
 
 
 def compression_of(args):
