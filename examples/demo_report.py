@@ -15,13 +15,13 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from hvd_accordion.comm.collectives import AllReduce
 from hvd_accordion.policy.cost_model import Link, seconds
+from hvd_accordion.tracking.figures import CRITICAL, RELAXED
 
 LOCAL = "this machine"
 LINKS: dict[str, float | None] = {LOCAL: None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8}  # bits a second
 LATENCY = 50e-6  # seconds a hop, assumed where nothing was measured
 COLOURS = ("#000000", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's, for the colour-blind
 MARKERS = ("s", "v", "^", "o")
-CRITICAL, RELAXED = "#D55E00", "#9CCDEB"
 
 Trials = Sequence[Mapping[str, Any]]  # of one compression, one for each seed
 

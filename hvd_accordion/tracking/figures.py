@@ -1,4 +1,4 @@
-"""Pictures of a run: what was sent, which layer was critical when, accuracy over traffic.
+"""Pictures of a run: what was sent, and which layer was critical when.
 
 Each function takes plain numbers and returns a `matplotlib.figure.Figure`. pyplot is never used, so they work
 in any thread and without a display.
@@ -23,8 +23,6 @@ SENT, DENSE = "#0072B2", "#8C8C8C"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REGIMES = {"relaxed": 0.0, "critical": 1.0}
-
-Runs = Mapping[str, Sequence[tuple[float, float]]]  # points (MB sent, accuracy) by run name
 
 
 def sent_figure(epochs: Sequence[int], sent: Sequence[float], dense: Sequence[float]) -> Figure:
@@ -70,45 +68,6 @@ def regimes_figure(windows: Sequence[Mapping[str, str]], labels: Sequence[str] |
     _draw_regimes(axes, layers, grid, labels, rows=80, columns=24)
     axes.set_xlabel("detection window")
     figure.legend(handles=_regime_patches(), loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-def accuracy_figure(runs: Runs, xlabel: str = "MB sent per rank", ylabel: str = "test accuracy") -> Figure:
-    """One line for each run through its points (MB sent, accuracy), over a logarithmic axis."""
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    _draw_accuracy(axes, runs, xlabel, ylabel)
-    figure.legend(loc="outside lower center", ncols=min(3, max(1, len(runs))), frameon=False)
-    return figure
-
-
-def demo_figure(
-    runs: Runs,
-    windows_by_run: Mapping[str, Sequence[Mapping[str, str]]],
-    xlabel: str = "MB sent per rank",
-    ylabel: str = "test accuracy",
-) -> Figure:
-    """Left: accuracy over traffic of all runs. Right: regimes of each adaptive run, one under the other."""
-    panels = {name: windows for name, windows in windows_by_run.items() if windows}
-    if not panels:
-        return accuracy_figure(runs, xlabel, ylabel)
-    tallest = max(len(_grid(windows)[0]) for windows in panels.values())
-    panel_height = min(0.9 + 0.2 * max(tallest, 6), 4.8)
-    height = max(5.4, 0.6 + panel_height * len(panels))
-    figure = Figure(figsize=(14, height), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.05), wspace=0.03)[0]
-    # a tall column of heat maps must not stretch the curves: they keep the upper part
-    parts = left.subfigures(2, 1, height_ratios=(7.5, height - 7.5)) if height > 10.5 else [left]
-    axes = parts[0].add_subplot()
-    _draw_accuracy(axes, runs, xlabel, ylabel)
-    parts[0].legend(loc="outside lower center", ncols=2, frameon=False)
-    for index, (name, windows) in enumerate(panels.items(), start=1):
-        axes = right.add_subplot(len(panels), 1, index)
-        layers, grid = _grid(windows)
-        _draw_regimes(axes, layers, grid, None, rows=int(5.5 * (panel_height - 0.6)), columns=20)
-        axes.set_title(name, fontsize=10)
-    axes.set_xlabel("detection window")
-    right.legend(handles=_regime_patches(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -160,31 +119,6 @@ def _draw_regimes(
     axes.set_yticks(shown, [short_name(layers[i]) for i in shown], fontsize=8)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-
-
-def _draw_accuracy(axes: Axes, runs: Runs, xlabel: str, ylabel: str) -> None:
-    """Draw one line for each run; points at 0 MB have no place on a logarithmic axis and are left out."""
-    seen: list[float] = []
-    for index, (name, points) in enumerate(runs.items()):
-        kept = [(x, y) for x, y in points if x > 0]
-        seen += [x for x, _ in kept]
-        style = "-" if index < len(LINES) else "--"
-        axes.plot(
-            [x for x, _ in kept],
-            [y for _, y in kept],
-            color=LINES[index % len(LINES)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=style,
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-            label=name,
-        )
-    axes.set_xscale("log")
-    if seen:
-        _plain_log_ticks(axes.xaxis, max(seen) / min(seen))
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    _clean(axes)
 
 
 def _plain_log_ticks(axis: Axis, ratio: float) -> None:

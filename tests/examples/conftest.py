@@ -1,4 +1,4 @@
-"""The examples' own folder on the path, as it is when one of them runs."""
+"""The examples' own folders on the path, as they are when one of them runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,30 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pytorch"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def program(path: Path) -> Iterator[ModuleType]:
+    """A program of the examples, with its folder on the path; afterwards the path is as before."""
+    for name in ("torch", "matplotlib", "mlxtend", "tqdm"):
+        pytest.importorskip(name)
+    before = sys.path[:]
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_program", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")
 def paper() -> Iterator[ModuleType]:
     """The program accordion_paper.py; its parts are modules of the package accordion_paper."""
-    for name in ("torch", "matplotlib", "mlxtend", "tqdm"):
-        pytest.importorskip(name)
-    sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("accordion_paper_program", FOLDER / "accordion_paper.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(FOLDER))
-    sys.path.remove(str(module.ROOT / "examples"))
+    yield from program(EXAMPLES / "pytorch" / "accordion_paper.py")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[ModuleType]:
+    """The program demo.py."""
+    yield from program(EXAMPLES / "demo.py")

@@ -82,7 +82,7 @@ def test_names_and_globs():
     from accordion_paper.experiments import runs
 
     every = runs("smoke")
-    assert len(every) == len({run.stem for run in every}) == 27
+    assert len(every) == len({run.stem for run in every}) == 36
     assert [run.name for run in runs("tiny", only="*batch/r*")] == ["digits-resnet18-batch/relaxed/1"]
     assert {run.mode for run in runs("smoke", only="*powersgd/*/1", dense=True)} == {
         "relaxed",

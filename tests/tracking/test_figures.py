@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from hvd_accordion.tracking.figures import (
     CRITICAL,
     RELAXED,
-    accuracy_figure,
-    demo_figure,
     regimes_figure,
     sent_figure,
     short_name,
@@ -100,36 +98,6 @@ def test_regimes_figure_labels_do_not_touch(layers, count):
 def test_regimes_figure_refuses(bad, labels, message):
     with pytest.raises(ValueError, match=message):
         regimes_figure(bad, labels)
-
-
-def test_accuracy_figure_has_a_line_for_each_run():
-    axes = accuracy_figure({"dense": [(0.0, 0.1), (10.0, 0.5), (20.0, 0.9)], "topk": [(1.0, 0.4)]}).axes[0]
-    assert axes.get_xscale() == "log"
-    points = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
-    assert points == {"dense": [10, 20], "topk": [1]}
-    assert len({line.get_color() for line in axes.lines}) == 2
-    assert len({line.get_marker() for line in axes.lines}) == 2
-
-
-@pytest.mark.parametrize("span", [1.5, 30, 1e3, 1e6])
-def test_accuracy_figure_labels_do_not_touch(span):
-    figure = accuracy_figure({f"run {i}": [(3.0, 0.1), (3.0 * span, 0.9)] for i in range(9)})
-    assert touching(figure) == []
-    low, high = figure.axes[0].get_xlim()
-    assert sum(low <= tick <= high for tick in figure.axes[0].get_xticks()) >= 2
-
-
-@pytest.mark.parametrize(("layers", "adaptive"), [(10, 1), (60, 2), (60, 4)])
-def test_demo_figure_stacks_one_heat_map_per_adaptive_run(layers, adaptive):
-    runs = {"dense": [(10.0, 0.5), (9000.0, 0.9)], "accordion": [(1.0, 0.4), (50.0, 0.9)]}
-    figure = demo_figure(runs, {f"accordion {i}": windows(layers, 40) for i in range(adaptive)})
-    assert touching(figure) == []
-    heat_maps = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in heat_maps] == [f"accordion {i}" for i in range(adaptive)]
-
-
-def test_demo_figure_without_adaptive_runs_is_the_accuracy_alone():
-    assert len(demo_figure({"dense": [(10.0, 0.5)]}, {"dense": []}).axes) == 1
 
 
 def test_short_name_keeps_layers_apart():

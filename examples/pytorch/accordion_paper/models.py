@@ -77,6 +77,20 @@ def vgg19bn(classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), *hidden, nn.Dropout(), nn.Linear(512, classes))
 
 
+def vgg8(classes: int, size: int = 14) -> nn.Module:
+    """The demo's network: six convolutions with batch norm and two dense layers, for grey images of `size` x `size`."""
+    layers: list[nn.Module] = []
+    inputs = 1
+    for outputs in (16, 32, 64):
+        for _ in range(2):
+            layers += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    features = inputs * (size // 8) ** 2
+    hidden = [nn.Linear(features, 128), nn.ReLU(inplace=True), nn.Linear(128, classes)]
+    return nn.Sequential(*layers, nn.Flatten(), *hidden)
+
+
 class LSTM(nn.Module):
     """A language model over words: the table of words in and out is one (Press, Wolf 2017). Shapes: (time, streams)."""
 
@@ -96,4 +110,4 @@ class LSTM(nn.Module):
         return self.head(self.drop(out)), state
 
 
-MODELS = {"resnet18": resnet18, "senet": senet, "vgg19bn": vgg19bn}
+MODELS = {"resnet18": resnet18, "senet": senet, "vgg19bn": vgg19bn, "vgg8": vgg8}
