@@ -17,7 +17,7 @@ setup: $(STAMP)   ## system packages, virtual environment, Horovod for today's t
 check: $(STAMP)   ## what is built, what is set wrong, the link between two ranks, and whether compression would pay
 	OMP_NUM_THREADS=1 $(BIN)/horovodrun -np 2 $(BIN)/python -m hvd_accordion check
 
-demo: $(STAMP)    ## five trainings on two ranks: table, picture (build/demo/) and MLflow run
+demo: $(STAMP)    ## four compressions, three seeds, two ranks, links if root: table, picture (build/demo/), MLflow run
 	$(BIN)/python examples/demo.py
 
 demo-tf: $(STAMP) ## the same with Keras on TensorFlow (build/demo-keras/)
