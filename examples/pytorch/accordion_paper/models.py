@@ -77,7 +77,7 @@ def vgg19bn(classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), *hidden, nn.Dropout(), nn.Linear(512, classes))
 
 
-def vgg8(classes: int, size: int = 14) -> nn.Module:
+def vgg8(classes: int, size: int = 28) -> nn.Module:
     """The demo's network: six convolutions with batch norm and two dense layers, for grey images of `size` x `size`."""
     layers: list[nn.Module] = []
     inputs = 1

@@ -16,6 +16,7 @@ from accordion_paper.experiments import Run
 from hvd_accordion.utils.seeds import stable_hash
 
 TEST_BATCH = 500  # images
+DIGITS = ("examples", "size", "shift")  # options of the data
 
 
 class Task(Protocol):
@@ -33,7 +34,7 @@ class Classify:
     """Images in batches that are shuffled anew each epoch, the same on all ranks, each of which takes its share."""
 
     def __init__(self, run: Run, data: images.Images, rank: int, size: int, device: torch.device) -> None:
-        options = {key: value for key, value in run.experiment.options.items() if key != "examples"}
+        options = {key: value for key, value in run.experiment.options.items() if key not in ("examples", "shift")}
         self.network = models.MODELS[run.experiment.model](data.classes, **options).to(device)
         self.data, self.rank, self.size, self.device, self.seed = data, rank, size, device, run.seed
         self.train = [x.to(device) for x in data.train]
@@ -111,7 +112,9 @@ def task(run: Run, path: Path | None, rank: int, size: int, device: torch.device
     require_data(run, path)
     options, name = run.experiment.options, run.experiment.data
     if name == "digits":
-        return Classify(run, images.digits(options.get("examples")), rank, size, device)
+        return Classify(
+            run, images.digits(**{key: options[key] for key in DIGITS if key in options}), rank, size, device
+        )
     if name == "topics":
         return Predict(run, text.topics(options["vocabulary"], options.get("examples")), rank, size, device)
     assert path is not None
