@@ -136,8 +136,9 @@ def log_demo(client: Any, experiment: str, results: dict[str, list[dict[str, Any
     """One MLflow run with the means over the seeds, the table and the picture."""
     run = client.create_run(experiment, run_name="demo").info.run_id
     for name, trials in results.items():
+        short = re.sub(r"\W+", " ", name).strip()  # MLflow allows no parentheses
         for key in ("accuracy", "sent_bytes", "dense_bytes", "critical_fraction"):
-            client.log_metric(run, f"{re.sub(r'\W+', ' ', name).strip()}/{key}", mean(trials, key))
+            client.log_metric(run, f"{short}/{key}", mean(trials, key))
     for file in ("table.md", "results.json", "demo.png"):
         client.log_artifact(run, str(out / file))
     client.set_terminated(run)
