@@ -68,7 +68,7 @@ def main() -> None:
         draw(results).savefig(out / "demo.png", dpi=120)
         log_demo(client, experiment, results, out)
     print(f"\n{text}\n{time.perf_counter() - begin:.0f} s in all")
-    print(f"Written to {out.relative_to(ROOT)}/ (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
+    print(f"Written to {out} (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
 
 
 def trainings(script: Path, args: argparse.Namespace, out: Path) -> dict[str, list[dict[str, Any]]]:
