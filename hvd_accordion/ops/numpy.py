@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy import clip, concatenate, floor, reshape, stack, where
+from numpy import clip as clip
+from numpy import concatenate
+from numpy import floor as floor
+from numpy import reshape as reshape
+from numpy import stack as stack
+from numpy import where as where
 
+from hvd_accordion.ops import selection
 from hvd_accordion.ops.protocol import Split
-from hvd_accordion.ops.selection import exact as top_k
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-__all__ = ["clip", "floor", "reshape", "stack", "top_k", "where"]
 
 
 def upcast(xs: Sequence[Array]) -> list[Array]:
@@ -132,6 +135,10 @@ def sum(x: Array, axis: int, keepdims: bool) -> Array:
 
 def norm(x: Array) -> Array:
     return np.sqrt(np.sum(x * x))
+
+
+def top_k(x: Array, k: int) -> Array:
+    return selection.exact(x, k)
 
 
 def argsort(x: Array) -> Array:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow import Tensor, concat, floor, reshape, stack
+from tensorflow import Tensor
+from tensorflow import concat as concat
+from tensorflow import floor as floor
+from tensorflow import reshape as reshape
+from tensorflow import stack as stack
 
 from hvd_accordion.ops.protocol import Split
-
-__all__ = ["concat", "floor", "reshape", "stack"]
 
 
 def upcast(xs: Sequence[Tensor]) -> list[Tensor]:

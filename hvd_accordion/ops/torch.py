@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, floor, reshape, stack, where
+from torch import Tensor
+from torch import floor as floor
+from torch import reshape as reshape
+from torch import where as where
 
 from hvd_accordion.ops import selection
 from hvd_accordion.ops.protocol import Split
-
-__all__ = ["floor", "reshape", "stack", "where"]
 
 
 def upcast(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -108,6 +109,10 @@ def transpose(x: Tensor) -> Tensor:
 
 def concat(xs: Sequence[Tensor], axis: int) -> Tensor:
     return torch.cat(list(xs), dim=axis)
+
+
+def stack(xs: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(xs))
 
 
 def pad(flat: Tensor, size: int, shape: Sequence[int]) -> Tensor:

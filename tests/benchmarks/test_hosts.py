@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.serial
+
 FILE = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "hosts.py"
 SIZE = 2_000_000
 

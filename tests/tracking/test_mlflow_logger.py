@@ -138,6 +138,7 @@ def test_windows_json_is_strict_json_in_order():
 # A run of its own
 
 
+@pytest.mark.serial
 def test_created_run_holds_everything(uri, client, warnings):
     logger = MLflowLogger(uri, "cifar", "first try", {"team": "a"})
     assert logger.run_id is None
@@ -320,6 +321,7 @@ def use(logger):
     return time.perf_counter() - begin, 1 + 5 * 4
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("server", ["dead", "mute"])
 def test_training_does_not_wait_for_a_server(server, warnings):
     with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, never answers
