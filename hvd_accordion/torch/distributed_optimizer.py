@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
 import torch
@@ -31,6 +31,9 @@ from hvd_accordion.training.settings import (
     translated,
 )
 
+if TYPE_CHECKING:
+    from hvd_accordion.torch.reports import Distributed
+
 ELASTIC_STATE = "hvd.elastic.TorchState(model=model, optimizer=optimizer, ...)"
 
 
@@ -52,7 +55,7 @@ def DistributedOptimizer(
     min_compress_numel: int = MIN_NUMEL,
     batch_size: AccordionBatchSize | None = None,
     uneven_inputs: bool = False,
-) -> torch.optim.Optimizer:
+) -> Distributed:
     """An optimizer that averages gradients over the ranks, compressed, before it steps.
 
     All arguments of `horovod.torch.DistributedOptimizer` keep their meaning. Compressed exchanges overlap backward;

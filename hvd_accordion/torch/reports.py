@@ -8,6 +8,8 @@ from hvd_accordion.policy.auto import Advice, advice_of
 from hvd_accordion.training.reports import CompressionReport, Stats
 
 if TYPE_CHECKING:
+    import torch
+
     from hvd_accordion.torch.exchange.engine import Engine
     from hvd_accordion.torch.exchange.plain import PlainEngine
 
@@ -53,3 +55,9 @@ class Reports:
             f"{type(self).__name__} is distributed and can be neither copied nor pickled: its exchanges belong to this "
             "process. Copy its state_dict(), or wrap a copy of the optimizer that it was made from"
         )
+
+
+if TYPE_CHECKING:
+
+    class Distributed(Reports, torch.optim.Optimizer):
+        """What a DistributedOptimizer is: the user's own class, and this."""
