@@ -126,6 +126,7 @@ class Shuffle:
         return ops.cast((ops.cast(index, "int64") * self.factor + self.shift) % self.count, "int32")
 
     def inverse(self, ops: Ops, shuffled: Tensor) -> Tensor:
-        """Maps int32 shuffled positions back to positions in the group."""
+        """Maps int32 shuffled positions back to positions in the group; `count` and more, which are padding, to `count`."""
         inverse_factor = pow(self.factor, -1, self.count)
-        return ops.cast((ops.cast(shuffled, "int64") - self.shift) * inverse_factor % self.count, "int32")
+        index = ops.cast((ops.cast(shuffled, "int64") - self.shift) * inverse_factor % self.count, "int32")
+        return ops.where(shuffled < self.count, index, self.count)

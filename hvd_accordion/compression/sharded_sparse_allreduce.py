@@ -109,15 +109,12 @@ def sharded_sparse_allreduce(
     message = code.encode(ops, ops.reshape(ops.take(sums, largest), (1, c)), ops.reshape(largest, (1, c)))
     applied, applied_at = code.decode(ops, (yield AllGather(ops.reshape(message, (-1,)))), c, entries)
 
-    def in_group(shuffled: Tensor) -> Tensor:
-        """Returns positions in the group; padding beyond its end gets the position `count`."""
-        return ops.where(shuffled < count, shuffle.inverse(ops, shuffled), count)
-
     def averages() -> list[Tensor]:
         starts = ops.reshape(ops.arange(n, applied_at) * length, (n, 1))
         flat = ops.reshape(applied, (-1,))
         mean = ops.full(count + 1, ops.sum(flat * 0.0, 0, keepdims=False))  # all NaN if any applied value is NaN
-        return ops.unflatten(ops.scatter_add(mean, in_group(ops.reshape(applied_at + starts, (-1,))), flat), values)
+        at = shuffle.inverse(ops, ops.reshape(applied_at + starts, (-1,)))
+        return ops.unflatten(ops.scatter_add(mean, at, flat), values)
 
     def remainder() -> list[Tensor]:
         flat = ops.concat([*flats, ops.zeros(1, entries)], 0)
@@ -127,7 +124,8 @@ def sharded_sparse_allreduce(
             unsent_by_sender.append(ops.take(unsent, received_at[r]))
             unsent = ops.put(unsent, received_at[r], 0.0)
         at = ops.reshape(ops.where(received_at < length, received_at + ctx.rank * length, count), (-1,))
-        return ops.unflatten(ops.scatter_add(flat, in_group(at), n * ops.concat(unsent_by_sender, 0)), values)
+        unsent = n * ops.concat(unsent_by_sender, 0)
+        return ops.unflatten(ops.scatter_add(flat, shuffle.inverse(ops, at), unsent), values)
 
     def finish(_: Any, want_remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
         mean = averages()

@@ -1,1 +1,1 @@
-"""The primitives that compression is written over: one protocol, one module a framework. Nothing is imported here."""
+"""The tensor primitives of compression: one protocol, one module per framework. Imports no framework itself."""

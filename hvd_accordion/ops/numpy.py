@@ -1,4 +1,4 @@
-"""The primitives in numpy: the oracle of the tests, and what simulated clusters run on. See protocol.py."""
+"""The primitives in numpy: the reference of the tests, also used by simulated clusters. See protocol.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy import stack as stack
 from numpy import where as where
 
 from hvd_accordion.ops import selection
-from hvd_accordion.ops.protocol import Split
+from hvd_accordion.ops.protocol import Finish
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -41,11 +41,11 @@ def zeros_like(xs: Sequence[Array]) -> list[Array]:
 
 
 def commit_residual(
-    ok: Array, split: Split, values: Sequence[Array], residual: Sequence[Array], xs: Sequence[Array]
+    is_finite: Array, finish: Finish, values: Sequence[Array], residual: Sequence[Array], xs: Sequence[Array]
 ) -> tuple[list[Array], list[Array]]:
     del values, xs
-    mean, left = split(True)
-    return mean, [np.where(ok, new, old) for new, old in zip(left, residual, strict=True)]
+    mean, remainder = finish(True)
+    return mean, [np.where(is_finite, new, old) for new, old in zip(remainder, residual, strict=True)]
 
 
 def all_finite(xs: Sequence[Array]) -> Array:
@@ -102,12 +102,14 @@ def dtype(x: Array) -> str:
 
 
 def cast(x: Array, dtype: str) -> Array:
-    if dtype == "bfloat16":  # numpy has none: the upper half of an fp32's bits, rounded to nearest, ties to even
+    if dtype == "bfloat16":  # not a numpy dtype: the upper 16 bits of an fp32, rounded to nearest, ties to even
         bits = x.astype(np.float32).view(np.uint32)
         upper = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
         return np.where(np.isnan(x), np.uint32(0x7FC0), upper).astype(np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (x.astype(np.float32) if dtype == "float16" else x).astype(dtype)  # frameworks round fp64 twice
+        return (x.astype(np.float32) if dtype == "float16" else x).astype(
+            dtype
+        )  # like the frameworks, rounds fp64 first to fp32
 
 
 def cast_like(x: Array, like: Array) -> Array:
@@ -214,8 +216,10 @@ def project_t(matrices: Sequence[Array], p: Array) -> Array:
         return p @ np.stack(matrices)
 
 
-def low_rank(matrix: Array, p: Array, q: Array, into: Array | None, remainder: bool) -> tuple[Array, Array | None]:
-    del into
+def low_rank(
+    matrix: Array, p: Array, q: Array, buffer: Array | None, want_remainder: bool
+) -> tuple[Array, Array | None]:
+    del buffer
     with np.errstate(invalid="ignore"):
-        mean = p.T @ q
-        return mean, matrix - mean if remainder else None
+        product = p.T @ q
+        return product, matrix - product if want_remainder else None

@@ -1,6 +1,6 @@
-"""The primitives in TensorFlow, eager or traced into a graph; nothing is updated in place. See protocol.py.
+"""The primitives in TensorFlow, for eager execution and traced graphs. See protocol.py.
 
-A seed or a step may be an int64 scalar tensor. Shapes are static.
+Nothing is updated in place. A seed or a step may be an int64 scalar tensor. Shapes are static.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tensorflow import floor as floor
 from tensorflow import reshape as reshape
 from tensorflow import stack as stack
 
-from hvd_accordion.ops.protocol import Split
+from hvd_accordion.ops.protocol import Finish
 
 
 def upcast(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -41,11 +41,11 @@ def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def commit_residual(
-    ok: Any, split: Split, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+    is_finite: Any, finish: Finish, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     del values, xs
-    mean, left = split(True)
-    return mean, [where(ok, new, old) for new, old in zip(left, residual, strict=True)]
+    mean, remainder = finish(True)
+    return mean, [where(is_finite, new, old) for new, old in zip(remainder, residual, strict=True)]
 
 
 def all_finite(xs: Sequence[Tensor]) -> Tensor:
@@ -98,7 +98,7 @@ def dtype(x: Tensor) -> str:
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
-    if dtype in ("float16", "bfloat16") and x.dtype == tf.float64:  # as torch does it, by way of fp32
+    if dtype in ("float16", "bfloat16") and x.dtype == tf.float64:  # like torch, rounds fp64 first to fp32
         x = tf.cast(x, tf.float32)
     return tf.cast(x, dtype)
 
@@ -121,9 +121,9 @@ def from_bytes(x: Tensor, dtype: str) -> Tensor:
 
 
 def where(condition: Any, x: Any, y: Any) -> Tensor:
-    if condition is True:  # decided when the graph was traced
+    if condition is True:  # a Python constant: no op in the graph
         return x
-    dtype = next(value.dtype for value in (x, y) if tf.is_tensor(value))  # a number takes the other's dtype
+    dtype = next(value.dtype for value in (x, y) if tf.is_tensor(value))  # a Python number gets the dtype of the tensor
     return tf.where(condition, *(value if tf.is_tensor(value) else tf.constant(value, dtype) for value in (x, y)))
 
 
@@ -144,9 +144,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
-    # of floats without their sign the bits are in the order of the values, with NaN behind Inf
-    whole, mask = (tf.int64, 2**63 - 1) if x.dtype == tf.float64 else (tf.int32, 2**31 - 1)
-    bits = tf.bitwise.bitwise_and(tf.bitcast(x, whole), tf.constant(mask, whole))
+    # the bits of floats without their sign are ordered like the magnitudes, with NaN above Inf
+    integer, mask = (tf.int64, 2**63 - 1) if x.dtype == tf.float64 else (tf.int32, 2**31 - 1)
+    bits = tf.bitwise.bitwise_and(tf.bitcast(x, integer), tf.constant(mask, integer))
     return tf.sort(tf.math.top_k(bits, k, sorted=False).indices)
 
 
@@ -181,9 +181,9 @@ def add_row(x: Tensor, row: int, values: Tensor) -> Tensor:
 
 def uniform(seed: Any, count: int, like: Tensor) -> Tensor:
     x = tf.cast(tf.range(count, dtype=tf.int32), tf.uint32) * _word(0x9E3779B1) + tf.cast(seed, tf.uint32)
-    x = _shifted(x, 16) * _word(0x7FEB352D)
-    x = _shifted(x, 15) * _word(0x846CA68B)
-    x = tf.bitwise.right_shift(_shifted(x, 16), _word(8))
+    x = _xor_shift(x, 16) * _word(0x7FEB352D)
+    x = _xor_shift(x, 15) * _word(0x846CA68B)
+    x = tf.bitwise.right_shift(_xor_shift(x, 16), _word(8))
     return tf.cast(x, like.dtype) * tf.constant(2.0**-24, like.dtype)
 
 
@@ -191,7 +191,7 @@ def _word(value: int) -> Tensor:
     return tf.constant(value, tf.uint32)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
     return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _word(bits)))
 
 
@@ -228,8 +228,8 @@ def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
 
 
 def low_rank(
-    matrix: Tensor, p: Tensor, q: Tensor, into: Tensor | None, remainder: bool
+    matrix: Tensor, p: Tensor, q: Tensor, buffer: Tensor | None, want_remainder: bool
 ) -> tuple[Tensor, Tensor | None]:
-    del into
-    mean = tf.matmul(p, q, transpose_a=True)
-    return mean, matrix - mean if remainder else None
+    del buffer
+    product = tf.matmul(p, q, transpose_a=True)
+    return product, matrix - product if want_remainder else None

@@ -1,4 +1,4 @@
-"""The primitives in torch, on any device, without a wait for it. See protocol.py."""
+"""The primitives in torch, for any device, without synchronising with it. See protocol.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import reshape as reshape
 from torch import where as where
 
 from hvd_accordion.ops import selection
-from hvd_accordion.ops.protocol import Split
+from hvd_accordion.ops.protocol import Finish
+
+CACHED = 2**16  # entries that stay in a core's cache between two passes
+SHORT = 1536  # up to this row length, M Q is up to 1.5 times as fast as (Q^T M^T)^T
 
 
 def upcast(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -23,36 +26,33 @@ def upcast(xs: Sequence[Tensor]) -> list[Tensor]:
 def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     if not is_on_cpu(ys[0]):
         return list(torch._foreach_add(list(xs), list(ys)))
-    return [added(x, y) for x, y in zip(xs, ys, strict=True)]
+    return [_add_in_place(x, y) for x, y in zip(xs, ys, strict=True)]
 
 
-CACHED = 2**17  # entries that stay in a core's cache from one look at them to the next
+def _add_in_place(x: Tensor, y: Tensor) -> Tensor:
+    """Returns x + y in the memory of y. If x holds NaN or Inf, y is restored up to rounding, and the sum is a new tensor.
 
-
-def added(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in y's memory unless x holds NaN or Inf: then y is as it was, up to rounding.
-
-    Part by part: each is read from memory once, and looked at and added from there.
+    Works in parts that fit the cache, so that the check and the sum read memory once.
     """
-    done, flat_x, flat_y = 0, x.view(-1), y.view(-1)
-    for part, into in zip(torch.split(flat_x, CACHED), torch.split(flat_y, CACHED), strict=True):
-        if not fit(part):
-            flat_y[:done].sub_(flat_x[:done])
+    added, flat_x, flat_y = 0, x.view(-1), y.view(-1)
+    for part, target in zip(torch.split(flat_x, CACHED), torch.split(flat_y, CACHED), strict=True):
+        if not _has_finite_sum(part):
+            flat_y[:added].sub_(flat_x[:added])
             return x + y
-        into.add_(part)
-        done += part.numel()
+        target.add_(part)
+        added += part.numel()
     return y
 
 
-def fit(x: Tensor) -> bool:
-    """False where x holds NaN or Inf, or nearly does."""
+def _has_finite_sum(x: Tensor) -> bool:
+    """Returns False if x holds NaN or Inf, or if its sum overflows."""
     return math.isfinite(x.sum().item())
 
 
 def taken_back(y: Tensor, x: Tensor) -> Tensor:
-    """y as it was before `added(x, y)`, up to rounding."""
+    """Returns y as it was before `add([x], [y])`, up to rounding."""
     (x,) = upcast([x])
-    return y - x if is_on_cpu(y) and fit(x) else y
+    return y - x if is_on_cpu(y) and _has_finite_sum(x) else y
 
 
 def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: float, ok: Tensor | None) -> list[Tensor]:
@@ -68,29 +68,29 @@ def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_on_cpu(x: Tensor) -> bool:
-    """Whether this is on the CPU: Python may look at the values, caches count, launches don't."""
+    """Returns whether the tensor is on the CPU, where reading a value costs no synchronisation."""
     return x.device.type == "cpu"
 
 
 def commit_residual(
-    ok: Tensor, split: Split, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
+    is_finite: Tensor, finish: Finish, values: Sequence[Tensor], residual: Sequence[Tensor], xs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    if is_on_cpu(residual[0]):  # nothing is copied: the remainder stays where the values are, in the residual's memory
-        if ok:
-            return split(True)
-        mean, _ = split(False)
+    if is_on_cpu(residual[0]):  # no copy: values and remainder share the residual's memory
+        if is_finite:
+            return finish(True)
+        mean, _ = finish(False)
         return mean, [e.sub_(x) if v is e else e for v, e, x in zip(values, residual, xs, strict=True)]
-    mean, left = split(True)
-    return mean, [torch.where(ok, new, old, out=old) for new, old in zip(left, residual, strict=True)]
+    mean, remainder = finish(True)
+    return mean, [torch.where(is_finite, new, old, out=old) for new, old in zip(remainder, residual, strict=True)]
 
 
 def all_finite(xs: Sequence[Tensor]) -> Tensor:
-    filled = [x for x in xs if x.numel()]  # an empty tensor has no largest entry
-    if not filled:
+    nonempty = [x for x in xs if x.numel()]  # an empty tensor has no maximum
+    if not nonempty:
         return torch.ones((), dtype=torch.bool, device=xs[0].device)
-    if is_on_cpu(xs[0]):  # there the largest norm takes twenty times as long
-        return torch.isfinite(torch.stack([end for x in filled for end in torch.aminmax(x)])).all()
-    return torch.isfinite(torch.stack(torch._foreach_norm(filled, float("inf")))).all()
+    if is_on_cpu(xs[0]):  # where the infinity norm takes twenty times as long as aminmax
+        return torch.isfinite(torch.stack([end for x in nonempty for end in torch.aminmax(x)])).all()
+    return torch.isfinite(torch.stack(torch._foreach_norm(nonempty, float("inf")))).all()
 
 
 def flatten(xs: Sequence[Tensor]) -> Tensor:
@@ -133,7 +133,7 @@ def cleared(x: Tensor) -> Tensor:
 
 
 def full(size: int, value: Tensor) -> Tensor:
-    return value.expand(size).clone()  # torch.full would wait for the value
+    return value.expand(size).clone()  # torch.full would synchronise to read the value
 
 
 def constant(values: Sequence[int], like: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def to_bytes(x: Tensor) -> Tensor:
 def from_bytes(x: Tensor, dtype: str) -> Tensor:
     to = getattr(torch, dtype)
     x = x.contiguous()
-    # a view at another item size wants every row to start at a whole item
+    # a view with a larger item size requires every row to start at a multiple of it
     if x.storage_offset() % to.itemsize or any(s % to.itemsize for s in x.stride()[:-1]):
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(to)
@@ -222,16 +222,16 @@ def add_row(x: Tensor, row: int, values: Tensor) -> Tensor:
 
 
 def uniform(seed: int, count: int, like: Tensor) -> Tensor:
-    # in int32, which wraps as uint32 does; shifts are arithmetic there, so the sign's copies are masked off
+    # int32 arithmetic wraps like uint32; its right shift copies the sign bit, which is masked off
     x = torch.arange(count, dtype=torch.int32, device=like.device)
-    x.mul_(_signed(0x9E3779B1)).add_(_signed(seed))
+    x.mul_(_to_int32(0x9E3779B1)).add_(_to_int32(seed))
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_to_int32(0x846CA68B))
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     return (x >> 8).bitwise_and_(0xFFFFFF).to(like.dtype).mul_(2.0**-24)
 
 
-def _signed(word: int) -> int:
+def _to_int32(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
@@ -263,11 +263,8 @@ def unpack_bits(x: Tensor, bits: int) -> Tensor:
     return torch.stack([((word >> (bits * i)) & mask).to(torch.uint8) for i in range(8)], dim=-1).flatten(-2)
 
 
-SHORT = 1536  # entries of a row up to which M Q is faster than (Q^T M^T)^T, by up to a half
-
-
 def project(matrices: Sequence[Tensor], q: Tensor) -> Tensor:
-    if not is_on_cpu(q):  # many small products cost launches
+    if not is_on_cpu(q):  # one batched product, because each launch of a kernel costs time
         return torch.bmm(q, torch.stack(list(matrices)).mT)
     out = q.new_empty(q.shape[0], q.shape[1], matrices[0].shape[0])
     for i, matrix in enumerate(matrices):
@@ -287,18 +284,15 @@ def project_t(matrices: Sequence[Tensor], p: Tensor) -> Tensor:
     return out
 
 
-CACHED = 2**16  # entries that stay in a core's cache between two passes over them
-
-
 def low_rank(
-    matrix: Tensor, p: Tensor, q: Tensor, into: Tensor | None, remainder: bool
+    matrix: Tensor, p: Tensor, q: Tensor, buffer: Tensor | None, want_remainder: bool
 ) -> tuple[Tensor, Tensor | None]:
-    mean = torch.empty_like(matrix) if into is None else into
+    product = torch.empty_like(matrix) if buffer is None else buffer
     n, m = matrix.shape
     rows = CACHED // m + 1 if is_on_cpu(matrix) else n
     p = p.t().contiguous()
     for i in range(0, n, rows):
-        torch.mm(p[i : i + rows], q, out=mean[i : i + rows])
-        if remainder:
-            matrix[i : i + rows].sub_(mean[i : i + rows])
-    return mean, matrix if remainder else None
+        torch.mm(p[i : i + rows], q, out=product[i : i + rows])
+        if want_remainder:
+            matrix[i : i + rows].sub_(product[i : i + rows])
+    return product, matrix if want_remainder else None
