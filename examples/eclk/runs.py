@@ -48,25 +48,27 @@ class Cluster(Protocol):
     def solution(self) -> Vectors: ...
 
 
-class Nodes(Simulated):
-    """`Simulated` as the shell of a method's class."""
+class SimulatedWorkers(Simulated):
+    """`Simulated` as the base of a method's class."""
 
     def __init__(self, x: Vectors, compression: Any, make: factories.Make, seed: int, size: int) -> None:
         super().__init__(make, x, compression, size, seed)
 
 
 class InOneProcess:
-    """Simulated nodes, one for each of the problem's."""
+    """A simulated cluster with one worker for each of the problem's nodes."""
 
     def __init__(self, entry: Entry, problem: Problem, seed: int) -> None:
-        self.nodes = on(entry, Nodes)(problem.start(), size=problem.nodes, **arguments(entry, problem, seed))
+        self.simulated = on(entry, SimulatedWorkers)(
+            problem.start(), size=problem.nodes, **arguments(entry, problem, seed)
+        )
         self.oracles = problem.oracles()
 
     def round(self) -> None:
-        self.nodes.step(self.oracles, self.oracles)
+        self.simulated.step(self.oracles, self.oracles)
 
     def solution(self) -> Vectors:
-        return self.nodes.solution
+        return self.simulated.solution
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""From a user's numbers to a method: checks, and the defaults that need no tuning."""
+"""Builds a method from the user's arguments: checks them and derives defaults that need no tuning."""
 
 from __future__ import annotations
 
@@ -13,37 +13,42 @@ from hvd_accordion.policy import assignment
 from hvd_accordion.policy.assignment import Compression, Layer, Policy, assign, sides
 from hvd_accordion.utils import validation
 
-# a method of layers, the specs that they start with, and the number of ranks
+# builds the method from the layers, their initial specs and the number of ranks
 Make = Callable[[Sequence[Layer], Sequence[CompressionSpec], int], Method]
-PLAIN_CONVEX = 1e-4  # mu / L1 that theta1 is chosen for where mu = 0
+PLAIN_CONVEX = 1e-4  # the mu / L1 assumed for the default of theta1 if mu = 0
 
 
 def contraction(policy: Policy) -> Policy:
-    """The policy itself. ValueError or TypeError where a spec of it is no contraction compressor."""
-    for side in sides(policy):
-        if not isinstance(side, CompressionSpec):
+    """Returns the policy, if all of its specs are contraction compressors.
+
+    Raises:
+        TypeError: the policy has something other than specs.
+        ValueError: a spec is not a contraction.
+    """
+    for spec in sides(policy):
+        if not isinstance(spec, CompressionSpec):
             raise TypeError(f"compression must be a spec such as TopK(0.03), or an Accordion of specs, got {policy!r}")
-        if side.lossy and not side.error_feedback:
+        if spec.lossy and not spec.error_feedback:
             raise ValueError(
-                f"compression must be a contraction, E||x - Q(x)||^2 <= (1 - delta) ||x||^2 with delta > 0: {side} sends "
-                "what is not scaled for error feedback; leave out error_feedback=False"
+                f"compression must be a contraction, E||x - Q(x)||^2 <= (1 - delta) ||x||^2 with delta > 0: {spec} is "
+                "not scaled for error feedback; leave out error_feedback=False"
             )
     return policy
 
 
-def made(make: Make, layers: Sequence[Layer], policy: Mapping[str, Policy], world_size: int) -> Method:
-    """The method, for the specs that the layers start with."""
+def build(make: Make, layers: Sequence[Layer], policy: Mapping[str, Policy], world_size: int) -> Method:
+    """Builds the method for the specs of the first step."""
     return make(layers, [assignment.level(x, policy[x.name], 0, world_size, 1) for x in layers], world_size)
 
 
-def share(layers: Sequence[Layer], specs: Sequence[CompressionSpec], world_size: int) -> float:
-    """Bytes of a compressed message, as its rank hands it over, for each of a dense one's: K/d for RandomK."""
-    handed = dense = 0.0
+def payload_ratio(layers: Sequence[Layer], specs: Sequence[CompressionSpec], world_size: int) -> float:
+    """Returns the payload bytes of a compressed message relative to a dense one, at most 1: K/d for RandomK."""
+    compressed = dense = 0.0
     for layer, spec in zip(layers, specs, strict=True):
         dense += layer.nbytes
         messages = spec.messages(layer.shape, layer.dtype, world_size) if spec.lossy else []
-        handed += sum(nbytes for _, nbytes in messages) if spec.lossy else layer.nbytes
-    return min(1.0, handed / dense)
+        compressed += sum(nbytes for _, nbytes in messages) if spec.lossy else layer.nbytes
+    return min(1.0, compressed / dense)
 
 
 def katyusha(
@@ -64,11 +69,11 @@ def katyusha(
     shift: str,
     seed: int,
 ) -> Method:
-    """ECLK or L-Katyusha; the arguments are `ECLK`'s.
+    """Builds ECLK or L-Katyusha. The arguments are those of `ECLK`.
 
-    L1 = c L_f with c = 1 (4 under RandomK), p = 3 times the share that travels, theta1 = min(sqrt(mu / (L1 p)) theta2,
-    theta2): no tuning. It converged under TopK on all logistic regressions that it was tried on, but not on a quadratic with
-    even curvature of which 1 % travelled: that needed c = 8.
+    Defaults: L1 = c L_f with c = 1 (4 for RandomK), p = 3 times the payload ratio, theta1 = min(sqrt(mu / (L1 p)), 1) theta2.
+    With these and TopK, all tested logistic regressions converged. A quadratic of uniform curvature, of which 1 % was sent,
+    needed c = 8.
     """
     psi = Regulariser(validation.real("l1", l1, 0.0, open_low=False), validation.real("l2", l2, 0.0, open_low=False))
     mu = validation.real("strong_convexity", strong_convexity, 0.0, open_low=False)
@@ -78,10 +83,10 @@ def katyusha(
     p = probability(p, layers, specs, world_size, shift)
     if lr is not None:
         if theta1 is None or smoothness is not None:
-            raise ValueError(f"lr={lr!r} takes the place of smoothness and needs theta1, got {smoothness=}, {theta1=}")
+            raise ValueError(f"lr={lr!r} replaces smoothness and requires theta1, got {smoothness=}, {theta1=}")
         L1 = theta2 / ((1 + theta2) * theta1) / validation.real("lr", lr, 0.0)
     elif smoothness is None:
-        raise ValueError("smoothness, the constant L of f, must be given, got None; estimate_smoothness() measures it")
+        raise ValueError("smoothness, the constant L of f, must be given, got None; estimate_smoothness() estimates it")
     else:
         L1 = validation.real("smoothness", smoothness, 0.0)
         validation.real("strong_convexity", mu, 0.0, L1, open_low=False)
@@ -111,12 +116,12 @@ def descent(
     shift: str = "none",
     has_residual: bool = True,
 ) -> Method:
-    """EC-SGD, EC-LSVRG, L-SVRG or EF21; lr = 1 / smoothness unless given."""
+    """Builds EC-SGD, EC-LSVRG, L-SVRG or EF21. By default lr = 1 / smoothness."""
     psi = Regulariser(validation.real("l1", l1, 0.0, open_low=False), validation.real("l2", l2, 0.0, open_low=False))
     if lr is None:
         if smoothness is None:
             raise ValueError(
-                "lr or smoothness must be given, got None for both; estimate_smoothness() measures the second"
+                "lr or smoothness must be given, got None for both; estimate_smoothness() estimates smoothness"
             )
         lr = 1 / validation.real("smoothness", smoothness, 0.0)
     p = probability(p, layers, specs, world_size, shift) if reduced else 0.0
@@ -124,27 +129,31 @@ def descent(
 
 
 def check_shift(shift: str) -> None:
+    """Raises ValueError unless `shift` is "refresh" or "learnt"."""
     validation.choice("shift", shift, ("refresh", "learnt"))
 
 
 def probability(
     p: float | None, layers: Sequence[Layer], specs: Sequence[CompressionSpec], world_size: int, shift: str
 ) -> float:
-    """That w moves. By default three times the share that travels, so that refreshing costs some three times as much as
-    the rest; under "learnt", where it costs nothing, but h_tau must follow w, the contraction: K/d for TopK."""
+    """Returns the probability that w moves.
+
+    Default: three times the payload ratio, so that dense messages take about three times the bytes of compressed ones. With
+    shift="learnt" there are no dense messages, but h_tau must follow w. Its default is the contraction, K/d for TopK.
+    """
     if p is not None:
         return validation.real("p", p, 0.0, 1.0)
     if shift == "learnt":
-        kept = sum(x.numel * spec.delta(x.shape) for x, spec in zip(layers, specs, strict=True))
-        return kept / sum(x.numel for x in layers)
-    return min(1.0, 3 * share(layers, specs, world_size))
+        contracted = sum(x.numel * spec.delta(x.shape) for x, spec in zip(layers, specs, strict=True))
+        return contracted / sum(x.numel for x in layers)
+    return min(1.0, 3 * payload_ratio(layers, specs, world_size))
 
 
 def layer_of(name: str, shape: Sequence[int], dtype: str, device: str = "cpu") -> Layer:
-    """A vector counts as a matrix of one row: unlike a deep network's, it is what a convex problem has to compress."""
+    """Describes a parameter. A vector counts as a matrix of one row, because the vectors of a convex problem are its bulk."""
     return Layer(name, tuple(shape) if len(shape) > 1 else (1, size(shape)), dtype, device)
 
 
 def policies(compression: Compression, names: Sequence[str]) -> dict[str, Policy]:
-    """Layer name -> spec or Accordion, all contractions."""
+    """Assigns a policy to each layer name and checks that all specs are contractions."""
     return {name: contraction(policy) for name, policy in assign(compression, names).items()}

@@ -1,4 +1,4 @@
-"""The methods as optimizer classes, whatever the framework: names, arguments, defaults. Shells are mixed in behind them."""
+"""The methods as framework-independent optimizer classes: names, arguments, defaults. Front ends derive from them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,40 @@ TOP = TopK(0.03)
 class ECLK:
     """Error compensated loopless Katyusha (Qian, Richtarik, Zhang, NeurIPS 2021, arXiv 2010.00091).
 
-    Minimises P(x) = (1/n) sum_tau f^tau(x) + l1 ||x||_1 + (l2/2) ||x||^2 at an accelerated linear rate under any contraction
-    compressor, on convex problems; ranks may have unlike data. Nothing is promised of deep networks. The formulas
-    stand at `optim.iterates.Katyusha` and `optim.method.Method`.
+    Minimises P(x) = (1/n) sum_tau f^tau(x) + l1 ||x||_1 + (l2/2) ||x||^2. For convex f the rate is linear and accelerated
+    with any contraction compressor, also if the ranks' data differ. There is no guarantee for deep networks. The formulas
+    are documented in `optim.iterates.Katyusha` and `optim.method.Method`.
 
-    Parameters hold x, where gradients are taken; `solution()` swaps in y, which the theory is about. One round of
-    collectives a step. Every rank must start from the same parameters (`hvd.broadcast_parameters`).
+    Parameters hold x, where gradients are taken. `solution()` swaps in y, to which the theory applies. A step takes one
+    round of collectives. Every rank must start from the same parameters (`hvd.broadcast_parameters`).
 
-    Memory beside the parameters, in copies of them: y, z, w, the residual, grad f^tau(w), h; under shift="learnt" h_tau too.
+    Memory in copies of the parameters: y, z, w, the residual, grad f^tau(w), h, and h_tau with shift="learnt".
 
     Args:
-        params: as any optimizer's.
-        compression: a spec that is a contraction (all are, with error feedback; unbiased ones are scaled by 1/(1 + omega) by
-            themselves), an Accordion, or a dict from parameter-name glob to these. Vectors are compressed too.
-        smoothness: L of f, > 0; `estimate_smoothness` measures it.
-        strong_convexity: mu of f, >= 0; 0 is plain convex.
-        p: probability that w moves, in (0, 1]. Default: 3 times the share of bytes that travels; with shift="learnt" the
+        params: as in any optimizer.
+        compression: a spec that is a contraction, an Accordion, or a dict from parameter-name glob to these. With error
+            feedback all specs are contractions; unbiased ones are scaled by 1/(1 + omega). Vectors are compressed too.
+        smoothness: L of f, > 0. `estimate_smoothness` estimates it.
+        strong_convexity: mu of f, >= 0; 0 means convex.
+        p: probability that w moves, in (0, 1]. Default: 3 times the fraction of bytes that is sent. With shift="learnt" the
             contraction, which is K/d for TopK.
-        theta1, theta2: weights in (0, 1), theta1 + theta2 <= 1. Default of theta1: min(sqrt(mu / (L1 p)), 1) theta2.
-        l1, l2: of the part that is not in the closures, >= 0; taken through its prox.
-        shift: "refresh" sends grad f^tau(w) dense whenever w has moved; "learnt" sends no gradient dense but the first.
-        lr: eta / L1, in place of `smoothness`, where nobody knows one; needs theta1.
-        smoothness_factor: c in L1 = c smoothness, > 0. Default: 1, and 4 under RandomK. Where all directions curve about as
-            much and little travels it must be larger, up to about 1/(10 delta); a warning says so when it diverges.
-        seed: of the coin and everything random in compression; the global generators are left alone.
+        theta1: weight of z, in (0, 1), theta1 + theta2 <= 1. Default: min(sqrt(mu / (L1 p)), 1) theta2.
+        theta2: weight of w, in (0, 1).
+        l1: weight of ||x||_1, which is not part of the closures, >= 0. Handled by its proximal operator.
+        shift: "refresh" sends grad f^tau(w) dense whenever w has moved. "learnt" sends only the first gradient dense.
+        l2: weight of ||x||^2 / 2, likewise.
+        lr: eta / L1, instead of `smoothness`; requires theta1.
+        smoothness_factor: c in L1 = c smoothness, > 0. Default: 1, and 4 for RandomK. If the curvature is similar in all
+            directions and little is sent, c must be larger, up to about 1/(10 delta). A warning is issued on divergence.
+        seed: of the coin and of random compression. Global random generators are not used.
         process_set: the ranks that take part.
-        steps_per_epoch, logger: as `DistributedOptimizer`'s; epochs matter to an Accordion and to the logger.
+        steps_per_epoch: as in `DistributedOptimizer`. Accordion and the logger use epochs.
+        logger: as in `DistributedOptimizer`.
 
-    Raises ValueError or TypeError for what is out of range, and at the first step, on every rank the same, where ranks are
-    configured differently or start from different parameters.
+    Raises:
+        ValueError: an argument is out of range. At the first step, on every rank: the ranks' configurations or initial
+            parameters differ.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -84,9 +89,9 @@ class ECLK:
 
 
 class LKatyusha:
-    """Loopless Katyusha (Kovalev, Horvath, Richtarik 2019, arXiv 1901.08689), uncompressed: one dense allreduce a step.
+    """Loopless Katyusha (Kovalev, Horvath, Richtarik 2019, arXiv 1901.08689) without compression: one allreduce per step.
 
-    Args: as `ECLK`'s; p is 1 by default.
+    Arguments are those of `ECLK`, without `compression` and `shift`. The default of p is 1.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class LKatyusha:
 
 
 class _Descent:
-    """x+ = prox(x - lr g): what the methods without momentum have in common."""
+    """Base class of the methods without momentum: x+ = prox(x - lr g)."""
 
     def _begin(
         self, params: Any, compression: Compression, name: str, seed: int, options: dict[str, Any], **chosen: Any
@@ -135,13 +140,13 @@ class _Descent:
 
 
 class ECSGD(_Descent):
-    """SGD with error feedback (Seide et al. 2014; Stich et al. 2018, arXiv 1809.07599); with full gradients EC-GD.
+    """SGD with error feedback (Seide et al. 2014; Stich et al. 2018, arXiv 1809.07599). With full gradients this is EC-GD.
 
-    Comes to a stand at a distance from the solution where ranks have unlike data.
+    If the ranks' data differ, it converges only to a neighbourhood of the solution. Other arguments are those of `ECLK`.
 
     Args:
-        lr: step size, > 0; default: 1 / smoothness.
-        the others: as `ECLK`'s.
+        lr: step size, > 0. Default: 1 / smoothness.
+        smoothness: L of f, > 0, if lr is not given.
     """
 
     def __init__(
@@ -160,11 +165,11 @@ class ECSGD(_Descent):
 
 
 class ECLSVRG(_Descent):
-    """Error compensated loopless SVRG: ECLK's estimate and shifts without its momentum.
+    """Error compensated loopless SVRG: ECLK's estimate and shifts without momentum. Other arguments are those of `ECLK`.
 
     Args:
-        lr: step size, > 0; default: 1 / smoothness.
-        the others: as `ECLK`'s.
+        lr: step size, > 0. Default: 1 / smoothness.
+        smoothness: L of f, > 0, if lr is not given.
     """
 
     def __init__(
@@ -187,11 +192,13 @@ class ECLSVRG(_Descent):
 
 
 class LSVRG(_Descent):
-    """Loopless SVRG (Kovalev, Horvath, Richtarik 2019, arXiv 1901.08689), uncompressed.
+    """Loopless SVRG (Kovalev, Horvath, Richtarik 2019, arXiv 1901.08689) without compression.
+
+    Other arguments are those of `ECLK`, without `compression` and `shift`.
 
     Args:
-        lr: step size, > 0; default: 1 / smoothness.
-        the others: as `ECLK`'s.
+        lr: step size, > 0. Default: 1 / smoothness.
+        smoothness: L of f, > 0, if lr is not given.
     """
 
     def __init__(
@@ -211,11 +218,13 @@ class LSVRG(_Descent):
 
 
 class EF21(_Descent):
-    """EF21 (Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203): each rank's gradient is learnt by compressed differences.
+    """EF21 (Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203).
+
+    All ranks track each rank's gradient, from compressed differences. Other arguments are those of `ECLK`.
 
     Args:
-        lr: step size, > 0; default: 1 / smoothness.
-        the others: as `ECLK`'s.
+        lr: step size, > 0. Default: 1 / smoothness.
+        smoothness: L of f, > 0, if lr is not given.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""n ranks of a method in one process, over numpy arrays: for experiments and as the oracle of the tests."""
+"""Runs n ranks of a method in one process on numpy arrays: for experiments, and as the reference of the tests."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hvd_accordion.training.vectors import Vectors
 
 
 class Simulated:
-    """A cluster of nodes at one x.
+    """A simulated cluster whose workers share x.
 
     Args:
-        make: the method, from the layers, the specs that they start with, and the number of ranks.
-        x: where it starts; all arithmetic is in its dtype.
-        compression: a spec, an Accordion, or a dict from globs of the layers' names ("0", "1", ...) to them.
-        size: nodes.
-        seed: of everything random in compression.
+        make: builds the method from the layers, their initial specs and the number of ranks.
+        x: the initial point. All arithmetic is in its dtype.
+        compression: a spec, an Accordion, or a dict from glob to these. The layers' names are "0", "1", ...
+        size: number of workers.
+        seed: of random compression.
         steps_per_epoch: for an Accordion that counts epochs.
     """
 
@@ -40,24 +40,27 @@ class Simulated:
         layers = [factories.layer_of(str(i), v.shape, ops.dtype(v)) for i, v in enumerate(x)]
         policy = factories.policies(compression, [layer.name for layer in layers])
         self.x, self.sent_bytes = list(x), 0.0
-        self.method = factories.made(make, layers, policy, size)
+        self.method = factories.build(make, layers, policy, size)
         controllers = [Controller(layers, policy, size, steps_per_epoch, min_numel=1) for _ in range(size)]
-        self.nodes = [Worker(self.method, cast(Ops, ops), c, seed, rank, size) for rank, c in enumerate(controllers)]
+        self.workers = [Worker(self.method, cast(Ops, ops), c, seed, rank, size) for rank, c in enumerate(controllers)]
 
     def step(self, sampled: Sequence[Gradient], full: Sequence[Gradient]) -> None:
-        """A round; each rank's `sampled` and `full` give its gradients at a point (see `Node.gradients`)."""
-        sides = zip(self.nodes, sampled, full, strict=True)
-        rounds = [node.messages(*node.gradients(self.x, some, every)) for node, some, every in sides]
-        answers: list[dict[str, ExchangeResult]] = [{} for _ in self.nodes]
+        """Runs one round. Each worker's `sampled` and `full` return its gradients at a point (see `Worker.gradients`)."""
+        rounds = [
+            worker.messages(*worker.gradients(self.x, its_sampled, its_full))
+            for worker, its_sampled, its_full in zip(self.workers, sampled, full, strict=True)
+        ]
+        results: list[dict[str, ExchangeResult]] = [{} for _ in self.workers]
         total = 0.0
         for name in rounds[0]:
-            results, nbytes = simulation.run([mine[name] for mine in rounds])
+            by_rank, nbytes = simulation.run([exchanges[name] for exchanges in rounds])
             total += nbytes
-            for answer, result in zip(answers, results, strict=True):
-                answer[name] = result
-        moved = [node.receive(self.x, answer, total) for node, answer in zip(self.nodes, answers, strict=True)]
-        self.x, self.sent_bytes = moved[0], self.sent_bytes + total
+            for its_results, result in zip(results, by_rank, strict=True):
+                its_results[name] = result
+        new = [worker.receive(self.x, mine, total) for worker, mine in zip(self.workers, results, strict=True)]
+        self.x, self.sent_bytes = new[0], self.sent_bytes + total
 
     @property
     def solution(self) -> Vectors:
-        return self.nodes[0].solution or self.x
+        """The point that converges: y or x, depending on the method."""
+        return self.workers[0].solution or self.x

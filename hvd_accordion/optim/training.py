@@ -28,7 +28,7 @@ class Training:
     """A rank of a method on named layers.
 
     Args:
-        layers: of `recipes.layer_of`, in the order of the parameters.
+        layers: of `factories.layer_of`, in the order of the parameters.
         make: the method, see `recipes.made`.
         rank, size: its place among the ranks.
         share: gives numbers as rank 0 has them.
@@ -53,7 +53,7 @@ class Training:
             validation.integer("steps_per_epoch", steps_per_epoch, 1)
         check_logger(logger)
         policy = factories.policies(compression, [layer.name for layer in layers])
-        self.method = factories.made(make, layers, policy, size)
+        self.method = factories.build(make, layers, policy, size)
         if logger is not None and rank == 0:
             logger.start({"optimizer": self.method.name, "compression": str(compression), "world_size": size})
         logger = logger if rank == 0 else None

@@ -94,7 +94,7 @@ def test_ec_gd_leaves_the_minimum(breast):
     for entry in methods.entries("breast", defaults=False):
         if entry.key in ("ECLK", "EC-GD"):
             cluster = runs.InOneProcess(entry, problem, 0)
-            cluster.nodes.x = [v.copy() for v in x]
+            cluster.simulated.x = [v.copy() for v in x]
             for _ in range(400):
                 cluster.round()
             gaps[entry.key] = problem.value(cluster.solution()) - best

@@ -1,4 +1,4 @@
-"""Small problems whose ranks have unlike data, and the classes of the methods over simulated ranks."""
+"""Small problems with different data on each rank, and the methods' classes on simulated ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hvd_accordion.optim import methods as published
 from hvd_accordion.optim.simulated import Simulated
 
 
-class Nodes(Simulated):
-    """`Simulated` as the shell of a method's class: called as ECLK(x, size=4, compression=..., ...)."""
+class SimulatedWorkers(Simulated):
+    """`Simulated` as the base of a method's class, called as ECLK(x, size=4, compression=..., ...)."""
 
     def __init__(self, x, compression, make, seed, size, steps_per_epoch=None) -> None:
         super().__init__(make, x, compression, size, seed, steps_per_epoch)
@@ -22,7 +22,7 @@ class Nodes(Simulated):
 @pytest.fixture(scope="session")
 def methods() -> dict[str, Any]:
     names = ("ECLK", "LKatyusha", "ECSGD", "ECLSVRG", "LSVRG", "EF21")
-    return {name: type(name, (getattr(published, name), Nodes), {}) for name in names}
+    return {name: type(name, (getattr(published, name), SimulatedWorkers), {}) for name in names}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Logistic:
 
 @pytest.fixture(scope="session")
 def logistic() -> Logistic:
-    """Four ranks, each about a centre of its own, 12 rows of 20 features."""
+    """Four ranks with different centres, 12 rows of 20 features each."""
     rng = np.random.default_rng(5)
     rows = rng.normal(size=(4, 12, 20)) + rng.normal(size=(4, 1, 20))
     return Logistic(rows, np.where(rows @ rng.normal(size=20) + rng.normal(size=(4, 12)) > 0, 1.0, -1.0), 0.01)

@@ -1,4 +1,4 @@
-"""Defaults by their formulas, and arguments that are out of range."""
+"""Default arguments against their formulas; errors for invalid arguments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hvd_accordion import QSGD, Dense, PowerSGD, RandomK, TopK
 X = [np.zeros((10, 30))]
 
 
-def made(methods, name="ECLK", **arguments):
+def build(methods, name="ECLK", **arguments):
     return methods[name](X, size=4, **{"smoothness": 2.0, **arguments}).method
 
 
 def test_defaults_under_random_k(methods):
     """p = 3 K/d; L1 = 4 L; theta1 = sqrt(mu / (L1 p)) theta2."""
-    method = made(methods, compression=RandomK(0.1), strong_convexity=0.01)
+    method = build(methods, compression=RandomK(0.1), strong_convexity=0.01)
     assert method.p == pytest.approx(0.3)
     assert method.iterates.L1 == 8.0
     assert method.iterates.theta2 == 0.5
@@ -28,28 +28,28 @@ def test_defaults_under_random_k(methods):
 
 def test_defaults_under_top_k(methods):
     top = TopK(0.1, algorithm="allgather")
-    method = made(methods, compression=top, strong_convexity=0.01)
-    handed = sum(nbytes for _, nbytes in top.messages((10, 30), "float64", 4))
-    assert method.p == pytest.approx(3 * handed / (8 * 300))
+    method = build(methods, compression=top, strong_convexity=0.01)
+    payload = sum(nbytes for _, nbytes in top.messages((10, 30), "float64", 4))
+    assert method.p == pytest.approx(3 * payload / (8 * 300))
     assert method.iterates.L1 == 2.0
-    assert made(methods, compression=top, shift="learnt").p == pytest.approx(0.1)
-    assert made(methods, "LKatyusha").p == 1.0
+    assert build(methods, compression=top, shift="learnt").p == pytest.approx(0.1)
+    assert build(methods, "LKatyusha").p == 1.0
 
 
 def test_theta1_is_at_most_theta2_and_lr_gives_the_smoothness(methods):
-    assert made(methods, compression=Dense(), strong_convexity=2.0, p=0.1).iterates.theta1 == 0.5
-    by_lr = made(methods, compression=Dense(), smoothness=None, lr=0.3, theta1=0.2).iterates
+    assert build(methods, compression=Dense(), strong_convexity=2.0, p=0.1).iterates.theta1 == 0.5
+    by_lr = build(methods, compression=Dense(), smoothness=None, lr=0.3, theta1=0.2).iterates
     assert by_lr.step == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.05, 0), (0.5, 1)])
-def test_coins_come_from_seed_and_step_alone(methods, p, seed):
-    one, other = (made(methods, compression=TopK(0.1), p=p, seed=seed) for _ in range(2))
-    tossed = [one.coin(step) for step in range(4000)]
-    assert tossed == [other.coin(step) for step in range(4000)]
+def test_coins_depend_on_seed_and_step_only(methods, p, seed):
+    first, second = (build(methods, compression=TopK(0.1), p=p, seed=seed) for _ in range(2))
+    tossed = [first.coin(step) for step in range(4000)]
+    assert tossed == [second.coin(step) for step in range(4000)]
     assert abs(np.mean(tossed) - p) < 4 * math.sqrt(p * (1 - p) / 4000)
-    assert tossed != [made(methods, compression=TopK(0.1), p=p, seed=seed + 1).coin(step) for step in range(4000)]
-    assert all(made(methods, compression=TopK(0.1), p=1).coin(step) for step in range(100))
+    assert tossed != [build(methods, compression=TopK(0.1), p=p, seed=seed + 1).coin(step) for step in range(4000)]
+    assert all(build(methods, compression=TopK(0.1), p=1).coin(step) for step in range(100))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_coins_come_from_seed_and_step_alone(methods, p, seed):
         ({"theta1": 1.0}, r"theta1 must be .*\(0, 1\), got 1.0"),
         ({"theta2": 1.0}, r"theta2 must be .*\(0, 1\), got 1.0"),
         ({"theta1": 0.6}, r"theta1 \+ theta2 must be at most 1, got 0.6 \+ 0.5"),
-        ({"lr": 0.1}, r"lr=0.1 takes the place of smoothness and needs theta1"),
+        ({"lr": 0.1}, r"lr=0.1 replaces smoothness and requires theta1"),
         ({"l1": -1.0}, r"l1 must be .*got -1.0"),
         ({"l2": math.inf}, r"l2 must be .*got inf"),
         ({"shift": "none"}, r"shift must be one of 'refresh', 'learnt', got 'none'"),
@@ -77,24 +77,24 @@ def test_coins_come_from_seed_and_step_alone(methods, p, seed):
         ({"compression": {"weights": TopK(0.1)}}, r"the glob 'weights' matches no parameter"),
     ],
 )
-def test_what_is_out_of_range_is_named(methods, arguments, message):
+def test_values_out_of_range_raise_value_error(methods, arguments, message):
     with pytest.raises(ValueError, match=message):
-        made(methods, **{"compression": PowerSGD(1), **arguments})
+        build(methods, **{"compression": PowerSGD(1), **arguments})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"p": "often"}, "p must be"), ({"compression": "topk"}, "compression")]
 )
-def test_what_has_the_wrong_type_is_named(methods, arguments, message):
+def test_wrong_types_raise_type_error(methods, arguments, message):
     with pytest.raises(TypeError, match=message):
-        made(methods, **{"compression": PowerSGD(1), **arguments})
+        build(methods, **{"compression": PowerSGD(1), **arguments})
 
 
 @pytest.mark.parametrize("name", ["ECSGD", "ECLSVRG", "LSVRG", "EF21"])
 def test_descent_takes_lr_or_smoothness(methods, name):
-    assert made(methods, name).iterates.lr == 0.5
-    assert made(methods, name, lr=0.1, smoothness=None).iterates.lr == 0.1
+    assert build(methods, name).iterates.lr == 0.5
+    assert build(methods, name, lr=0.1, smoothness=None).iterates.lr == 0.1
     with pytest.raises(ValueError, match="lr or smoothness must be given"):
-        made(methods, name, smoothness=None)
+        build(methods, name, smoothness=None)
     with pytest.raises(ValueError, match=r"lr must be .*got -1"):
-        made(methods, name, lr=-1)
+        build(methods, name, lr=-1)

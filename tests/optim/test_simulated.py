@@ -1,4 +1,4 @@
-"""What the methods do among simulated ranks, against mathematics written down a second time."""
+"""The methods on simulated ranks against an independent implementation of the mathematics."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from hvd_accordion import QSGD, Dense, PowerSGD, RandomK, TopK
 
 TOP = TopK(0.05, algorithm="allgather")
-WIDE = TopK(0.2, algorithm="allgather")  # with entries as alike as these a small share takes small steps
+WIDE = TopK(0.2, algorithm="allgather")  # entries of similar magnitude need a large ratio or small steps
 
 
 @pytest.mark.parametrize("l1", [0.0, 0.02])
 @pytest.mark.parametrize("shift", ["refresh", "learnt"])
 def test_without_compression_eclk_is_l_katyusha(methods, logistic, shift, l1):
-    """L-Katyusha over samples, written down from arXiv 1901.08689 with what ECLK changes: sigma = mu / (2 L1)."""
+    """L-Katyusha over samples, from arXiv 1901.08689, with ECLK's sigma = mu / (2 L1)."""
     L, mu, theta1, theta2, p = logistic.smoothness, logistic.mu, 0.1, 0.4, 0.2
     eclk = methods["ECLK"](
         [np.zeros(20)],
@@ -44,8 +44,8 @@ def test_without_compression_eclk_is_l_katyusha(methods, logistic, shift, l1):
             estimate = estimate + (logistic.gradient(x, rank, rows) - logistic.gradient(w, rank, rows)) / 4
         u = (eta * sigma * x + z - eta / L * estimate) / (1 + eta * sigma)
         threshold = eta * l1 / (L * (1 + eta * sigma))
-        before, z = z, np.where(np.abs(u) > threshold, u - threshold * np.sign(u), 0.0)
-        y, old = x + theta1 * (z - before), y
+        previous, z = z, np.where(np.abs(u) > threshold, u - threshold * np.sign(u), 0.0)
+        y, old = x + theta1 * (z - previous), y
         w, moves = (old, moves + 1) if eclk.method.coin(step) else (w, moves)
         x = theta1 * z + theta2 * w + (1 - theta1 - theta2) * y
 
@@ -57,23 +57,23 @@ def test_without_compression_eclk_is_l_katyusha(methods, logistic, shift, l1):
 
 @pytest.mark.parametrize("shift", ["refresh", "learnt"])
 @pytest.mark.parametrize("spec", [TOP, RandomK(0.05)], ids=str)
-def test_virtual_iterates_step_as_if_nothing_were_compressed(methods, logistic, spec, shift):
+def test_virtual_iterates_follow_the_uncompressed_method(methods, logistic, spec, shift):
     """With c = 1 / (1 + eta sigma) and z' = z - c e, x' = x - c e: z'+ = c (eta sigma x' + z' - eta / L1 grad f(x))."""
     L, mu = logistic.smoothness, logistic.mu
     eclk = methods["ECLK"]([np.zeros(20)], spec, size=4, smoothness=L, strong_convexity=mu, shift=shift)
     eta, gamma, L1 = eclk.method.iterates.eta, eclk.method.iterates.step, eclk.method.iterates.L1
-    pull = eta * mu / (2 * L1)
-    c = 1 / (1 + pull)
+    eta_sigma = eta * mu / (2 * L1)
+    c = 1 / (1 + eta_sigma)
     oracles, largest = logistic.oracles(), 0.0
     x, z, e = np.zeros(20), np.zeros(20), np.zeros(20)
     for _ in range(200):
         eclk.step(oracles, oracles)
-        expected = c * (pull * (x - c * e) + z - c * e - gamma * logistic.mean_gradient(x))
-        e = np.mean([node.channels["fed"].residual["0"].reshape(20) for node in eclk.nodes], axis=0)
-        x, z = eclk.x[0], eclk.nodes[0].points["z"][0]
+        expected = c * (eta_sigma * (x - c * e) + z - c * e - gamma * logistic.mean_gradient(x))
+        e = np.mean([worker.channels["fed"].residual["0"].reshape(20) for worker in eclk.workers], axis=0)
+        x, z = eclk.x[0], eclk.workers[0].points["z"][0]
         largest = max(largest, float(np.abs(e).max()))
         assert np.abs(z - c * e - expected).max() < 1e-10
-    assert largest > 1e-3  # something was held back
+    assert largest > 1e-3  # the residuals are not zero
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_virtual_iterates_step_as_if_nothing_were_compressed(methods, logistic, 
     [(PowerSGD(1), 2), (QSGD(3), 1), (TopK(0.1, algorithm="two_step"), 1), (RandomK(0.25), 4)],
     ids=str,
 )
-def test_every_family_drives_a_quadratic_to_zero(methods, quadratic, spec, factor):
+def test_every_family_converges_on_a_quadratic(methods, quadratic, spec, factor):
     eclk = methods["ECLK"](
         [np.zeros((16, 12))], spec, size=2, smoothness=1.0, strong_convexity=0.3, smoothness_factor=factor
     )
-    assert eclk.nodes[0].controller.specs() == {"0": spec}
+    assert eclk.workers[0].controller.specs() == {"0": spec}
     oracles = quadratic.oracles()
     for _ in range(300):
         eclk.step(oracles, oracles)
@@ -102,7 +102,7 @@ def test_every_family_drives_a_quadratic_to_zero(methods, quadratic, spec, facto
         ("EF21", {"compression": WIDE, "lr": 0.3}),
     ],
 )
-def test_siblings_come_to_the_minimum_too(methods, quadratic, name, arguments):
+def test_siblings_converge(methods, quadratic, name, arguments):
     method = methods[name]([np.zeros((16, 12))], size=2, **arguments)
     oracles = quadratic.oracles()
     for _ in range(150):
@@ -110,9 +110,11 @@ def test_siblings_come_to_the_minimum_too(methods, quadratic, name, arguments):
     assert quadratic.gap(method.solution) < 1e-10
 
 
-def test_plain_error_feedback_leaves_the_minimum_and_eclk_stays(methods, quadratic):
-    """EC-GD's residuals hold what unlike ranks send in vain for ever; the others subtract it beforehand."""
-    centres = np.random.default_rng(4).normal(size=(3, 16, 12))  # two ranks' gradients would cancel at the minimum
+def test_ec_gd_leaves_the_minimum_and_eclk_stays(methods, quadratic):
+    """The gradients of ranks with different data do not vanish at the minimum; only shifts remove their compression error."""
+    centres = np.random.default_rng(4).normal(
+        size=(3, 16, 12)
+    )  # three ranks: two opposite gradients would cancel at the minimum
     problem = replace(quadratic, centres=centres)
     best, oracles = [centres.mean(0)], problem.oracles()
     gaps = {}
@@ -130,7 +132,7 @@ def test_plain_error_feedback_leaves_the_minimum_and_eclk_stays(methods, quadrat
 
 
 def test_no_strong_convexity(methods, quadratic):
-    """mu = 0: flat directions stay where they were, the others come to their minimum."""
+    """mu = 0: flat directions keep their value, the others converge."""
     curvature = quadratic.curvature.copy()
     curvature[::3] = 0.0
     oracles = [lambda x, c=centre: [curvature * (x[0] - c)] for centre in quadratic.centres]
@@ -146,7 +148,7 @@ def test_no_strong_convexity(methods, quadratic):
     [("ECLK", {"smoothness": 1.0, "strong_convexity": 1.0}), ("ECLSVRG", {"lr": 0.3}), ("EF21", {"lr": 0.3})],
 )
 def test_l1_gives_the_soft_threshold(methods, quadratic, name, arguments):
-    """min (1/2) ||x - c||^2 + l1 ||x||_1 + (l2 / 2) ||x||^2 is soft(c, l1) / (1 + l2), zeros exact."""
+    """The minimum of (1/2) ||x - c||^2 + l1 ||x||_1 + (l2 / 2) ||x||^2 is soft(c, l1) / (1 + l2), with exact zeros."""
     oracles = [lambda x, c=centre: [x[0] - c] for centre in quadratic.centres]
     c = quadratic.centres.mean(0)
     expected = np.sign(c) * np.maximum(np.abs(c) - 0.3, 0) / 1.5
@@ -163,11 +165,11 @@ def test_ranks_stay_bit_equal_and_move_w_together(methods, logistic, shift):
     oracles, moves = logistic.oracles(), []
     for _ in range(100):
         eclk.step(oracles, oracles)
-        first = eclk.nodes[0]
-        for node in eclk.nodes[1:]:
-            assert node.moved == first.moved
-            assert all(np.array_equal(node.points[k][0], first.points[k][0]) for k in "yzw")
-            assert np.array_equal(node.h[0], first.h[0])
+        first = eclk.workers[0]
+        for worker in eclk.workers[1:]:
+            assert worker.moved == first.moved
+            assert all(np.array_equal(worker.points[k][0], first.points[k][0]) for k in "yzw")
+            assert np.array_equal(worker.h[0], first.h[0])
         moves.append(first.moved)
     assert 15 < sum(moves) < 45
 
@@ -178,5 +180,5 @@ def test_the_shift_is_the_mean_of_the_ranks_shifts(methods, logistic, shift):
     oracles = logistic.oracles()
     for _ in range(60):
         eclk.step(oracles, oracles)
-        own = [node.shift if shift == "learnt" else node.full for node in eclk.nodes]
-        assert np.abs(eclk.nodes[0].h[0] - np.mean([v[0] for v in own], axis=0)).max() < 1e-12
+        own = [worker.shift if shift == "learnt" else worker.full for worker in eclk.workers]
+        assert np.abs(eclk.workers[0].h[0] - np.mean([v[0] for v in own], axis=0)).max() < 1e-12

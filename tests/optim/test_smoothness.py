@@ -1,4 +1,4 @@
-"""The estimate of L against eigenvalues."""
+"""The estimate of L against exact eigenvalues."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hvd_accordion.ops import numpy as ops
 from hvd_accordion.optim import smoothness
 
 
-def test_of_a_quadratic_it_is_the_largest_eigenvalue():
-    """Two parameters, coupled: the Hessian is one of both."""
+def test_quadratic_gives_the_largest_eigenvalue():
+    """Two coupled parameters with one Hessian."""
     rng = np.random.default_rng(0)
     root = rng.normal(size=(18, 18))
     hessian = root @ root.T
@@ -19,14 +19,14 @@ def test_of_a_quadratic_it_is_the_largest_eigenvalue():
         flat = hessian @ np.concatenate([x[0].ravel(), x[1]])
         return [flat[:12].reshape(3, 4), flat[12:]]
 
-    found = smoothness.estimate(ops, [np.ones((3, 4)), np.zeros(6)], gradient, 200, seed=0)
-    assert found == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=0.01)
-    assert found <= np.linalg.eigvalsh(hessian)[-1] * (1 + 1e-6)
+    estimated = smoothness.estimate(ops, [np.ones((3, 4)), np.zeros(6)], gradient, 200, seed=0)
+    assert estimated == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=0.01)
+    assert estimated <= np.linalg.eigvalsh(hessian)[-1] * (1 + 1e-6)
 
 
-def test_of_a_logistic_regression_at_zero_it_is_l(logistic):
-    found = smoothness.estimate(ops, [np.zeros(20)], lambda x: [logistic.mean_gradient(x[0])], 100, seed=1)
-    assert found == pytest.approx(logistic.smoothness, rel=0.02)
+def test_logistic_regression_at_zero_gives_l(logistic):
+    estimated = smoothness.estimate(ops, [np.zeros(20)], lambda x: [logistic.mean_gradient(x[0])], 100, seed=1)
+    assert estimated == pytest.approx(logistic.smoothness, rel=0.02)
 
 
 def test_flat_functions_and_single_precision():

@@ -77,7 +77,7 @@ def simulated(case, ranks, steps=STEPS):
 
 
 def advance(cluster, case, step):
-    everyone = [data(rank) for rank in range(len(cluster.nodes))]
+    everyone = [data(rank) for rank in range(len(cluster.workers))]
     full = [partial(gradient, x=x, labels=labels) for x, labels in everyone]
     sampled = full
     if CASES[case][3]:
