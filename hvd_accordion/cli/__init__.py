@@ -1,4 +1,4 @@
-"""The command line: `check` of a machine or of ranks, `report` of a finished run. Imports no framework by itself."""
+"""The command line: `check` examines a machine or ranks, `report` shows a finished run. Imports no framework itself."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from hvd_accordion.cli.reference_model import BACKWARD_SECONDS, PARAMETERS, PARA
 from hvd_accordion.utils import validation
 
 CHECK = """\
-Looks at this machine: versions, what Horovod was built with and whether it fits the installed torch and TensorFlow,
-Horovod's settings, cores and threads, whether hosts' names can be resolved. Started on several ranks,
+Examines this machine: versions, Horovod's build and whether it fits the installed torch and TensorFlow, Horovod's
+settings, cores and threads, and whether host names can be resolved. Started on several ranks,
 
     horovodrun -np 2 -H host1:1,host2:1 python -m hvd_accordion check
 
-it also compares the ranks, measures the link between them and tells for a network of ResNet-18's form what gradients would
-take dense, under PowerSGD and under TopK, and whether compression would pay. The ranks are idle then: beside a training
-everything takes longer, dense gradients most of all. Exit status 1 if something is broken."""
+it also compares the ranks and measures the link between them. For a network like ResNet-18 it predicts the time of the
+exchange dense, with PowerSGD and with TopK, and whether compression would be faster. The measurement assumes that the
+ranks are otherwise idle: during a training run every exchange takes longer, dense ones most of all. The exit status is 1
+if something is broken."""
 
 REPORT = """\
-Tables of a finished run that MLflowLogger wrote: its parameters, traffic by epoch, regimes and compression of each layer;
-and its pictures, compression.png and regimes.png. Exit status 2 where there is no such run."""
+Prints tables of a finished run that MLflowLogger wrote: its parameters, traffic by epoch, regimes and compression of each
+layer. Saves its figures, compression.png and regimes.png. The exit status is 2 if there is no such run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carries out a command line, by default this process's own; returns the exit status."""
+    """Runs a command line and returns its exit status.
+
+    Args:
+        argv: the arguments, by default those of this process.
+    """
     args = parser().parse_args(argv)
     if args.command == "check":
         return check.main(args.parameters, args.backward_seconds, args.framework, args.hosts)
@@ -34,47 +39,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="hvd-accordion",
-        description="Adaptive gradient compression for Horovod: looks at a machine or at a finished run.",
-        epilog="COMMAND --help tells more of each. Also as: python -m hvd_accordion",
+        description="Adaptive gradient compression for Horovod: examines a machine, shows a finished run.",
+        epilog="COMMAND --help describes each command. Also available as: python -m hvd_accordion",
     )
     top.add_argument("--version", action="version", version=f"hvd_accordion {hvd_accordion.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    one = _command(commands, "check", "what is built, what is set wrong, how fast the ranks' link is", CHECK)
-    one.add_argument(
+    check_parser = _command(
+        commands, "check", "shows versions, wrong settings and the speed of the link between ranks", CHECK
+    )
+    check_parser.add_argument(
         "--parameters",
         type=_number("--parameters", lambda text: int(float(text)), validation.integer, *PARAMETERS_ALLOWED),
         default=PARAMETERS,
         metavar="N",
-        help="size of the network to predict for, in values (default: %(default)s, ResNet-18)",
+        help="parameters of the network to predict for (default: %(default)s, ResNet-18)",
     )
-    one.add_argument(
+    check_parser.add_argument(
         "--backward-seconds",
         type=_number("--backward-seconds", float, _seconds, 0.0, 3600.0),
         default=BACKWARD_SECONDS,
         metavar="S",
-        help="seconds of its backward pass, which hides what travels meanwhile (default: %(default)s)",
+        help="seconds of its backward pass, which overlaps with communication (default: %(default)s)",
     )
-    one.add_argument(
+    check_parser.add_argument(
         "--framework",
         choices=check.FRAMEWORKS,
-        help="what the ranks measure by (default: the first of these that is installed with Horovod)",
+        help="framework used for the measurement (default: the first that is installed)",
     )
-    one.add_argument(
-        "-H", "--hosts", default="", metavar="HOSTS", help="names to resolve, as horovodrun takes them: host1:2,host2:2"
+    check_parser.add_argument(
+        "-H",
+        "--hosts",
+        default="",
+        metavar="HOSTS",
+        help="host names to resolve, in the form of horovodrun: host1:2,host2:2",
     )
 
-    two = _command(commands, "report", "tables and pictures of a finished run, from MLflow", REPORT)
-    two.add_argument("run", metavar="RUN", help="id of the MLflow run, or its name: then the latest of that name")
-    two.add_argument(
+    report_parser = _command(
+        commands, "report", "prints tables and saves figures of a finished run, from MLflow", REPORT
+    )
+    report_parser.add_argument(
+        "run", metavar="RUN", help="id of the MLflow run, or its name, for the latest run of that name"
+    )
+    report_parser.add_argument(
         "--tracking-uri",
         metavar="URI",
-        help="MLflow server or database, such as sqlite:///mlflow.db (default: MLflow's own setting, MLFLOW_TRACKING_URI)",
+        help="MLflow server or database, such as sqlite:///mlflow.db (default: MLFLOW_TRACKING_URI)",
     )
-    two.add_argument(
-        "--out", default=".", metavar="FOLDER", help="where the pictures go; made if missing (default: here)"
+    report_parser.add_argument(
+        "--out",
+        default=".",
+        metavar="FOLDER",
+        help="folder of the figures, created if missing (default: current folder)",
     )
     return top
 
@@ -83,8 +102,8 @@ def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, short: str, long: str
 ) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    made: argparse.ArgumentParser = commands.add_parser(name, help=short, description=long, formatter_class=raw)
-    return made
+    command: argparse.ArgumentParser = commands.add_parser(name, help=short, description=long, formatter_class=raw)
+    return command
 
 
 def _seconds(name: str, value: float, low: float, high: float) -> float:
@@ -94,7 +113,7 @@ def _seconds(name: str, value: float, low: float, high: float) -> float:
 def _number(
     name: str, convert: Callable[[str], float], checked: Callable[..., float], low: float, high: float
 ) -> Callable[[str], float]:
-    """A type for argparse, which shows the message of no error but its own."""
+    """Returns an argument type. argparse shows messages only of its own error class, so others are converted."""
 
     def parse(text: str) -> float:
         try:

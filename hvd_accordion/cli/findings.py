@@ -1,4 +1,4 @@
-"""What a check finds, line by line, and tables of text."""
+"""Findings of a check, one per line, and text tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from enum import Enum
 
 
 class Verdict(str, Enum):
+    """How a finding is judged."""
+
     OK = "ok"
-    NOTE = "note"  # nothing to judge
-    SLOW = "slow"  # works, but not as it could
+    NOTE = "note"  # information without a judgement
+    SLOW = "slow"  # works, but could be faster
     BROKEN = "broken"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found there, whether that is well, and what to do where it isn't."""
+    """The subject of a check, what was found, its verdict, and advice if it can be improved."""
 
     verdict: Verdict
     subject: str
@@ -25,7 +27,7 @@ class Finding:
 
 
 def text(findings: Iterable[Finding]) -> str:
-    """A line for each finding, and one more for each advice."""
+    """Formats each finding as a line, followed by a line of advice if there is any."""
     lines = []
     for x in findings:
         lines.append(f"{x.verdict.value:<8}{x.subject:<30}{x.found}".rstrip())
@@ -35,11 +37,12 @@ def text(findings: Iterable[Finding]) -> str:
 
 
 def broken(findings: Iterable[Finding]) -> bool:
+    """Returns whether any finding is broken."""
     return any(x.verdict is Verdict.BROKEN for x in findings)
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Columns as wide as need be; those whose number is in `left` begin at the left, numbers end at the right."""
+    """Formats rows as aligned columns: those whose index is in `left` to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What ranks learn of each other: versions and hosts of all, and the link between them. By torch or by TensorFlow."""
+"""Collects the versions and hosts of all ranks and measures the link between them, by torch or TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration
 from hvd_accordion.policy.cost_model import constant
 
-NAME = "hvd_accordion.check"  # what the names of its collectives begin with
-SLOW_COLLECTIVE = 5e-3  # seconds that the smallest takes
+NAME = "hvd_accordion.check"  # prefix of the names of its collectives
+SLOW_COLLECTIVE = 5e-3  # seconds of the smallest collective
 
 
 class Rank(NamedTuple):
-    """What a rank tells of itself."""
+    """The environment of one rank."""
 
     host: str
     cores: int
@@ -34,15 +34,16 @@ class Rank(NamedTuple):
     settings: Mapping[str, str]
 
 
-class Seen(NamedTuple):
-    """What all ranks told, the names that each of them could not resolve, and the link."""
+class Survey(NamedTuple):
+    """The environments of all ranks, the host names that each could not resolve, and the measured link."""
 
     ranks: Sequence[Rank]
     unresolved: Sequence[Sequence[str]]
     measured: Calibration
 
 
-def myself() -> Rank:
+def this_rank() -> Rank:
+    """Returns the environment of this rank."""
     cores = available_cores()
     return Rank(
         socket.gethostname(),
@@ -54,11 +55,18 @@ def myself() -> Rank:
     )
 
 
-def look_around(framework: str, layers: Sequence[Layer], choices: Choices) -> Seen:
-    """Starts Horovod, compares and measures, and stops it again; every rank must come here.
+def survey(framework: str, layers: Sequence[Layer], choices: Choices) -> Survey:
+    """Starts Horovod, collects and measures, and shuts Horovod down. Every rank must call it.
 
-    Raises ImportError where Horovod's extension does not fit, StartError where ranks don't find each other,
-    whatever Horovod raises where another rank fails.
+    Args:
+        framework: "torch" or "tensorflow".
+        layers: of the network to measure compression for.
+        choices: layer name -> specs to measure.
+
+    Raises:
+        ImportError: Horovod's extension does not fit the framework.
+        StartError: the ranks do not find each other.
+        Exception: another rank fails; the class depends on Horovod.
     """
     hvd = importlib.import_module(f"hvd_accordion.{framework}")
     agreement = importlib.import_module(f"hvd_accordion.{framework}.exchange.agreement")
@@ -66,37 +74,35 @@ def look_around(framework: str, layers: Sequence[Layer], choices: Choices) -> Se
     try:
         everyone = hvd.global_process_set
 
-        def told(what: Any, name: str) -> list[Any]:
-            texts = agreement.gather(json.dumps(what).encode(), f"{NAME}.{name}", everyone)
+        def gather(value: Any, name: str) -> list[Any]:
+            texts = agreement.gather(json.dumps(value).encode(), f"{NAME}.{name}", everyone)
             return [json.loads(text) for text in texts]
 
-        ranks = [Rank(*its) for its in told(myself(), "ranks")]
-        others = sorted({its.host for its in ranks})
-        unresolved = told(environment.unresolved(others, environment.addresses), "unresolved")
+        ranks = [Rank(*fields) for fields in gather(this_rank(), "ranks")]
+        hosts = sorted({rank.host for rank in ranks})
+        unresolved = gather(environment.unresolved(hosts, environment.addresses), "unresolved")
         probe = importlib.import_module(f"hvd_accordion.{framework}.exchange.calibration")
         if framework == "torch":
             measured = probe.Probe(everyone, NAME).measure(layers, choices)
         else:
             measured = probe.measured(layers, choices, NAME, everyone)
-        return Seen(ranks, unresolved, measured)
+        return Survey(ranks, unresolved, measured)
     finally:
         hvd.shutdown()
 
 
-def together(seen: Seen) -> list[Finding]:
-    """Whether the ranks have the same software and settings, resolve each other's names, and leave each other cores."""
-    findings = _differences(seen.ranks)
-    for host in dict.fromkeys(rank.host for rank in seen.ranks):
-        here = [rank for rank in seen.ranks if rank.host == host]
-        findings.append(Finding(Verdict.NOTE, "host", f"{host}: {len(here)} of {len(seen.ranks)} ranks"))
-        most = max(rank.threads for rank in here)
-        findings.append(environment.busy(len(here), most, here[0].cores, any(rank.spinning for rank in here)))
-        blind = sorted({rank.host for rank, names in zip(seen.ranks, seen.unresolved, strict=True) if host in names})
-        if blind:
-            found = f"{host}: its name can't be resolved on {', '.join(blind)}"
-            advice = (
-                "these ranks found each other by addresses; horovodrun and torch's DDP go by names: mend /etc/hosts"
-            )
+def compare(survey: Survey) -> list[Finding]:
+    """Checks that ranks have the same software and settings, resolve each other's names, and have enough cores."""
+    findings = _differences(survey.ranks)
+    for host in dict.fromkeys(rank.host for rank in survey.ranks):
+        ranks = [rank for rank in survey.ranks if rank.host == host]
+        findings.append(Finding(Verdict.NOTE, "host", f"{host}: {len(ranks)} of {len(survey.ranks)} ranks"))
+        threads = max(rank.threads for rank in ranks)
+        findings.append(environment.busy(len(ranks), threads, ranks[0].cores, any(rank.spinning for rank in ranks)))
+        failing = sorted({r.host for r, names in zip(survey.ranks, survey.unresolved, strict=True) if host in names})
+        if failing:
+            found = f"{host}: the name cannot be resolved on {', '.join(failing)}"
+            advice = "these ranks used addresses; horovodrun and torch's DDP use host names: correct /etc/hosts"
             findings.append(Finding(Verdict.SLOW, "host", found, advice))
     return findings
 
@@ -105,21 +111,23 @@ def _differences(ranks: Sequence[Rank]) -> list[Finding]:
     findings = []
     for name in dict.fromkeys(name for rank in ranks for name in rank.versions):
         if len({rank.versions.get(name) for rank in ranks}) > 1:
-            found = _each(ranks, [rank.versions.get(name, "none") for rank in ranks])
+            found = _by_value(ranks, [rank.versions.get(name, "none") for rank in ranks])
             if name in ("hvd_accordion", "horovod", "torch", "tensorflow"):
-                advice = "install the same everywhere: ranks that compare their versions refuse to train together"
+                advice = "install the same version on all hosts: ranks with different versions refuse to train"
                 findings.append(Finding(Verdict.BROKEN, name, found, advice))
             else:
                 findings.append(Finding(Verdict.NOTE, name, found))
     for name in environment.DEFAULTS:
         if len({rank.settings[name] for rank in ranks}) > 1:
-            found = _each(ranks, [rank.settings[name] for rank in ranks])
-            findings.append(Finding(Verdict.SLOW, name, found, "set it alike on all ranks: horovodrun hands it on"))
-    return findings or [Finding(Verdict.OK, "ranks", f"the same versions and settings on all {len(ranks)}")]
+            found = _by_value(ranks, [rank.settings[name] for rank in ranks])
+            findings.append(
+                Finding(Verdict.SLOW, name, found, "set the same value on all ranks: horovodrun passes it on")
+            )
+    return findings or [Finding(Verdict.OK, "ranks", f"the same versions and settings on all {len(ranks)} ranks")]
 
 
-def _each(ranks: Sequence[Rank], values: Sequence[str]) -> str:
-    """ "2.1 on rank 0 (a), 2.2 on rank 1 (b)" of the first rank of each value."""
+def _by_value(ranks: Sequence[Rank], values: Sequence[str]) -> str:
+    """Formats each value with its first rank: "2.1 on rank 0 (a), 2.2 on rank 1 (b)"."""
     first: dict[str, int] = {}
     for i, value in enumerate(values):
         first.setdefault(value, i)
@@ -127,12 +135,12 @@ def _each(ranks: Sequence[Rank], values: Sequence[str]) -> str:
 
 
 def link(measured: Calibration, framework: str) -> Finding:
-    """The link in words: megabits a second that a rank sends, and what the smallest collective takes."""
-    its, n = measured.link, measured.world_size
-    alone = constant(AllReduce, n, its)
-    speed = f"{8e-6 * its.bandwidth:,.0f} Mbit/s" if math.isfinite(its.bandwidth) else "too fast to be told"
-    found = f"{speed}, {1e3 * alone:.2f} ms a collective, {n} ranks, by {framework}"
-    if alone > SLOW_COLLECTIVE:
-        advice = "every collective waits for so long: HOROVOD_CYCLE_TIME=1, fewer busy threads than cores"
+    """Reports the bandwidth of a rank in Mbit/s and the latency of the smallest collective."""
+    link, n = measured.link, measured.world_size
+    latency = constant(AllReduce, n, link)
+    speed = f"{8e-6 * link.bandwidth:,.0f} Mbit/s" if math.isfinite(link.bandwidth) else "bandwidth too high to measure"
+    found = f"{speed}, {1e3 * latency:.2f} ms per collective, {n} ranks, by {framework}"
+    if latency > SLOW_COLLECTIVE:
+        advice = "every collective waits this long: set HOROVOD_CYCLE_TIME=1, use fewer busy threads than cores"
         return Finding(Verdict.SLOW, "link", found, advice)
     return Finding(Verdict.OK, "link", found)

@@ -1,4 +1,4 @@
-"""What a step of a typical network would take on a measured link, dense and compressed. Pure."""
+"""Predicts the step time of a reference network on a measured link, dense and compressed. All functions are pure."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Advice, Auto, Calibration, advise
 
 CANDIDATES = (PowerSGD(4), TopK(0.01))
-PARAMETERS = 11_173_962  # ResNet-18's, as it is used on CIFAR-10
-PARAMETERS_ALLOWED = (10_000, 200_000_000)  # beyond, a layer's rehearsal takes gigabytes
+PARAMETERS = 11_173_962  # of ResNet-18 on CIFAR-10
+PARAMETERS_ALLOWED = (10_000, 200_000_000)  # beyond, measuring the compression of one layer takes gigabytes
 BACKWARD_SECONDS = 0.1
-PAYS = 1.05  # a step so many times as fast; less is within what such measurements scatter
+MIN_SPEEDUP = 1.05  # a smaller speed-up is within the noise of the measurement
 
 Choices = Mapping[str, Sequence[CompressionSpec]]
 
 
 def layers(parameters: int = PARAMETERS) -> list[Layer]:
-    """Those of a ResNet-18 (He et al. 2016; on CIFAR-10) as wide as makes about so many parameters, in forward order."""
+    """Returns the layers of a ResNet-18 (He et al. 2016; on CIFAR-10) in forward order.
+
+    The width is chosen such that the network has about this number of parameters.
+    """
     return resnet18(min(range(1, 300), key=lambda width: abs(size_of(resnet18(width)) - parameters)))
 
 
-def size_of(its: Sequence[Layer]) -> int:
-    return sum(x.numel for x in its)
+def size_of(network: Sequence[Layer]) -> int:
+    """Returns the number of parameters."""
+    return sum(x.numel for x in network)
 
 
 def resnet18(width: int) -> list[Layer]:
-    """Of which the first stage has so many channels, 64 in the paper."""
+    """Returns the layers of a ResNet-18 whose first stage has `width` channels, 64 in the paper."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
 
     def convolution(name: str, outputs: int, inputs: int, kernel: int) -> None:
@@ -51,66 +55,74 @@ def resnet18(width: int) -> list[Layer]:
     return [Layer(name, shape, "float32") for name, shape in shapes]
 
 
-def choices(its: Sequence[Layer], world_size: int) -> dict[str, tuple[CompressionSpec, ...]]:
-    """Layer name -> the candidates that may compress it."""
-    found = {x.name: assignment.choices(x, Auto(CANDIDATES), world_size) for x in its}
+def choices(network: Sequence[Layer], world_size: int) -> dict[str, tuple[CompressionSpec, ...]]:
+    """Returns the candidates that can compress each layer, by layer name."""
+    found = {x.name: assignment.choices(x, Auto(CANDIDATES), world_size) for x in network}
     return {name: specs for name, specs in found.items() if specs}
 
 
-def ready(its: Sequence[Layer], backward: float) -> dict[str, float]:
-    """Seconds into backward when each gradient is there: one after another at even steps, the last layer first.
+def ready_times(network: Sequence[Layer], backward: float) -> dict[str, float]:
+    """Returns the seconds after the start of backward when each gradient is complete.
 
-    A ResNet's convolutions cost about the same each: what halves in height and width doubles in inputs and outputs.
+    The times are evenly spaced, from the last layer to the first, because the convolutions of a ResNet cost about the same
+    each. From stage to stage height and width halve, and the numbers of input and output channels double.
     """
-    last = max(1, len(its) - 1)
-    return {x.name: backward * i / last for i, x in enumerate(reversed(its))}
+    last = max(1, len(network) - 1)
+    return {x.name: backward * i / last for i, x in enumerate(reversed(network))}
 
 
-def predicted(its: Sequence[Layer], measured: Calibration, backward: float) -> Advice:
-    """What each candidate would cost where all hides behind a backward pass of so many seconds that can; 0: nothing."""
-    timed = replace(measured, ready=ready(its, backward))
-    return advise(its, choices(its, measured.world_size), timed)
+def predict(network: Sequence[Layer], measured: Calibration, backward: float) -> Advice:
+    """Predicts the cost of each candidate if communication fully overlaps with `backward` seconds of computation."""
+    timed = replace(measured, ready=ready_times(network, backward))
+    return advise(network, choices(network, measured.world_size), timed)
 
 
-def prediction(its: Sequence[Layer], hidden: Advice, bare: Advice) -> str:
-    """A row for dense and for each candidate: milliseconds that a step takes beyond its own computing, and of what."""
-    n = bare.measured.world_size
+def prediction_table(network: Sequence[Layer], overlapped: Advice, exposed: Advice) -> str:
+    """Formats the prediction, with a row for dense and each candidate.
+
+    Args:
+        network: the layers.
+        overlapped: the prediction for full overlap with backward.
+        exposed: the prediction without overlap.
+    """
+    n = exposed.measured.world_size
     rows: list[tuple[str, ...]] = [
-        ("compression", "ms a step more", "if nothing hides", "ms of compression", "MB sent per rank")
+        ("compression", "ms added to a step", "without overlap", "ms of compression", "MB sent per rank")
     ]
-    for spec in (Dense(), *(s for s in CANDIDATES if str(s) in bare.step)):
-        taken = [spec if spec in row.costs else Dense() for row in bare]
-        sent = sum(s.bytes_per_step(x.shape, x.dtype, n) for x, s in zip(its, taken, strict=True))
-        work = sum(row.costs[s].compression for row, s in zip(bare, taken, strict=True))
-        times = (f"{1e3 * seconds:,.1f}" for seconds in (hidden.step[str(spec)], bare.step[str(spec)], work))
+    for spec in (Dense(), *(s for s in CANDIDATES if str(s) in exposed.step)):
+        chosen = [spec if spec in row.costs else Dense() for row in exposed]
+        sent = sum(s.bytes_per_step(x.shape, x.dtype, n) for x, s in zip(network, chosen, strict=True))
+        work = sum(row.costs[s].compression for row, s in zip(exposed, chosen, strict=True))
+        times = (f"{1e3 * seconds:,.1f}" for seconds in (overlapped.step[str(spec)], exposed.step[str(spec)], work))
         rows.append((str(spec), *times, f"{sent / 1e6:,.2f}"))
     return table(rows)
 
 
-def verdict(hidden: Advice, bare: Advice, backward: float) -> Finding:
-    """Whether compression makes backward and exchange together at least PAYS times as fast as dense.
+def verdict(overlapped: Advice, exposed: Advice, backward: float) -> Finding:
+    """Judges whether compression makes backward and exchange at least MIN_SPEEDUP times as fast as dense.
 
-    How much hides behind backward, ranks that compute nothing can't see: on a CPU whose cores all compute, next to nothing.
+    Idle ranks cannot measure how much communication overlaps with backward. On a CPU whose cores all compute, it is almost
+    none.
     """
-    (best, faster, times), (best_bare, faster_bare, times_bare) = (_best(x, backward) for x in (hidden, bare))
-    if faster >= PAYS:
-        return Finding(Verdict.OK, "compression", f"would pay: {best} takes {times}, {faster:.1f} times as fast")
-    if faster_bare >= PAYS:
-        found = f"would pay only where little hides behind backward: {best_bare} then takes {times_bare}"
-        return Finding(
-            Verdict.NOTE, "compression", found, "compression=Auto() sees how much does, and chooses by layer"
-        )
-    advice = "leave compression=None; Auto() finds that out for each network by itself"
-    return Finding(Verdict.NOTE, "compression", f"would not pay here: {best} takes {times}", advice)
+    best, speedup, times = _best(overlapped, backward)
+    if speedup >= MIN_SPEEDUP:
+        return Finding(Verdict.OK, "compression", f"would be faster: {best} takes {times}, {speedup:.1f} times as fast")
+    best_exposed, speedup_exposed, times_exposed = _best(exposed, backward)
+    if speedup_exposed >= MIN_SPEEDUP:
+        found = f"would be faster only with little overlap: {best_exposed} then takes {times_exposed}"
+        advice = "compression=Auto() measures the overlap and chooses for each layer"
+        return Finding(Verdict.NOTE, "compression", found, advice)
+    advice = "keep compression=None; Auto() decides this for each network"
+    return Finding(Verdict.NOTE, "compression", f"would not be faster here: {best} takes {times}", advice)
 
 
 def _best(advice: Advice, backward: float) -> tuple[str, float, str]:
-    """The best candidate, how many times as fast as dense it is, and both in words."""
+    """Returns the best candidate, its speed-up over dense, and both times as text."""
     steps = {str(spec): advice.step.get(str(spec), math.inf) for spec in CANDIDATES}
     best = min(steps, key=lambda name: steps[name])
-    mine, dense = (backward + seconds for seconds in (steps[best], advice.step[str(Dense())]))
+    compressed, dense = (backward + seconds for seconds in (steps[best], advice.step[str(Dense())]))
     return (
         best,
-        dense / mine if mine else 1.0,
-        f"{1e3 * mine:,.0f} ms for backward and exchange, dense {1e3 * dense:,.0f} ms",
+        dense / compressed if compressed else 1.0,
+        f"{1e3 * compressed:,.0f} ms for backward and exchange, dense {1e3 * dense:,.0f} ms",
     )

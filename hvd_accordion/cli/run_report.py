@@ -1,4 +1,4 @@
-"""`report`: what MLflowLogger wrote of a run, as tables and pictures."""
+"""`report`: shows a run that MLflowLogger wrote, as tables and figures."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ TRAFFIC = ("sent_bytes", "dense_bytes")
 OURS = (*TRAFFIC, "compression_ratio", "critical_layers", "critical_bytes", "exchange_seconds")
 MAX_VALUE = 100  # characters of a parameter
 
-Series = Mapping[int, float]  # a metric's last value at each step
+Series = Mapping[int, float]  # the last value of a metric at each step
 
 
 class NoRunError(LookupError):
-    """MLflow knows no such run, or cannot be asked."""
+    """MLflow has no such run, or does not answer."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What MLflow holds of a run. `windows` has the layers by detection window; empty where nothing adapted."""
+    """A run's records in MLflow.
+
+    `windows` has the layers by detection window. It is empty if no layer has an adaptive policy.
+    """
 
     run_id: str
     name: str
@@ -39,11 +42,11 @@ class Run:
     params: Mapping[str, str]
     metrics: Mapping[str, Series]
     windows: Mapping[int, Mapping[str, LayerRecord]]
-    namesakes: int = 0  # other, earlier runs of this name
+    namesakes: int = 0  # number of earlier runs of this name
 
 
 def main(wanted: str, tracking_uri: str | None, out: str) -> int:
-    """Prints the run's tables and draws its pictures; 2 where there is no such run, 1 where nothing could be drawn."""
+    """Prints the run's tables and saves its figures. Returns 2 if there is no such run, 1 if figures cannot be saved."""
     try:
         run = load(wanted, tracking_uri)
     except NoRunError as error:
@@ -54,28 +57,32 @@ def main(wanted: str, tracking_uri: str | None, out: str) -> int:
         for path in draw(run, Path(out)):
             print(f"Written: {path}")
     except (ImportError, OSError) as error:
-        print(f"hvd-accordion: no pictures: {MISSING if isinstance(error, ImportError) else error}", file=sys.stderr)
+        print(f"hvd-accordion: no figures: {MISSING if isinstance(error, ImportError) else error}", file=sys.stderr)
         return 1
     return 0
 
 
-# from MLflow
+# reading from MLflow
 
 
 def load(wanted: str, tracking_uri: str | None = None) -> Run:
-    """The run of this id, or else the latest of this name. NoRunError where there is none."""
+    """Reads the run of this id, or the latest of this name.
+
+    Raises:
+        NoRunError: there is none, or MLflow is missing or does not answer.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of seven, over minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 takes minutes
     try:
         import mlflow
     except ImportError as error:
         raise NoRunError(MISSING) from error
     uri = tracking_uri or mlflow.get_tracking_uri()
     place = local(uri)
-    if place is not None and not place.exists():  # MLflow would make it
+    if place is not None and not place.exists():  # MLflow would create it
         raise NoRunError(
-            f"there is no MLflow data at {place}; --tracking-uri or MLFLOW_TRACKING_URI names another place"
+            f"there is no MLflow data at {place}; set another location by --tracking-uri or MLFLOW_TRACKING_URI"
         )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
@@ -88,14 +95,14 @@ def load(wanted: str, tracking_uri: str | None = None) -> Run:
         windows = _windows(client, found.info.run_id)
     except NoRunError:
         raise
-    except Exception as error:  # of a database, a server or the network: each store has its own
-        raise NoRunError(f"MLflow at {uri} gives no answer: {type(error).__name__}: {error}") from error
+    except Exception as error:  # databases, servers and the network raise their own classes
+        raise NoRunError(f"MLflow at {uri} does not answer: {type(error).__name__}: {error}") from error
     info = found.info
     return Run(info.run_id, info.run_name, info.status, dict(found.data.params), metrics, windows, namesakes)
 
 
 def local(uri: str) -> Path | None:
-    """The file or folder that a tracking URI means; None for a server."""
+    """Returns the file or folder of a tracking URI, None for a server."""
     parts = urlsplit(uri)
     if parts.scheme == "sqlite":
         return Path(unquote(parts.path)[1:])  # sqlite:///here.db, sqlite:////there/here.db
@@ -105,7 +112,7 @@ def local(uri: str) -> Path | None:
 
 
 def find(client: Any, wanted: str) -> tuple[Any, int]:
-    """The run of this id, or the latest of this name, and how many others have the name; None where there is none."""
+    """Returns the run of this id, or the latest of this name or None, and the number of other runs of this name."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -144,19 +151,20 @@ def _windows(client: Any, run_id: str) -> dict[int, dict[str, LayerRecord]]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         rows = json.loads(Path(client.download_artifacts(run_id, "regimes.json", folder)).read_text(encoding="utf-8"))
-    return {row["window"]: {name: _record(its) for name, its in row["layers"].items()} for row in rows}
+    return {row["window"]: {name: _record(record) for name, record in row["layers"].items()} for row in rows}
 
 
-def _record(its: Mapping[str, Any]) -> LayerRecord:
-    """NaN and Inf are strings there (records.windows_json)."""
-    ratio = None if its["ratio"] is None else float(its["ratio"])
-    return LayerRecord(float(its["norm"]), ratio, its["regime"], its["spec"], int(its["bytes_per_step"]))
+def _record(record: Mapping[str, Any]) -> LayerRecord:
+    """Parses a layer's record, in which NaN and Inf are strings (see records.windows_json)."""
+    ratio = None if record["ratio"] is None else float(record["ratio"])
+    return LayerRecord(float(record["norm"]), ratio, record["regime"], record["spec"], int(record["bytes_per_step"]))
 
 
-# as text
+# tables
 
 
 def text(run: Run) -> str:
+    """Formats the run as tables."""
     parts = [f"Run {run.name!r} ({run.run_id}), {run.status}"]
     if run.namesakes:
         parts[0] += f"; the latest of {run.namesakes + 1} of this name"
@@ -166,32 +174,33 @@ def text(run: Run) -> str:
     if run.windows:
         parts.append(layers(run.windows))
     elif any(key.startswith("layer/") for key in run.metrics):
-        parts.append("No table of layers: MLflowLogger writes regimes.json when the run ends, and this one has none.")
+        parts.append("No table of layers: MLflowLogger writes regimes.json at the end of a run, and this run has none.")
     return "\n\n".join(parts) + "\n"
 
 
 def epochs(metrics: Mapping[str, Series]) -> str:
-    """A row for each epoch: traffic, regimes, and whatever else was logged at these steps and no others."""
+    """Formats a row per epoch: traffic, regimes, and each other metric that was logged at these steps only."""
     sent, dense = (metrics.get(key, {}) for key in TRAFFIC)
     steps = sorted(set(sent) & set(dense))
     if not steps:
-        return "No epoch was logged: no traffic to report."
-    own = [k for k, its in metrics.items() if k not in OURS and not k.startswith("layer/") and set(its) <= set(steps)]
-    rows = [["epoch", "MB sent", "MB dense", "times less", "critical layers", "s in exchange", *own]]
+        return "No epoch was logged: there is no traffic to report."
+    logged = [key for key in metrics if key not in OURS and not key.startswith("layer/")]
+    own = [key for key in logged if set(metrics[key]) <= set(steps)]
+    rows = [["epoch", "MB sent", "MB dense", "ratio", "critical layers", "s in exchange", *own]]
     for step in steps:
-        shown = [_number(metrics[key].get(step)) for key in own]
-        critical, taken = (metrics.get(key, {}).get(step) for key in ("critical_layers", "exchange_seconds"))
+        values = [_number(metrics[key].get(step)) for key in own]
+        critical, exchange = (metrics.get(key, {}).get(step) for key in ("critical_layers", "exchange_seconds"))
         share = "-" if critical is None else f"{critical:.0%}"
-        seconds = _number(taken or None)  # 0: TensorFlow's graph can't tell
-        rows.append([str(step), *_traffic(sent[step], dense[step]), share, seconds, *shown])
-    whole = sum(sent[step] for step in steps), sum(dense[step] for step in steps)
-    rows.append(["all", *_traffic(*whole), *[""] * (len(rows[0]) - 4)])
+        seconds = _number(exchange or None)  # 0: not measured, as in a TensorFlow graph
+        rows.append([str(step), *_traffic(sent[step], dense[step]), share, seconds, *values])
+    totals = sum(sent[step] for step in steps), sum(dense[step] for step in steps)
+    rows.append(["all", *_traffic(*totals), *[""] * (len(rows[0]) - 4)])
     return table(rows, left=())
 
 
 def layers(windows: Mapping[int, Mapping[str, LayerRecord]]) -> str:
-    """A row for each adaptive layer: in how many windows it was critical, how often it changed, how it travels at last."""
-    rows = [("layer", "compression", "regime", "windows", "critical", "changes", "norm", "bytes a step")]
+    """Formats a row per adaptive layer: windows, share of critical ones, changes of regime, and the latest compression."""
+    rows = [("layer", "compression", "regime", "windows", "critical", "changes", "norm", "bytes per step")]
     for name in dict.fromkeys(name for window in sorted(windows) for name in windows[window]):
         records = [windows[window][name] for window in sorted(windows) if name in windows[window]]
         regimes, last = [record.regime for record in records], records[-1]
@@ -215,13 +224,15 @@ def _short(value: str) -> str:
     return line if len(line) <= MAX_VALUE else line[: MAX_VALUE - 1] + "…"
 
 
-# as pictures
+# figures
 
 
 def draw(run: Run, out: Path) -> Sequence[Path]:
-    """Writes compression.png and regimes.png, as far as there is something to show, and returns their paths.
+    """Saves compression.png and regimes.png, if the run has data for them, and returns their paths.
 
-    ImportError without matplotlib, OSError where the folder can't be written to.
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: the folder cannot be written to.
     """
     from hvd_accordion.tracking import figures
 

@@ -1,4 +1,4 @@
-"""Versions of what is installed, and what Horovod was built with; nothing of it is imported into this process."""
+"""Installed versions and the features of Horovod's build. Imports none of the packages into this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 from hvd_accordion.cli.findings import Finding, Verdict
 
-# what each is called on PyPI; of several the first that is installed
+# names on PyPI; the first that is installed counts
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "hvd_accordion": ("hvd_accordion",),
     "horovod": ("horovod",),
@@ -44,7 +44,7 @@ BUILD = {"torch": "HOROVOD_WITH_PYTORCH=1", "tensorflow": "HOROVOD_WITH_TENSORFL
 
 
 def installed(name: str) -> str | None:
-    """Version of a package of PACKAGES; None where it can't be imported, "?" where nobody tells its version."""
+    """Returns the version of one of PACKAGES: None if it cannot be imported, "?" if its version is unknown."""
     if find_spec(name) is None:
         return None
     for project in PACKAGES[name]:
@@ -56,50 +56,50 @@ def installed(name: str) -> str | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of Python and of each of PACKAGES that is there."""
+    """Returns the versions of Python and of the installed PACKAGES."""
     found = {name: installed(name) for name in PACKAGES}
     return {"python": platform.python_version(), **{name: v for name, v in found.items() if v}}
 
 
 def required_versions() -> dict[str, str]:
-    """The least version of each package that hvd_accordion's own metadata asks for."""
+    """Returns the minimum version of each package that hvd_accordion's metadata requires."""
     try:
         lines = metadata.requires("hvd_accordion") or []
-    except metadata.PackageNotFoundError:  # run from its sources
+    except metadata.PackageNotFoundError:  # hvd_accordion runs from its sources
         return {}
     found = (re.match(r"([\w.-]+) ?>= ?([\d.]+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 
 
-def versions(there: Mapping[str, str], required: Mapping[str, str]) -> list[Finding]:
-    """A line for each package, there or not; Horovod and one framework at least must be."""
-    findings = [Finding(Verdict.OK, "Python", there["python"])]
+def versions(found: Mapping[str, str], required: Mapping[str, str]) -> list[Finding]:
+    """Judges the version of each package. Horovod and at least one framework are required."""
+    findings = [Finding(Verdict.OK, "Python", found["python"])]
     for name in PACKAGES:
-        if name not in there:
+        if name not in found:
             findings.append(Finding(Verdict.NOTE, name, "not installed"))
-        elif there[name] != "?" and numbers(there[name]) < numbers(required.get(name, "0")):
-            advice = f"at least {required[name]} is needed: pip install -U {name}"
-            findings.append(Finding(Verdict.BROKEN, name, there[name], advice))
+        elif found[name] != "?" and numbers(found[name]) < numbers(required.get(name, "0")):
+            advice = f"at least {required[name]} is required: pip install -U {name}"
+            findings.append(Finding(Verdict.BROKEN, name, found[name], advice))
         else:
-            findings.append(Finding(Verdict.OK, name, there[name]))
-    if "horovod" not in there:
+            findings.append(Finding(Verdict.OK, name, found[name]))
+    if "horovod" not in found:
         advice = "install Horovod: make setup, or docker/build_horovod.sh builds it for today's torch and TensorFlow"
         findings.append(Finding(Verdict.BROKEN, "Horovod", "missing", advice))
-    if "torch" not in there and "tensorflow" not in there:
+    if "torch" not in found and "tensorflow" not in found:
         advice = "pip install torch, or tensorflow, before Horovod is built for it"
         findings.append(Finding(Verdict.BROKEN, "framework", "neither torch nor tensorflow is installed", advice))
     return findings
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """1.10.2+cpu -> (1, 10, 2)"""
+    """Returns the numbers of a version: (1, 10, 2) for "1.10.2+cpu"."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z-]", version, maxsplit=1)[0]))
 
 
 def binding(framework: str, seconds: float = IMPORT_SECONDS) -> Finding:
-    """Whether Horovod's extension for the framework can be loaded, and what it was built with.
+    """Checks whether Horovod's extension for the framework can be imported, and with which features it was built.
 
-    In a process of its own: an extension that was built for another version may take its process down.
+    The import runs in a separate process, because an extension that was built for another version may crash.
     """
     program = PROGRAM.format(framework=framework, features=FEATURES, gpus=GPUS[framework])
     subject = f"horovod.{framework}"
@@ -113,31 +113,31 @@ def binding(framework: str, seconds: float = IMPORT_SECONDS) -> Finding:
             env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
         )
     except subprocess.TimeoutExpired:
-        return Finding(Verdict.BROKEN, subject, f"its import took longer than {seconds:g} s")
+        return Finding(Verdict.BROKEN, subject, f"the import took longer than {seconds:g} s")
     if done.returncode:
         advice = (
-            f"build Horovod for the {framework} that is installed: docker/build_horovod.sh, or {BUILD[framework]} "
+            f"build Horovod for the installed {framework}: docker/build_horovod.sh, or {BUILD[framework]} "
             "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps horovod"
         )
-        return Finding(Verdict.BROKEN, subject, why(done.returncode, done.stderr), advice)
+        return Finding(Verdict.BROKEN, subject, failure_reason(done.returncode, done.stderr), advice)
     found = json.loads(done.stdout.splitlines()[-1])
-    return built(subject, found["built"], found["gpus"])
+    return judge_build(subject, found["built"], found["gpus"])
 
 
-def why(status: int, stderr: str) -> str:
-    """How a Python ended, in a line."""
+def failure_reason(status: int, stderr: str) -> str:
+    """Describes in one line how a Python process failed."""
     if status < 0:
-        return f"its import was ended by {signal.Signals(-status).name}"
+        return f"the import was ended by {signal.Signals(-status).name}"
     lines = [line.strip() for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
-    return lines[-1] if lines else f"its import ended with exit status {status}"
+    return lines[-1] if lines else f"the import ended with exit status {status}"
 
 
-def built(subject: str, features: list[str], gpus: int) -> Finding:
-    """Judges what an extension was built with."""
+def judge_build(subject: str, features: list[str], gpus: int) -> Finding:
+    """Judges the features that an extension was built with."""
     found = f"fits; built with {', '.join(features) or 'nothing'}; {gpus} GPU{'s' * (gpus != 1)}"
     if not {"mpi", "gloo"} & set(features):
         return Finding(Verdict.BROKEN, subject, found, "build Horovod with HOROVOD_WITH_MPI=1 or HOROVOD_WITH_GLOO=1")
     if gpus and "nccl" not in features:
-        advice = "gradients leave the GPU to travel: build Horovod with HOROVOD_GPU_OPERATIONS=NCCL"
+        advice = "gradients are copied to the host for communication: build Horovod with HOROVOD_GPU_OPERATIONS=NCCL"
         return Finding(Verdict.SLOW, subject, found, advice)
     return Finding(Verdict.OK, subject, found)

@@ -1,4 +1,4 @@
-"""The command line: what it judges and how it says so, each part by itself, and the whole in processes of their own."""
+"""The command line: the parts of `check` and `report`, and both as a whole in separate processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=200, env=environment)
 
 
-# Arguments
+# arguments
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         ([], "the following arguments are required: COMMAND"),
     ],
 )
-def test_wrong_arguments_are_refused_with_what_is_allowed(arguments, message, capsys):
+def test_wrong_arguments_name_what_is_allowed(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -73,7 +73,7 @@ except SystemExit as ended:
     assert not set(modules) & (FRAMEWORKS | {"mlflow", "matplotlib", "numpy"})
 
 
-# Findings and tables
+# findings and tables
 
 
 def test_findings_as_text():
@@ -89,12 +89,12 @@ def test_tables_are_aligned():
     assert lines == ["name           n", "a              1", "long one  10,000"]
 
 
-# Software
+# software
 
 
-def test_versions_judge_what_is_missing_and_what_is_old():
-    there = {"python": "3.11.7", "horovod": "0.28.1", "torch": "2.0.1+cpu", "mlflow": "?"}
-    found = {x.subject: x for x in software.versions(there, {"torch": "2.1", "mlflow": "2.9", "horovod": "0.28"})}
+def test_versions_missing_or_too_old():
+    versions = {"python": "3.11.7", "horovod": "0.28.1", "torch": "2.0.1+cpu", "mlflow": "?"}
+    found = {x.subject: x for x in software.versions(versions, {"torch": "2.1", "mlflow": "2.9", "horovod": "0.28"})}
     assert found["torch"].verdict is Verdict.BROKEN and "at least 2.1" in found["torch"].advice
     assert found["horovod"].verdict is found["mlflow"].verdict is Verdict.OK
     assert found["tensorflow"].verdict is found["keras"].verdict is Verdict.NOTE
@@ -134,8 +134,8 @@ def test_required_versions_are_those_of_the_packages_own_metadata():
         ([], 0, Verdict.BROKEN),
     ],
 )
-def test_what_horovod_was_built_with(features, gpus, verdict):
-    finding = software.built("horovod.torch", features, gpus)
+def test_features_of_horovods_build(features, gpus, verdict):
+    finding = software.judge_build("horovod.torch", features, gpus)
     assert finding.verdict is verdict and bool(finding.advice) is (verdict is not Verdict.OK)
 
 
@@ -148,7 +148,7 @@ def test_what_horovod_was_built_with(features, gpus, verdict):
         ("import time; time.sleep(60)", "longer than 1.5 s"),
     ],
 )
-def test_an_extension_that_does_not_fit_is_a_line(body, reason, tmp_path, monkeypatch):
+def test_an_extension_that_does_not_fit_gives_one_line(body, reason, tmp_path, monkeypatch):
     package = tmp_path / "horovod"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -158,7 +158,7 @@ def test_an_extension_that_does_not_fit_is_a_line(body, reason, tmp_path, monkey
     assert finding.verdict is Verdict.BROKEN and reason in finding.found and "\n" not in finding.found
 
 
-# Settings, threads, names
+# settings, threads, host names
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_settings_are_judged(name, value, verdict):
     assert bool(finding.advice) is (verdict is not Verdict.OK)
 
 
-def test_settings_that_are_not_there_show_horovods_defaults():
+def test_unset_settings_show_horovods_defaults():
     found = environment.variables({})
     assert [x.subject for x in found] == list(environment.DEFAULTS)
     assert all(x.verdict is Verdict.OK and x.found.endswith("(default)") for x in found)
@@ -202,7 +202,7 @@ def test_settings_that_are_not_there_show_horovods_defaults():
         (1, 8, 8, False, ""),
     ],
 )
-def test_more_busy_threads_than_cores_are_told_of(ranks, threads, cores, spinning, advice):
+def test_more_busy_threads_than_cores(ranks, threads, cores, spinning, advice):
     finding = environment.busy(ranks, threads, cores, spinning)
     assert finding.verdict is (Verdict.SLOW if advice else Verdict.OK)
     assert advice in finding.advice and bool(finding.advice) is bool(advice)
@@ -215,19 +215,19 @@ def test_threads_of_a_rank(given, threads):
     assert environment.threads_of(given, 8) == threads
 
 
-def test_open_mpis_ranks_spin_unless_told_otherwise():
+def test_open_mpis_ranks_spin_by_default():
     ompi = {"OMPI_COMM_WORLD_SIZE": "2"}
     assert environment.spins(ompi) and not environment.spins({})
     assert not environment.spins({**ompi, "OMPI_MCA_mpi_yield_when_idle": "1"})
 
 
 def test_names_of_hosts():
-    book = {"a": ["10.0.0.1", "10.0.0.1"], "home": ["127.0.1.1"]}
+    table = {"a": ["10.0.0.1", "10.0.0.1"], "home": ["127.0.1.1"]}
 
     def resolve(name):
-        if name not in book:
+        if name not in table:
             raise OSError(name)
-        return book[name]
+        return table[name]
 
     found = environment.named_hosts("a:2,b:2, home,,a", resolve)
     assert [x.verdict for x in found] == [Verdict.OK, Verdict.BROKEN, Verdict.OK]
@@ -238,14 +238,14 @@ def test_names_of_hosts():
     assert environment.named_hosts("", resolve) == []
 
 
-def test_real_names():
+def test_names_of_the_real_resolver():
     assert environment.unresolved(["localhost", "no.such.host.invalid", "x" * 70], environment.addresses) == [
         "no.such.host.invalid",
         "x" * 70,
     ]
 
 
-# Ranks
+# ranks
 
 
 def rank(host="a", cores=8, threads=1, spinning=False, cycle="1", **packages):
@@ -255,17 +255,17 @@ def rank(host="a", cores=8, threads=1, spinning=False, cycle="1", **packages):
 
 def judged(*its, unresolved=None):
     measured = Calibration(Link(0.0, 1e9), len(its), {}, {})
-    return ranks.together(ranks.Seen(its, unresolved or [[]] * len(its), measured))
+    return ranks.compare(ranks.Survey(its, unresolved or [[]] * len(its), measured))
 
 
-def test_check_says_what_init_will_set():
+def test_check_reports_what_init_will_set():
     started = {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-    (finding,) = check.waiting(started, 3)
-    assert finding.subject == "OMPI_MCA_mpi_yield_when_idle" and "fewer than two of 3 cores each" in finding.found
-    assert check.waiting(started, 4) == [] == check.waiting({**started, finding.subject: "0"}, 3)
+    (finding,) = check.yield_setting(started, 3)
+    assert finding.subject == "OMPI_MCA_mpi_yield_when_idle" and "fewer than two of 3 cores" in finding.found
+    assert check.yield_setting(started, 4) == [] == check.yield_setting({**started, finding.subject: "0"}, 3)
 
 
-def test_ranks_alike():
+def test_equal_ranks():
     found = judged(rank(), rank(), rank("b"))
     assert {x.verdict for x in found} == {Verdict.OK, Verdict.NOTE}
     assert [x.found for x in found if x.subject == "host"] == ["a: 2 of 3 ranks", "b: 1 of 3 ranks"]
@@ -279,32 +279,32 @@ def test_ranks_that_differ():
 
 
 def test_threads_are_counted_per_host():
-    crowded = judged(rank(threads=4), rank(threads=4), rank(threads=4), rank("b", threads=4))
-    assert [x.verdict for x in crowded if x.subject == "threads and cores"] == [Verdict.SLOW, Verdict.OK]
+    findings_by_host = judged(rank(threads=4), rank(threads=4), rank(threads=4), rank("b", threads=4))
+    assert [x.verdict for x in findings_by_host if x.subject == "threads and cores"] == [Verdict.SLOW, Verdict.OK]
 
 
 def test_a_name_that_another_host_cannot_resolve():
     (finding,) = (x for x in judged(rank(), rank("b"), unresolved=[["b"], []]) if x.verdict is Verdict.SLOW)
-    assert finding.found == "b: its name can't be resolved on a"
+    assert finding.found == "b: the name cannot be resolved on a"
 
 
 @pytest.mark.parametrize(
     ("its", "verdict", "words"),
     [
-        (Link(0.0, 125e6, 1e-3), Verdict.OK, "1,000 Mbit/s, 1.00 ms a collective"),
-        (Link(0.0, math.inf, 1e-3), Verdict.OK, "too fast to be told"),
-        (Link(0.0, 125e6, 2e-2), Verdict.SLOW, "20.00 ms a collective"),
+        (Link(0.0, 125e6, 1e-3), Verdict.OK, "1,000 Mbit/s, 1.00 ms per collective"),
+        (Link(0.0, math.inf, 1e-3), Verdict.OK, "bandwidth too high to measure"),
+        (Link(0.0, 125e6, 2e-2), Verdict.SLOW, "20.00 ms per collective"),
     ],
 )
-def test_the_link_in_words(its, verdict, words):
+def test_link_findings(its, verdict, words):
     finding = ranks.link(Calibration(its, 2, {}, {}), "torch")
     assert finding.verdict is verdict and words in finding.found and "by torch" in finding.found
 
 
-# The typical network
+# the reference model
 
 
-def test_it_is_resnet_18():
+def test_the_reference_model_is_resnet_18():
     its = reference_model.layers()
     assert reference_model.size_of(its) == reference_model.PARAMETERS
     assert sum(len(x.shape) > 1 for x in its) == 21  # 17 convolutions, 3 shortcuts, the last layer
@@ -312,7 +312,7 @@ def test_it_is_resnet_18():
 
 
 @pytest.mark.parametrize("parameters", [10_000, 1_000_000, 60_000_000, 200_000_000])
-def test_it_grows_with_what_is_asked_for(parameters):
+def test_its_size_follows_the_argument(parameters):
     assert reference_model.size_of(reference_model.layers(parameters)) == pytest.approx(
         parameters, rel=0.35 if parameters < 1e5 else 0.04
     )
@@ -320,7 +320,7 @@ def test_it_grows_with_what_is_asked_for(parameters):
 
 def test_gradients_get_ready_from_the_last_layer_to_the_first():
     its = reference_model.layers()
-    ready = reference_model.ready(its, 0.2)
+    ready = reference_model.ready_times(its, 0.2)
     times = [ready[x.name] for x in reversed(its)]
     assert times[0] == 0 and times[-1] == pytest.approx(0.2)
     assert all(a < b for a, b in pairwise(times))
@@ -335,22 +335,20 @@ def measured(bandwidth: float, gamma: float, n: int = 2) -> Calibration:
 
 def judgement(m: Calibration, backward: float) -> Finding:
     its = reference_model.layers()
-    return reference_model.verdict(
-        *(reference_model.predicted(its, m, seconds) for seconds in (backward, 0.0)), backward
-    )
+    return reference_model.verdict(*(reference_model.predict(its, m, seconds) for seconds in (backward, 0.0)), backward)
 
 
-def test_a_slow_link_pays_and_a_fast_one_does_not():
-    pays, not_here = (judgement(measured(bandwidth, 1e-9), 0.1) for bandwidth in (12.5e6, 1e12))
-    assert pays.verdict is Verdict.OK and pays.found.startswith("would pay:")
-    assert not_here.verdict is Verdict.NOTE and "would not pay" in not_here.found
+def test_compression_is_faster_on_a_slow_link_only():
+    slow, fast = (judgement(measured(bandwidth, 1e-9), 0.1) for bandwidth in (12.5e6, 1e12))
+    assert slow.verdict is Verdict.OK and slow.found.startswith("would be faster:")
+    assert fast.verdict is Verdict.NOTE and "would not be faster" in fast.found
 
 
-def test_where_all_hides_behind_backward_it_depends_on_how_much_does():
-    wire = 4 * reference_model.PARAMETERS / 0.08  # 80 ms dense, of 100 that could hide it
+def test_the_verdict_depends_on_the_overlap():
+    wire = 4 * reference_model.PARAMETERS / 0.08  # 80 ms dense, less than the 100 ms of backward
     depends = judgement(measured(wire, 1e-9), 0.1)
-    assert depends.verdict is Verdict.NOTE and "only where little hides" in depends.found
-    assert judgement(measured(wire, 1e-9), 0.0).found.startswith("would pay:")
+    assert depends.verdict is Verdict.NOTE and "only with little overlap" in depends.found
+    assert judgement(measured(wire, 1e-9), 0.0).found.startswith("would be faster:")
 
 
 def test_times_in_the_verdict_are_those_of_the_cost_model():
@@ -358,7 +356,7 @@ def test_times_in_the_verdict_are_those_of_the_cost_model():
     dense = 4 * reference_model.PARAMETERS / m.link.bandwidth + cost_model.constant(AllReduce, 2, m.link)
     found = judgement(m, 0.0).found
     best, its, all_dense, faster = re.search(
-        r"pay: (.*) takes ([\d,]+) ms .* dense ([\d,]+) ms, ([\d.]+) times", found
+        r"faster: (.*) takes ([\d,]+) ms .* dense ([\d,]+) ms, ([\d.]+) times", found
     ).groups()
     assert best in map(str, reference_model.CANDIDATES)
     assert float(all_dense.replace(",", "")) == pytest.approx(1e3 * dense, abs=1)
@@ -368,27 +366,30 @@ def test_times_in_the_verdict_are_those_of_the_cost_model():
 def test_the_prediction_is_the_cost_models():
     its = reference_model.layers()
     m = measured(12.5e6, 1e-9)
-    hidden, bare = (reference_model.predicted(its, m, seconds) for seconds in (0.5, 0.0))
-    rows = [line.replace(",", "").split() for line in reference_model.prediction(its, hidden, bare).splitlines()[1:]]
+    overlapped, exposed = (reference_model.predict(its, m, seconds) for seconds in (0.5, 0.0))
+    rows = [
+        line.replace(",", "").split()
+        for line in reference_model.prediction_table(its, overlapped, exposed).splitlines()[1:]
+    ]
     assert [row[0] for row in rows] == [str(spec) for spec in (Dense(), PowerSGD(4), TopK(0.01))]
-    (_, more, unhidden, work, sent), powersgd, _ = rows
+    (_, overlapped_ms, exposed_ms, work, sent), powersgd, _ = rows
     assert float(sent) == pytest.approx(4e-6 * reference_model.PARAMETERS, abs=0.01) and float(work) == 0
     alone = 1e3 * (4 * reference_model.PARAMETERS / m.link.bandwidth + cost_model.constant(AllReduce, 2, m.link))
-    assert float(unhidden) == pytest.approx(alone, rel=1e-4)
-    assert alone - 500 <= float(more) < alone
+    assert float(exposed_ms) == pytest.approx(alone, rel=1e-4)
+    assert alone - 500 <= float(overlapped_ms) < alone
     compressed = sum(x.numel for x in its if reference_model.choices([x], 2))
     assert float(powersgd[3]) == pytest.approx(1e3 * 1e-9 * compressed, abs=0.06)
     assert float(powersgd[4]) < 1
 
 
-def test_tensors_that_are_all_too_small():
+def test_a_network_of_small_tensors_only():
     its = [x for x in reference_model.layers() if len(x.shape) == 1]
-    bare = reference_model.predicted(its, Calibration(Link(0.0, 1e6), 2, {}, {}), 0.0)
-    assert len(reference_model.prediction(its, bare, bare).splitlines()) == 2  # dense alone
-    assert "would not pay" in reference_model.verdict(bare, bare, 0.0).found
+    bare = reference_model.predict(its, Calibration(Link(0.0, 1e6), 2, {}, {}), 0.0)
+    assert len(reference_model.prediction_table(its, bare, bare).splitlines()) == 2  # only dense
+    assert "would not be faster" in reference_model.verdict(bare, bare, 0.0).found
 
 
-# check, as a whole
+# check as a whole
 
 
 @pytest.mark.skipif(not HOROVOD, reason="needs horovod")
@@ -469,10 +470,10 @@ def test_a_run_by_its_name_is_the_latest(tracked, tmp_path, monkeypatch, capsys)
 
 
 @MLFLOW_WARNS
-def test_a_run_without_windows_has_no_layers_to_show(tracked, tmp_path, capsys):
+def test_a_run_without_windows_has_no_table_of_layers(tracked, tmp_path, capsys):
     uri, _ = tracked
     assert main(["report", "even", "--tracking-uri", uri, "--out", str(tmp_path)]) == 0
-    assert "bytes a step" not in capsys.readouterr().out
+    assert "bytes per step" not in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["compression.png"]
 
 
@@ -485,7 +486,7 @@ def test_an_unknown_run(wanted, tracked, capsys):
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///{}/none.db", "{}/mlruns", "file://{}/mlruns"])
-def test_a_store_that_is_not_there_is_not_made(uri, tmp_path, capsys):
+def test_a_missing_store_is_not_created(uri, tmp_path, capsys):
     assert main(["report", "x", "--tracking-uri", uri.format(tmp_path)]) == 2
     assert "there is no MLflow data at" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -494,7 +495,7 @@ def test_a_store_that_is_not_there_is_not_made(uri, tmp_path, capsys):
 def test_a_dead_server(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert main(["report", "x", "--tracking-uri", "http://127.0.0.1:9"]) == 2
-    assert "MLflow at http://127.0.0.1:9 gives no answer" in capsys.readouterr().err
+    assert "MLflow at http://127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 
 def test_without_mlflow(monkeypatch, capsys):
@@ -504,20 +505,20 @@ def test_without_mlflow(monkeypatch, capsys):
 
 
 @MLFLOW_WARNS
-def test_without_matplotlib_the_tables_are_there(tracked, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_tables_are_printed(tracked, tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "hvd_accordion.tracking.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     assert main(["report", "even", "--tracking-uri", tracked[0], "--out", str(tmp_path)]) == 1
     out, error = capsys.readouterr()
-    assert "MB dense" in out and "no pictures" in error and not list(tmp_path.iterdir())
+    assert "MB dense" in out and "no figures" in error and not list(tmp_path.iterdir())
 
 
 @MLFLOW_WARNS
-def test_pictures_that_cannot_be_written(tracked, tmp_path, capsys):
+def test_figures_that_cannot_be_saved(tracked, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["report", "even", "--tracking-uri", tracked[0], "--out", str(tmp_path / "file" / "below")]) == 1
-    assert "no pictures" in capsys.readouterr().err
+    assert "no figures" in capsys.readouterr().err
 
 
 def test_a_report_imports_no_framework(tracked):
@@ -537,6 +538,6 @@ def test_a_run_without_epochs():
     assert "no traffic to report" in run_report.text(run)
 
 
-def test_a_run_that_did_not_come_to_its_end():
+def test_an_unfinished_run():
     run = run_report.Run("id", "name", "RUNNING", {}, {"layer/a/norm": {0: 1.0}, "sent_bytes": {0: 1e6}}, {})
     assert "No table of layers" in run_report.text(run)
