@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 Tensor: TypeAlias = Any
-Finish: TypeAlias = Callable[
-    [bool], tuple[list[Any], Any]
-]  # averages, and the remainders where the argument asks for them
+# finish(want_remainder) returns the averages, and the remainders or None
+Finish: TypeAlias = Callable[[bool], tuple[list[Any], Any]]
 
 
 class Ops(Protocol):
