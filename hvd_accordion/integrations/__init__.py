@@ -1,1 +1,1 @@
-"""Trainers of other libraries on Horovod ranks, with compressed gradients; each module needs its library alone."""
+"""Trainers of other libraries on Horovod ranks, with compressed gradients. Each module imports only its own library."""

@@ -1,4 +1,4 @@
-"""Lightning 2 on Horovod ranks: a strategy, and a callback for those who want no strategy::
+"""Lightning 2 on Horovod ranks: a strategy, and a callback for scripts that use another strategy::
 
     import lightning as L
     from hvd_accordion import Accordion
@@ -6,7 +6,7 @@
 
     trainer = L.Trainer(strategy=HorovodStrategy(compression=Accordion()), accelerator="cpu", devices=1)
 
-Serves `lightning`, and `pytorch_lightning` where the script has imported that and not `lightning`.
+Uses `lightning`, or `pytorch_lightning` if the script has imported that and not `lightning`.
 """
 
 from hvd_accordion.integrations.lightning.callback import HorovodCallback

@@ -1,4 +1,4 @@
-"""Exchanges gradients at the right moments of Lightning's loop."""
+"""Exchanges gradients in the events of Lightning's training loop."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hvd_accordion.integrations.lightning import ranks
 from hvd_accordion.integrations.lightning.framework import Callback, LightningOptimizer, rank_zero_only
 from hvd_accordion.integrations.lightning.optimizers import check_options, distribute
 
-WAIT = 1 << 30  # backward passes before an exchange: as many as come before somebody asks for it
+WAIT = 1 << 30  # backward passes per step: gradients are exchanged only by an explicit synchronize()
 
 
 class GradientExchange(Callback):
-    """What strategy and callback have in common: all between the start of training and its end.
+    """The part shared by strategy and callback: all events from the start of training to its end.
 
     Args:
-        compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
-            returns; those that are DistributedOptimizers already stay as they are.
-        options: its other arguments, but for `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and
-            `process_set`, which follow from the module and the Trainer.
+        compression: as in `hvd_accordion.torch.DistributedOptimizer`, for each optimizer of `configure_optimizers` that is
+            not a DistributedOptimizer yet.
+        options: further arguments of `DistributedOptimizer`, except those derived from the module and the Trainer:
+            `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and `process_set`.
     """
 
     def __init__(self, compression: Any, options: Mapping[str, Any]) -> None:
@@ -31,16 +31,18 @@ class GradientExchange(Callback):
         ranks.start()
         rank_zero_only.rank = hvd.rank()  # loggers write on rank 0
         self.compression, self.options = compression, options
-        self._distributed: list[torch.optim.Optimizer] = []  # in the guise that DistributedOptimizer returned
+        self._distributed: list[torch.optim.Optimizer] = []  # references keep the results of `distribute` alive
         self._stepping = ExitStack()
-        self._exchanged: set[int] = set()  # optimizers whose gradients are the means by now
+        self._exchanged: set[int] = set()  # ids of optimizers whose gradients are averaged
 
     # training as a whole
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         refuse_scaler(trainer, pl_module)
         steps = None
-        if self.options.get("batch_size") is not None:  # has to know where an epoch's last batch may be smaller
+        if (
+            self.options.get("batch_size") is not None
+        ):  # needs the epoch's length, because its last batch may be smaller
             refuse_accumulation(trainer, pl_module)
             steps = steps_of_epoch(trainer)
         ranks.broadcast_module(pl_module)
@@ -51,12 +53,12 @@ class GradientExchange(Callback):
         ]
         trainer.optimizers = trainer.optimizers  # Lightning's wrappers copy the class of what they wrap
         if not pl_module.automatic_optimization:
-            self._clip_means(pl_module)
+            self._exchange_before_clipping(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in distributed(trainer):
-            self._expect(optimizer, 1 if pl_module.automatic_optimization else WAIT)
-            self._stepping.enter_context(optimizer.skip_synchronize())  # gradients are exchanged when it steps
+            self._set_passes(optimizer, 1 if pl_module.automatic_optimization else WAIT)
+            self._stepping.enter_context(optimizer.skip_synchronize())  # this callback exchanges the gradients
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._agree(trainer, float(trainer.num_training_batches))
@@ -75,41 +77,45 @@ class GradientExchange(Callback):
     def _end(self, trainer: Any, pl_module: Any) -> None:
         self._stepping.close()
         for optimizer in distributed(trainer):
-            optimizer.release()  # the module may be trained again while somebody keeps this trainer
+            optimizer.release()  # the module may be trained again while this trainer still exists
         vars(pl_module).pop("clip_gradients", None)
 
     def _agree(self, trainer: Any, batches: float) -> None:
-        """ValueError on all ranks where one has another number of batches before it, or none, for it stops."""
-        found = ranks.everywhere(batches, "batches")
-        if len(set(found)) > 1:
+        """Checks that all ranks have the same number of remaining batches, 0 if a rank stops.
+
+        Raises:
+            ValueError: on all ranks, if they differ.
+        """
+        counts = ranks.gather_object(batches, "batches")
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"in epoch {trainer.current_epoch} the ranks have {', '.join(f'{x:g}' for x in found)} batches before "
-                "them (0: stops training); all must have the same number and stop together: see to the sampler, "
-                "limit_train_batches and what stops early"
+                f"in epoch {trainer.current_epoch} the ranks have {', '.join(f'{x:g}' for x in counts)} remaining batches "
+                "(0: stops training); all must have the same number and stop together: check the sampler, "
+                "limit_train_batches and early stopping"
             )
 
     # a step
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._exchanged.clear()
-        if trainer.num_training_batches == float("inf"):  # nobody knows yet how many there are
+        if trainer.num_training_batches == float("inf"):  # the length of the epoch is unknown
             self._agree(trainer, 1.0 if trainer.is_last_batch else 2.0)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
-        overlap = self._last(trainer, pl_module) and scaler_of(trainer) is None
+        overlap = self._is_last(trainer, pl_module) and scaler_of(trainer) is None
         self._exchanged.clear()
         for optimizer in distributed(trainer):
-            self._expect(optimizer, 1 if overlap else WAIT)
+            self._set_passes(optimizer, 1 if overlap else WAIT)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        if self._last(trainer, pl_module):
+        if self._is_last(trainer, pl_module):
             for optimizer in distributed(trainer):
                 self._exchange(optimizer, scaler_of(trainer))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         if hasattr(optimizer, "_hvd"):
             self._exchange(optimizer)
-            if not pl_module.automatic_optimization:  # it may step again before the next backward pass
+            if not pl_module.automatic_optimization:  # it may step again without another backward pass
                 self._exchanged.discard(id(optimizer))
 
     def _exchange(self, optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -120,8 +126,8 @@ class GradientExchange(Callback):
             else:
                 synchronize_unscaled(optimizer, scaler)
 
-    def _last(self, trainer: Any, pl_module: Any) -> bool:
-        """Whether the backward pass of now is the last before the optimizer steps."""
+    def _is_last(self, trainer: Any, pl_module: Any) -> bool:
+        """Returns whether the current backward pass is the last before the optimizer steps."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         ready = progress.current.ready
         return pl_module.automatic_optimization and (
@@ -130,12 +136,12 @@ class GradientExchange(Callback):
             or progress.is_last_batch
         )
 
-    def _expect(self, optimizer: Any, passes: int) -> None:
+    def _set_passes(self, optimizer: Any, passes: int) -> None:
         if optimizer.backward_passes_per_step != passes:
             optimizer.set_backward_passes_per_step(passes)
 
-    def _clip_means(self, pl_module: Any) -> None:
-        """In manual optimization `self.clip_gradients(optimizer)` comes before the step: it has to exchange first."""
+    def _exchange_before_clipping(self, pl_module: Any) -> None:
+        """Wraps `clip_gradients`: in manual optimization it is called before the step, and must see averaged gradients."""
         clip = pl_module.clip_gradients
 
         def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -148,28 +154,31 @@ class GradientExchange(Callback):
 
 
 def distributed(trainer: Any) -> list[Any]:
+    """Returns the trainer's DistributedOptimizers."""
     return [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "_hvd")]
 
 
 def scaler_of(trainer: Any) -> Any:
+    """Returns the trainer's GradScaler or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def refuse_scaler(trainer: Any, pl_module: Any) -> None:
+    """Raises ValueError for a GradScaler with manual optimization."""
     if scaler_of(trainer) is not None and not pl_module.automatic_optimization:
         raise ValueError(
-            f"precision={trainer.precision!r} does not work with manual optimization: its GradScaler looks for overflow "
-            "before gradients are exchanged, and the ranks would differ; use 'bf16-mixed' or '32-true'"
+            f"precision={trainer.precision!r} does not work with manual optimization: its GradScaler checks for overflow "
+            "before gradients are exchanged, and ranks would differ; use 'bf16-mixed' or '32-true'"
         )
 
 
 def refuse_accumulation(trainer: Any, pl_module: Any) -> None:
-    """A batch of an AccordionBatchSize is made of the Trainer's own steps."""
+    """Raises ValueError for settings that do not work with AccordionBatchSize, which accumulates the Trainer's steps."""
     if not pl_module.automatic_optimization:
         raise ValueError("batch_size does not work with manual optimization; use automatic optimization")
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
-            f"accumulate_grad_batches must be 1 with batch_size, which accumulates by itself, got "
+            f"accumulate_grad_batches must be 1 with batch_size, which accumulates itself, got "
             f"{trainer.accumulate_grad_batches}"
         )
     if scaler_of(trainer) is not None:
@@ -179,15 +188,17 @@ def refuse_accumulation(trainer: Any, pl_module: Any) -> None:
 
 
 def steps_of_epoch(trainer: Any) -> int | None:
-    """None where nobody knows."""
-    if trainer.estimated_stepping_batches and trainer.num_training_batches != float("inf"):  # the first loads the data
+    """Returns the steps of an epoch, None if unknown."""
+    if trainer.estimated_stepping_batches and trainer.num_training_batches != float(
+        "inf"
+    ):  # estimated_stepping_batches loads the data
         return int(trainer.num_training_batches)
     return None
 
 
 @torch.no_grad()
 def synchronize_unscaled(optimizer: Any, scaler: torch.amp.GradScaler) -> None:
-    """Exchanges gradients without their loss scale: residuals outlive the scale of now."""
+    """Exchanges gradients without their loss scale, because residuals are used at later scales too."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scale = scaler.scale(torch.ones((), device=params[0].device))
     for p in params:
@@ -200,20 +211,22 @@ def synchronize_unscaled(optimizer: Any, scaler: torch.amp.GradScaler) -> None:
 
 
 class HorovodCallback(GradientExchange):
-    """Averages gradients over the ranks, compressed, in a plain Trainer of one device on each rank.
+    """Averages compressed gradients over the ranks, for a Trainer with one device on each rank.
 
-    Weights of rank 0 go to all ranks before training. Gradients are exchanged in the last backward pass of an update,
-    before they are clipped. Sampler, averages of metrics and agreement of early stopping are the script's own: with
-    `HorovodStrategy` they come by themselves.
+    Before training, rank 0's weights are broadcast. Gradients are exchanged in the last backward pass of an update, before
+    clipping. The script itself must divide the data, average metrics and agree on early stopping, which `HorovodStrategy`
+    does automatically.
 
     Args:
-        compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
-            returns; those that are DistributedOptimizers already stay as they are.
-        options: its other arguments, but for `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and
-            `process_set`, which follow from the module and the Trainer.
+        compression: as in `hvd_accordion.torch.DistributedOptimizer`, for each optimizer of `configure_optimizers` that is
+            not a DistributedOptimizer yet.
+        options: further arguments of `DistributedOptimizer`, except those derived from the module and the Trainer:
+            `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and `process_set`.
 
-    Raises TypeError for an unknown option. When training starts, ValueError on all ranks for a Trainer of several
-    devices, a GradScaler with manual optimization, checkpoints that several ranks would write to the same place.
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: when training starts, on all ranks, for a Trainer of several devices, a GradScaler with manual
+            optimization, or checkpoint folders shared by several ranks.
     """
 
     def __init__(self, compression: Any = None, **options: Any) -> None:
@@ -222,15 +235,15 @@ class HorovodCallback(GradientExchange):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.world_size != 1:
             raise ValueError(
-                f"HorovodCallback wants a Trainer of one device, got {type(trainer.strategy).__name__} with "
+                f"HorovodCallback requires a Trainer of one device, got {type(trainer.strategy).__name__} with "
                 f"{trainer.world_size}; use strategy=HorovodStrategy(...) alone, or devices=1"
             )
-        folders = ranks.everywhere([getattr(x, "dirpath", None) for x in trainer.checkpoint_callbacks], "folders")
-        written = [folder for mine in folders for folder in set(mine) - {None}]
-        twice = sorted({str(folder) for folder in written if written.count(folder) > 1})
-        if twice:
+        folders = ranks.gather_object([getattr(x, "dirpath", None) for x in trainer.checkpoint_callbacks], "folders")
+        used = [folder for its_folders in folders for folder in set(its_folders) - {None}]
+        shared = sorted({str(folder) for folder in used if used.count(folder) > 1})
+        if shared:
             raise ValueError(
-                f"several ranks would write checkpoints to {twice[0]}: give each rank a folder of its own, as with "
+                f"several ranks would write checkpoints to {shared[0]}: give each rank a folder of its own, as with "
                 "ModelCheckpoint(dirpath=f'checkpoints/rank{hvd.rank()}'), or enable_checkpointing=False, or use "
                 "HorovodStrategy"
             )

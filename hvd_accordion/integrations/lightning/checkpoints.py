@@ -1,7 +1,7 @@
-"""A file for each rank beside a checkpoint: what its own compression remembers, such as residuals.
+"""Each rank's compression state, such as residuals, in a file beside the checkpoint.
 
-The checkpoint itself is rank 0's, as without Horovod. A mark that is drawn at each save tells whether both belong
-together.
+The checkpoint itself is written by rank 0, as without Horovod. A random mark, new at each save, shows whether the files
+belong together.
 """
 
 from __future__ import annotations
@@ -17,53 +17,53 @@ import hvd_accordion.torch as hvd
 from hvd_accordion.integrations.lightning import ranks
 from hvd_accordion.torch.reports import STATE
 
-KEPT = "hvd_accordion_ranks"  # our entry in a checkpoint
+ENTRY = "hvd_accordion_ranks"  # key in the checkpoint
 
 
-def beside(path: Any, rank: int) -> str:
-    """The file of a rank; of a link's, that of the file that it leads to."""
+def file_of(path: Any, rank: int) -> str:
+    """Returns the file of a rank beside a checkpoint. Symbolic links are resolved."""
     return f"{os.path.realpath(path) if os.path.islink(path) else os.fspath(path)}.rank{rank}"
 
 
-def parted(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Marks the checkpoint and gives what this rank keeps beside it; None where there is nothing. All ranks together."""
+def split_own_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Marks the checkpoint and returns this rank's state, None if there is none. A collective call."""
     own = [state.get(STATE) for state in checkpoint.get("optimizer_states", [])]
     if hvd.size() == 1 or not any(own):
         return None
-    mark = ranks.from_rank(uuid.uuid4().hex)
-    checkpoint[KEPT] = {"mark": mark, "size": hvd.size()}
+    mark = ranks.broadcast_object(uuid.uuid4().hex)
+    checkpoint[ENTRY] = {"mark": mark, "size": hvd.size()}
     return {"mark": mark, "states": own}
 
 
-def joined(checkpoint: dict[str, Any], path: Any, read: Callable[[str], Mapping[str, Any]]) -> None:
-    """Puts what this rank kept in the place of rank 0's. All ranks together.
+def restore_own_state(checkpoint: dict[str, Any], path: Any, read: Callable[[str], Mapping[str, Any]]) -> None:
+    """Replaces rank 0's state in the checkpoint by this rank's. A collective call.
 
-    Warns of ranks whose file is missing or of another save: they take part in all that ranks share, and their
-    residuals start at zero.
+    Warns if a rank's file is missing or belongs to another save. That rank gets the shared state, and its residuals start
+    at zero.
     """
-    kept = checkpoint.get(KEPT)
-    if kept is None:
+    entry = checkpoint.get(ENTRY)
+    if entry is None:
         return
-    lacks = False
-    if 0 < hvd.rank() < kept["size"]:
+    missing = False
+    if 0 < hvd.rank() < entry["size"]:
         try:
-            own = read(beside(path, hvd.rank()))
+            own = read(file_of(path, hvd.rank()))
         except FileNotFoundError:
             own = {}
-        lacks = own.get("mark") != kept["mark"]
-        if not lacks:
+        missing = own.get("mark") != entry["mark"]
+        if not missing:
             for state, mine in zip(checkpoint["optimizer_states"], own["states"], strict=True):
                 if mine is not None:
                     state[STATE] = mine
-    without = [rank for rank, lacking in enumerate(ranks.everywhere(lacks, "lacks")) if lacking]
+    without = [rank for rank, lacks in enumerate(ranks.gather_object(missing, "missing")) if lacks]
     if without and hvd.rank() == 0:
         warnings.warn(
-            f"of ranks {', '.join(map(str, without))} there is no state that was saved with {path}, looked for in "
-            f"{beside(path, without[0])} and the like: their residuals start at zero",
+            f"ranks {', '.join(map(str, without))} have no state saved with {path} (expected in "
+            f"{file_of(path, without[0])} and so on): their residuals start at zero",
             stacklevel=2,
         )
 
 
-def of_all_ranks(path: Any) -> list[str]:
-    """The files beside a checkpoint that this host can see."""
+def files_of_all_ranks(path: Any) -> list[str]:
+    """Returns the files beside a checkpoint that exist on this host."""
     return glob(f"{escape(os.fspath(path))}.rank*")

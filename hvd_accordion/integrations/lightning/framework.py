@@ -1,4 +1,4 @@
-"""What is needed of Lightning, of whichever of its two packages the script uses: their classes do not mix."""
+"""Imports from Lightning. Its two packages have incompatible classes, so the one that the script uses is chosen."""
 
 from __future__ import annotations
 

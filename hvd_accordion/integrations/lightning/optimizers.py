@@ -1,4 +1,4 @@
-"""Makes the optimizers that `configure_optimizers` returned exchange gradients."""
+"""Turns the optimizers of `configure_optimizers` into DistributedOptimizers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 import hvd_accordion.torch as hvd
 from hvd_accordion.training.settings import is_horovods, plain_spec
 
-# what the trainer decides
-NOT_THEIRS = {
+# arguments that the trainer sets
+SET_BY_TRAINER = {
     *("optimizer", "named_parameters", "compression"),
     *("backward_passes_per_step", "process_set", "steps_per_epoch"),
 }
-OPTIONS = [name for name in inspect.signature(hvd.DistributedOptimizer).parameters if name not in NOT_THEIRS]
+OPTIONS = [name for name in inspect.signature(hvd.DistributedOptimizer).parameters if name not in SET_BY_TRAINER]
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """TypeError for what cannot be handed on to `DistributedOptimizer`."""
+    """Raises TypeError for an argument that `DistributedOptimizer` does not accept here."""
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise TypeError(f"unknown argument {unknown[0]!r}: allowed are compression, {', '.join(OPTIONS)}")
 
 
 def named(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The optimizer's parameters under the module's names for them."""
+    """Yields the optimizer's parameters with their names in the module."""
     known = {id(p): name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
@@ -41,18 +41,30 @@ def distribute(
     options: Mapping[str, Any],
     steps_per_epoch: int | None,
 ) -> torch.optim.Optimizer:
-    """Turns this very object into a DistributedOptimizer: schedulers, callbacks and the user's module hold it already.
+    """Turns the optimizer in place into a DistributedOptimizer, because schedulers, callbacks and the module refer to it.
 
-    The optimizer that is returned is the same in another guise; it must live as long. Plain Horovod's compression goes
-    through this package's exchange: Horovod's optimizer steps before the closure that Lightning gives it.
+    Horovod's own compression also uses this package's exchange, because Horovod's optimizer synchronises before it calls
+    Lightning's closure.
+
+    Args:
+        optimizer: of torch.
+        module: whose parameters it has.
+        compression: as in `hvd_accordion.torch.DistributedOptimizer`.
+        options: further arguments of it.
+        steps_per_epoch: as there.
+
+    Returns:
+        An optimizer that shares the state of `optimizer`. The caller must keep a reference to it.
     """
     if compression is None or is_horovods(compression):
         compression = plain_spec(compression)
-    scheduled = "step" in vars(optimizer)  # torch's schedulers wrap it, and warn where they miss their wrapper
+    scheduled = "step" in vars(optimizer)  # a scheduler has wrapped it, and warns if its wrapper is missing
     names = list(named(optimizer, module))
     result = hvd.DistributedOptimizer(optimizer, names, compression, steps_per_epoch=steps_per_epoch, **options)
     optimizer.__class__ = type(result)
     optimizer.__dict__ = result.__dict__
     if scheduled:
-        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)  # wraps it and changes nothing else
+        torch.optim.lr_scheduler.ConstantLR(
+            optimizer, factor=1.0, total_iters=0
+        )  # wraps `step` and leaves the rate unchanged
     return result

@@ -1,4 +1,4 @@
-"""HorovodStrategy: Lightning's Trainer on the ranks that Horovod started."""
+"""HorovodStrategy: runs Lightning's Trainer on Horovod ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvd_accordion.integrations.lightning.framework import ClusterEnvironment, P
 
 
 class HorovodEnvironment(ClusterEnvironment):
-    """Ranks as Horovod counts them; whatever starts processes has done so before Lightning."""
+    """Reports Horovod's ranks to Lightning. Processes are started before Lightning."""
 
     creates_processes_externally = True
     main_address, main_port = "127.0.0.1", 0  # of torch.distributed, which is not used
@@ -36,30 +36,37 @@ class HorovodEnvironment(ClusterEnvironment):
         return hvd.cross_rank()
 
     def set_world_size(self, size: int) -> None:
-        """Horovod's stays."""
+        """Does nothing: Horovod sets it."""
 
     def set_global_rank(self, rank: int) -> None:
-        """Horovod's stays."""
+        """Does nothing: Horovod sets it."""
 
 
 class HorovodStrategy(ParallelStrategy):
-    """Trains on one device a rank; gradients are exchanged by Horovod, compressed.
+    """Trains on one device per rank and exchanges compressed gradients by Horovod.
 
-    What Lightning does under DDP it does here: it shares the data out, averages `self.log(..., sync_dist=True)` and
-    torchmetrics, clips averaged gradients, exchanges nothing before the last of `accumulate_grad_batches`, decides early
-    stopping and checkpoints alike on all ranks, and writes on rank 0. Learning rates stay as they are given. Beside a
-    checkpoint of rank 0 each other rank keeps its own residuals (`NAME.ckpt.rank1`, ...), so that
-    `ckpt_path=` goes on bit for bit on as many ranks.
+    It does what Lightning does with DDP. Each rank gets its share of the data. `self.log(..., sync_dist=True)` and
+    torchmetrics are averaged. Averaged gradients are clipped. Gradients are exchanged after the last of
+    `accumulate_grad_batches`. Early stopping and checkpoints are decided equally on all ranks, and rank 0 writes. Learning
+    rates are not scaled.
+
+    Beside rank 0's checkpoint, each other rank saves its own residuals (`NAME.ckpt.rank1`, ...). With the same number of
+    ranks, `ckpt_path=` resumes bit for bit.
 
     Args:
-        compression: as of `hvd_accordion.torch.DistributedOptimizer`, for each optimizer that `configure_optimizers`
-            returns; those that are DistributedOptimizers already stay as they are.
-        options: its other arguments, but for `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and
-            `process_set`, which follow from the module and the Trainer.
+        compression: as in `hvd_accordion.torch.DistributedOptimizer`, for each optimizer of `configure_optimizers` that is
+            not a DistributedOptimizer yet.
+        accelerator: as in Lightning's strategies.
+        checkpoint_io: as in Lightning's strategies.
+        precision_plugin: as in Lightning's strategies.
+        options: further arguments of `DistributedOptimizer`, except those derived from the module and the Trainer:
+            `named_parameters`, `backward_passes_per_step`, `steps_per_epoch` and `process_set`.
 
-    Raises TypeError for an unknown option; ValueError on all ranks for `devices` that do not fit the ranks,
-    `sync_batchnorm=True`, a GradScaler with manual optimization, `batch_size` with either or with
-    `accumulate_grad_batches`, ranks with different numbers of batches.
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: on all ranks, for `devices` that do not fit the ranks, `sync_batchnorm=True`, a GradScaler with manual
+            optimization, `batch_size` with either or with `accumulate_grad_batches`, or ranks with different numbers of
+            batches.
     """
 
     strategy_name = "horovod"
@@ -82,7 +89,7 @@ class HorovodStrategy(ParallelStrategy):
             precision_plugin=precision_plugin,
         )
 
-    # places
+    # devices
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
@@ -109,51 +116,51 @@ class HorovodStrategy(ParallelStrategy):
                 "sync_batchnorm=True needs torch.distributed; build the module with hvd_accordion.torch.SyncBatchNorm"
             )
         if any(isinstance(callback, HorovodCallback) for callback in trainer.callbacks):
-            raise ValueError("HorovodStrategy does what HorovodCallback does; give the Trainer one of the two")
+            raise ValueError("HorovodStrategy includes HorovodCallback; give the Trainer one of the two")
         if self._exchange not in trainer.callbacks:
-            trainer.callbacks.insert(0, self._exchange)  # first: other callbacks see means, and save what it has done
+            trainer.callbacks.insert(0, self._exchange)  # first, so that other callbacks see averaged gradients
         super().setup(trainer)
         ranks.broadcast_module(self.lightning_module)
         for module in self.lightning_module.modules():
             if hasattr(module, "dist_sync_fn") and module.dist_sync_fn is None:  # a metric of torchmetrics
-                module.dist_sync_fn, module.distributed_available_fn = ranks.gathered, several_ranks
+                module.dist_sync_fn, module.distributed_available_fn = ranks.gather, several_ranks
 
     # collectives
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         ranks.refuse_group(group)
-        return ranks.reduced(tensor, reduce_op) if isinstance(tensor, torch.Tensor) else tensor
+        return ranks.reduce(tensor, reduce_op) if isinstance(tensor, torch.Tensor) else tensor
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
         ranks.refuse_group(group)
-        return ranks.stacked(tensor, sync_grads)
+        return ranks.stack(tensor, sync_grads)
 
     def barrier(self, name: str | None = None) -> None:
         if hvd.size() > 1:
             hvd.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return ranks.from_rank(obj, src)
+        return ranks.broadcast_object(obj, src)
 
     # checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         filepath = self.broadcast(filepath)  # a metric in the name may differ between ranks
-        own = checkpoints.parted(checkpoint)
+        own = checkpoints.split_own_state(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if own is not None and not self.is_global_zero:
-            file = checkpoints.beside(filepath, self.global_rank)
+            file = checkpoints.file_of(filepath, self.global_rank)
             self.checkpoint_io.save_checkpoint(own, file, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        absent = [i for i, there in enumerate(ranks.everywhere(found(checkpoint_path), "found")) if not there]
+        absent = [i for i, exists in enumerate(ranks.gather_object(found(checkpoint_path), "found")) if not exists]
         if absent:
             raise FileNotFoundError(
-                f"{checkpoint_path} is not there on ranks {', '.join(map(str, absent))}: all ranks must see the file"
+                f"{checkpoint_path} does not exist on ranks {', '.join(map(str, absent))}: all ranks must see the file"
             )
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         if self.lightning_module.trainer.training:
-            checkpoints.joined(
+            checkpoints.restore_own_state(
                 checkpoint,
                 checkpoint_path,
                 lambda file: self.checkpoint_io.load_checkpoint(file, weights_only=weights_only),
@@ -163,18 +170,21 @@ class HorovodStrategy(ParallelStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
-            for file in checkpoints.of_all_ranks(filepath):
+            for file in checkpoints.files_of_all_ranks(filepath):
                 self.checkpoint_io.remove_checkpoint(file)
 
 
 def device_of(devices: list[torch.device]) -> torch.device:
-    """This rank's device, of those that the Trainer found.
+    """Returns this rank's device among those of the Trainer.
 
-    Raises ValueError where there are fewer or more than ranks on the host; one is always right.
+    Raises:
+        ValueError: neither one device nor as many as ranks on the host.
     """
     if len(devices) == 1:
-        first = devices[0].type == "cuda" and devices[0].index in (None, 0)
-        shared = first and 1 < hvd.local_size() <= torch.cuda.device_count()  # not where each rank sees only its own
+        is_default = devices[0].type == "cuda" and devices[0].index in (None, 0)
+        shared = (
+            is_default and 1 < hvd.local_size() <= torch.cuda.device_count()
+        )  # false if each rank sees only its own device
         return torch.device("cuda", hvd.local_rank()) if shared else devices[0]
     if len(devices) < hvd.local_size() or (devices[0].type == "cpu" and len(devices) != hvd.local_size()):
         raise ValueError(
@@ -184,9 +194,10 @@ def device_of(devices: list[torch.device]) -> torch.device:
 
 
 def found(path: Any) -> bool:
-    """Whether this rank sees the file; of an address, Lightning tells."""
+    """Returns whether this rank sees the file. Remote addresses are checked by Lightning."""
     return "://" in str(path) or os.path.exists(path)
 
 
 def several_ranks() -> bool:
+    """Returns whether there is more than one rank."""
     return hvd.size() > 1

@@ -7,7 +7,7 @@
     trainer = HorovodTrainer(model, args, train_dataset=data, compression=PowerSGD(4))
     trainer.train()
 
-For a trainer of your own: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
+For your own trainer: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
 """
 
 from hvd_accordion.integrations.transformers.arguments import HorovodArgumentsMixin, HorovodTrainingArguments

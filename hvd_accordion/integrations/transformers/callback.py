@@ -1,4 +1,4 @@
-"""What a Trainer's run is to the compression: its start, its steps, its epochs, its checkpoints, its end."""
+"""Connects a Trainer's events to the compression: start, steps, epochs, checkpoints and end of training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger("hvd_accordion")
 
 
 class HorovodCallback(TrainerCallback):
-    """Added by `HorovodTrainerMixin`.
+    """The callback that `HorovodTrainerMixin` adds.
 
     Args:
-        trainer: whose optimizer it looks after.
+        trainer: the trainer whose optimizer it serves.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -34,12 +34,12 @@ class HorovodCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         optimizer, model = self.trainer.distributed_optimizer, self.trainer.model
         if self.trainer.checkpoint is not None:
-            take_up(optimizer, self.trainer.checkpoint)
-        # Horovod's broadcast of a fresh optimizer's state makes a step to have one, which decays weights
+            restore(optimizer, self.trainer.checkpoint)
+        # Horovod creates missing optimizer state by a step, which would apply weight decay
         if hvd.broadcast_object(bool(optimizer.state), name="transformers.has_state"):
             hvd.broadcast_optimizer_state(optimizer, root_rank=0)
         broadcast(model.state_dict())
-        if hvd.rank() > 0:  # dropout of its own; the order of data comes from `data_seed`
+        if hvd.rank() > 0:  # dropout differs between ranks; the data order depends on `data_seed`
             set_seed(args.seed + hvd.rank())
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -72,17 +72,17 @@ class HorovodCallback(TrainerCallback):
             save(self.trainer.distributed_optimizer, folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if args.load_best_model_at_end:  # its files may be on rank 0's host alone
+        if args.load_best_model_at_end:  # the best model's files may exist on rank 0's host only
             broadcast(self.trainer.model.state_dict())
 
 
 def file_of(folder: str) -> str:
-    """Where this rank keeps what is its own; of the ranks that write Trainer's files, optimizer.pt has it already."""
+    """Returns the file of this rank's state. Ranks that write the Trainer's files have it in optimizer.pt already."""
     return os.path.join(folder, f"hvd_accordion_{hvd.rank()}.pt")
 
 
 def save(optimizer: Any, folder: str) -> None:
-    """Writes this rank's residuals and all else that the compression remembers."""
+    """Saves this rank's compression state, such as residuals."""
     ours = optimizer.state_dict().get(STATE)
     if ours is None:
         return
@@ -92,10 +92,10 @@ def save(optimizer: Any, folder: str) -> None:
     os.replace(unfinished, file_of(folder))
 
 
-def take_up(optimizer: Any, folder: str) -> None:
-    """Takes up what this rank saved; `optimizer` has loaded optimizer.pt before."""
+def restore(optimizer: Any, folder: str) -> None:
+    """Restores this rank's compression state. `optimizer` must have loaded optimizer.pt."""
     if os.path.isfile(file_of(folder)):
         ours = torch.load(file_of(folder), map_location="cpu", weights_only=True)
         optimizer.load_state_dict({**optimizer.state_dict(), STATE: ours})
     elif STATE in optimizer.state_dict() and hvd.rank() > 0:
-        log.warning("%s is missing: rank %d begins without residuals", file_of(folder), hvd.rank())
+        log.warning("%s is missing: rank %d starts without residuals", file_of(folder), hvd.rank())

@@ -1,4 +1,4 @@
-"""The mix-in that makes a Hugging Face Trainer one of Horovod's."""
+"""The mix-in that runs a Hugging Face Trainer on Horovod ranks."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
 from hvd_accordion.training.reports import Logger
 
-DECIDED = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
+SET_BY_TRAINER = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
 
 
 class HorovodTrainerMixin:
-    """Comes before a Trainer: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
+    """Mix-in that must precede a Trainer: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
 
-    Gradients are averaged over the ranks once an update, compressed, before they are clipped. Data are shared out, loss
-    and metrics are of all ranks, rank 0 logs and writes, and every rank writes what is its own of the compression.
-
-    The Trainer's own arguments keep their meaning.
+    Gradients are compressed and averaged over the ranks once per update, before clipping. Each rank trains on its share of
+    the data. Loss and metrics are those of all ranks. Rank 0 logs and writes the Trainer's files; every rank writes its own
+    compression state. All arguments of the Trainer keep their meaning.
 
     Args:
-        compression: as of `hvd_accordion.torch.DistributedOptimizer`.
-        logger: as there; told on rank 0.
-        distributed: further arguments of it, such as `{"groups": 4}`; not those that follow from the Trainer's
-            (named_parameters, backward_passes_per_step, process_set, steps_per_epoch, batch_size).
+        compression: as in `hvd_accordion.torch.DistributedOptimizer`.
+        logger: as there; called on rank 0.
+        distributed: further arguments of `DistributedOptimizer`, such as `{"groups": 4}`. Not allowed are those that the
+            Trainer sets: named_parameters, backward_passes_per_step, process_set, steps_per_epoch, batch_size.
 
-    Raises ValueError or TypeError, on all ranks the same, for arguments that can't work or in which ranks differ.
+    Raises:
+        ValueError: on all ranks, if an argument is not supported or the ranks' arguments differ.
+        TypeError: the mix-in does not precede the Trainer, or the optimizer needs a closure.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -61,11 +62,11 @@ class HorovodTrainerMixin:
         **options: Any,
     ) -> None:
         self._options = dict(distributed or {}, compression=compression, logger=logger)
-        if wrong := sorted(DECIDED & self._options.keys()):
-            raise ValueError(f"distributed must not hold {', '.join(wrong)}: the Trainer decides on them")
-        self.averaged = False  # the gradients of the update to come
-        self.checkpoint: str | None = None  # from which the training resumes
-        self._loss: torch.Tensor | None = None  # of the micro-batches of the update so far
+        if wrong := sorted(SET_BY_TRAINER & self._options.keys()):
+            raise ValueError(f"distributed must not hold {', '.join(wrong)}: the Trainer sets them")
+        self.averaged = False  # whether the gradients of the next update are averaged
+        self.checkpoint: str | None = None  # the checkpoint from which training resumes
+        self._loss: torch.Tensor | None = None  # sum over the micro-batches of the current update
         super().__init__(*args, **options)
         self.add_callback(HorovodCallback(self))
 
@@ -76,10 +77,10 @@ class HorovodTrainerMixin:
             and args.distributed_state.distributed_type is not DistributedType.NO
         ):
             raise ValueError(
-                "args must be HorovodTrainingArguments here: Accelerate took the launcher's variables for its own and has "
+                "args must be HorovodTrainingArguments here: Accelerate read the launcher's variables and "
                 f"started torch.distributed ({args.distributed_state.distributed_type})"
             )
-        args.__dict__["_setup_devices"] = place(args)  # anew: other arguments, made since, have reset it
+        args.__dict__["_setup_devices"] = place(args)  # again, because TrainingArguments created later have reset it
         check(args)
         if args.accelerator_config.dispatch_batches is None:
             args.accelerator_config.dispatch_batches = False
@@ -90,19 +91,19 @@ class HorovodTrainerMixin:
         self.gather_function = partial(gather, use_gather_object=args.eval_use_gather_object)
 
     def _check_place(self) -> None:
-        """Accelerate keeps one state for all of a process's trainers, which the last that is made resets."""
-        seen = self.args.world_size, getattr(self.accelerator.state, "num_processes", None)
-        if seen != (hvd.size(), hvd.size()):
+        """Checks Accelerate's state, which all trainers of a process share and TrainingArguments reset."""
+        sizes = self.args.world_size, getattr(self.accelerator.state, "num_processes", None)
+        if sizes != (hvd.size(), hvd.size()):
             raise RuntimeError(
-                "TrainingArguments or an Accelerator that were made after this trainer have taken it out of Horovod's ranks; "
-                "make them before it, or HorovodTrainingArguments in their place"
+                "TrainingArguments or an Accelerator created after this trainer have taken it out of Horovod's ranks; "
+                "create them before it, or use HorovodTrainingArguments"
             )
 
     # the optimizer
 
     @property
     def distributed_optimizer(self) -> Any:
-        """The DistributedOptimizer of hvd_accordion that Trainer's own wrapper holds."""
+        """hvd_accordion's DistributedOptimizer inside the Trainer's wrapper."""
         optimizer = unwrapped(self.optimizer)
         if not hasattr(optimizer, "_hvd"):
             raise RuntimeError("create_optimizer must call super().create_optimizer(), which makes it distributed")
@@ -112,7 +113,7 @@ class HorovodTrainerMixin:
         super().create_optimizer(*args, **options)
         optimizer = unwrapped(self.optimizer)
         if isinstance(optimizer, ErrorCompensated):
-            raise TypeError(f"optimizers: a Trainer can't call {type(optimizer).__name__}, which wants a closure")
+            raise TypeError(f"optimizers: a Trainer can't call {type(optimizer).__name__}, which needs a closure")
         if not hasattr(optimizer, "_hvd"):
             self.optimizer = hvd.DistributedOptimizer(optimizer, self.model.named_parameters(), **self._options)
             rebind(self.lr_scheduler, optimizer, self.optimizer)
@@ -123,11 +124,11 @@ class HorovodTrainerMixin:
         elif getattr(optimizer._hvd.controller, "batch", None) is not None:
             raise ValueError("optimizers: batch_size of DistributedOptimizer must be None under a Trainer")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        alone = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
-        if alone and self.args.max_grad_norm > 0:
+        not_optimized = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if not_optimized and self.args.max_grad_norm > 0:
             raise ValueError(
-                "optimizers must hold all trainable parameters where max_grad_norm > 0, or the others' gradients, which "
-                f"are a rank's own, would count for the norm; freeze {', '.join(alone)}"
+                "optimizers must hold all trainable parameters if max_grad_norm > 0: the norm would include gradients that "
+                f"are not averaged; freeze {', '.join(not_optimized)}"
             )
         return self.optimizer
 
@@ -147,7 +148,7 @@ class HorovodTrainerMixin:
         return values
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an update: as many on every rank, or none, where a rank has run out of data."""
+        """Returns the micro-batches of an update, equally many on every rank; none once a rank has no more data."""
         batches = list(islice(epoch_iterator, num_batches))
         if self._iterable:
             counts = hvd.allreduce(torch.tensor(len(batches)), op=hvd.Min, name="transformers.batches")
@@ -158,15 +159,16 @@ class HorovodTrainerMixin:
         return super().get_batch_samples(iter(batches), len(batches), device)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Forward and backward; with the last micro-batch of an update, the average of all gradients.
+        """Runs forward and backward, and averages the gradients after the last micro-batch of an update.
 
-        Returns the loss of the update, over its micro-batches and all ranks, with the last; 0 before.
+        Returns:
+            After the last micro-batch, the loss of the update over its micro-batches and all ranks; otherwise 0.
         """
         loss = super().training_step(*args, **options).float()
         self._loss = loss if self._loss is None else self._loss + loss
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(loss)
-        mean = hvd.allreduce_async(self._loss, name="transformers.loss")  # travels with the gradients
+        mean = hvd.allreduce_async(self._loss, name="transformers.loss")  # fused with the gradients
         self.distributed_optimizer.synchronize()
         self.averaged = True
         return hvd.synchronize(mean)
@@ -178,34 +180,36 @@ class HorovodTrainerMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if _internal_call:  # by all ranks, which look for the files next
+        if _internal_call:  # called on all ranks, which read the files next
             hvd.barrier()
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
-        raise ValueError("hyperparameter_search can't work under Horovod: a trial would be rank 0's alone")
+        raise ValueError("hyperparameter_search is not supported under Horovod: only rank 0 would run a trial")
 
     # evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> Any:
         self._check_place()
         if isinstance(getattr(dataloader, "dataset", None), IterableDataset) and hvd.size() > 1:
-            raise ValueError("eval_dataset must have a length under Horovod, got an IterableDataset; pass a list of it")
-        broadcast(dict(self.model.named_buffers()))  # such as batch normalisation's, which are a rank's own
+            raise ValueError(
+                "eval_dataset must have a length under Horovod, got an IterableDataset; pass list(dataset)"
+            )
+        broadcast(dict(self.model.named_buffers()))  # running statistics, for example, differ between ranks
         return super().evaluation_loop(dataloader, *args, **options)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """As Trainer's, but the loss is that of all ranks' examples in one batch, none of them counted twice."""
+        """Like the Trainer's, but the loss is the mean over the examples of all ranks, without padding."""
         rows = find_batch_size(inputs)
         state = self.accelerator.gradient_state
-        left = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-        valid = rows if left is None else min(rows, max(0, left - hvd.rank() * rows))
-        with own_mean(self.args):
+        remainder = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        valid = rows if remainder is None else min(rows, max(0, remainder - hvd.rank() * rows))
+        with rank_mean(self.args):
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             if loss is None:
                 return loss, logits, labels
-            if 0 < valid < rows:  # the others fill up the last batch
+            if 0 < valid < rows:  # the rest of the last batch is padding
                 inputs = recursively_apply(lambda x: x[:valid] if x.ndim and len(x) == rows else x, inputs)
                 loss = super().prediction_step(model, inputs, True, ignore_keys)[0]
             items = self._get_num_items_in_batch([inputs], loss.device) if valid else 0
@@ -220,41 +224,46 @@ class HorovodTrainer(HorovodTrainerMixin, Trainer):
 
 
 def unwrapped(optimizer: Any) -> Any:
+    """Returns the optimizer inside Accelerate's wrappers."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def rebind(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Lets a user's scheduler, and those that it is made of, change the rates of the optimizer in use."""
+    """Binds a scheduler, and those that it combines, to the new optimizer."""
     for part in getattr(scheduler, "_schedulers", ()):
         rebind(part, old, new)
     if getattr(scheduler, "optimizer", None) is old:
         scheduler.optimizer = new
         if getattr(scheduler, "_step_count", None) == 1:
-            scheduler._step_count = 2  # past its first step's warning that step() is not the one that it has seen
+            scheduler._step_count = 2  # a count of 1 would warn that optimizer.step() was replaced
 
 
-def agreed_checkpoint(asked: str | bool | None, folder: str) -> str | None:
-    """The checkpoint that rank 0 means; ValueError on all ranks where one doesn't find it."""
-    if asked is True:
+def agreed_checkpoint(requested: str | bool | None, folder: str) -> str | None:
+    """Returns the checkpoint that rank 0 resumes from.
+
+    Raises:
+        ValueError: on all ranks, if a rank does not find it.
+    """
+    if requested is True:
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        asked = last or os.path.join(folder, "checkpoint-*")
-    path = hvd.broadcast_object(asked or None, name="transformers.checkpoint")
+        requested = last or os.path.join(folder, "checkpoint-*")
+    path = hvd.broadcast_object(requested or None, name="transformers.checkpoint")
     if path is None:
         return None
     found = hvd.allgather_object(os.path.isdir(path), name="transformers.found")
-    missing = [str(rank) for rank, here in enumerate(found) if not here]
+    missing = [str(rank) for rank, exists in enumerate(found) if not exists]
     if missing:
-        raise ValueError(f"resume_from_checkpoint must be a folder of every rank; rank {', '.join(missing)}: no {path}")
+        raise ValueError(f"resume_from_checkpoint must exist on every rank; rank {', '.join(missing)}: no {path}")
     return path
 
 
 @contextmanager
-def own_mean(args: TrainingArguments) -> Iterator[None]:
-    """A loss in here is the mean over this rank's own items."""
-    kept, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+def rank_mean(args: TrainingArguments) -> Iterator[None]:
+    """Within this context a loss is the mean over this rank's items."""
+    previous, args.average_tokens_across_devices = args.average_tokens_across_devices, False
     try:
         yield
     finally:
-        args.average_tokens_across_devices = kept
+        args.average_tokens_across_devices = previous

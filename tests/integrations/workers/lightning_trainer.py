@@ -205,10 +205,10 @@ def test_refused():
         trainer(grows, accumulate_grad_batches=2, **two).fit(Module(), loader())
 
     uneven = DataLoader(data(32 if hvd.rank() else 24), batch_size=4)
-    with pytest.raises(ValueError, match="in epoch 0 the ranks have 6, 8 batches before them"):
+    with pytest.raises(ValueError, match="in epoch 0 the ranks have 6, 8 remaining batches"):
         trainer(HorovodStrategy(), use_distributed_sampler=False, **two).fit(Module(), uneven)
     stream = DataLoader(Stream(3 + hvd.rank()), batch_size=None)
-    with pytest.raises(ValueError, match="in epoch 0 the ranks have 1, 2 batches before them"):
+    with pytest.raises(ValueError, match="in epoch 0 the ranks have 1, 2 remaining batches"):
         trainer(HorovodStrategy(), **two).fit(Streamed(), stream)
     module = Streamed()
     trainer(HorovodStrategy(), **two).fit(module, DataLoader(Stream(3), batch_size=None))

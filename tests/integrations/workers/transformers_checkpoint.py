@@ -59,7 +59,7 @@ def test_resume_where_a_file_is_missing(shared, caplog):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
     assert_ranks_equal(flat(resumed.model))
-    assert ("begins without residuals" in caplog.text) == (hvd.rank() == 1)
+    assert ("starts without residuals" in caplog.text) == (hvd.rank() == 1)
     with pytest.raises(ValueError, match="rank 0, 1: no nowhere"):
         horovod(shared).train(resume_from_checkpoint="nowhere")
 
