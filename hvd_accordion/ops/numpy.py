@@ -28,12 +28,14 @@ def add(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
 
 
 def taken_back(y: Array, x: Array) -> Array:
-    del x  # `add` leaves its arguments as they are
+    del x  # `add` does not modify its arguments
     return y
 
 
-def accumulate(sums: Sequence[Array], xs: Sequence[Array], weight: float, ok: Array | None) -> list[Array]:
-    return [s + s.dtype.type(weight) * x if ok is None or ok else s for s, x in zip(sums, xs, strict=True)]
+def accumulate(sums: Sequence[Array], xs: Sequence[Array], weight: float, is_finite: Array | None) -> list[Array]:
+    return [
+        s + s.dtype.type(weight) * x if is_finite is None or is_finite else s for s, x in zip(sums, xs, strict=True)
+    ]
 
 
 def zeros_like(xs: Sequence[Array]) -> list[Array]:

@@ -102,7 +102,7 @@ class Ops(Protocol):
     def max(self, x: Tensor, axis: int, keepdims: bool) -> Tensor: ...
     def sum(self, x: Tensor, axis: int, keepdims: bool) -> Tensor: ...
     def norm(self, x: Tensor) -> Tensor:
-        """The Euclidean norm of a vector."""
+        """Returns the Euclidean norm of a vector."""
 
     # entries of vectors
     def top_k(self, x: Tensor, k: int) -> Tensor:

@@ -27,13 +27,13 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
 
 
 def taken_back(y: Tensor, x: Tensor) -> Tensor:
-    del x  # `add` leaves its arguments as they are
+    del x  # `add` does not modify its arguments
     return y
 
 
-def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: Any, ok: Any) -> list[Tensor]:
+def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: Any, is_finite: Any) -> list[Tensor]:
     summed = [s + tf.cast(weight, s.dtype) * x for s, x in zip(sums, xs, strict=True)]
-    return summed if ok is None else [where(ok, new, old) for new, old in zip(summed, sums, strict=True)]
+    return summed if is_finite is None else [where(is_finite, new, old) for new, old in zip(summed, sums, strict=True)]
 
 
 def zeros_like(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -55,10 +55,10 @@ def taken_back(y: Tensor, x: Tensor) -> Tensor:
     return y - x if is_on_cpu(y) and _has_finite_sum(x) else y
 
 
-def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: float, ok: Tensor | None) -> list[Tensor]:
-    if ok is not None and not is_on_cpu(ok):
-        xs = unflatten(torch.where(ok, flatten(xs), 0.0), xs)
-    if ok is None or not is_on_cpu(ok) or ok:
+def accumulate(sums: Sequence[Tensor], xs: Sequence[Tensor], weight: float, is_finite: Tensor | None) -> list[Tensor]:
+    if is_finite is not None and not is_on_cpu(is_finite):
+        xs = unflatten(torch.where(is_finite, flatten(xs), 0.0), xs)
+    if is_finite is None or not is_on_cpu(is_finite) or is_finite:
         torch._foreach_add_(list(sums), list(xs), alpha=weight)
     return list(sums)
 

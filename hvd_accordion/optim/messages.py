@@ -1,4 +1,4 @@
-"""One kind of message of a method: lists of tensors through the specs of their layers."""
+"""Exchanges one kind of message of a method: lists of tensors, compressed by the specs of their layers."""
 
 from __future__ import annotations
 
@@ -16,36 +16,44 @@ from hvd_accordion.training.vectors import Vectors, each
 
 
 class Messages:
-    """Messages of one kind, in the order of the controller's layers.
+    """Exchanges messages of one kind. Tensors are in the order of the controller's layers.
 
     Args:
-        kind: part of the names of its exchanges; equal on all ranks.
-        mode: "error_feedback": what was not sent goes with the next; "plain": compressed as it is, what was not sent is
-            forgotten; "dense".
+        kind: prefix of the names of the exchanges, equal on all ranks.
+        mode: "error_feedback": what is not sent is added to the next message. "plain": compressed, and what is not sent is
+            dropped. "dense": not compressed.
+        ops: the framework's primitives.
+        controller: the layers and their specs.
+        seed: of random compression.
+        rank: this rank.
+        size: number of ranks.
     """
 
     def __init__(self, kind: str, mode: str, ops: Ops, controller: Controller, seed: int, rank: int, size: int) -> None:
         self.kind, self.mode, self.ops, self.controller = kind, mode, ops, controller
         self._groups: dict[str, assignment.Group] = {}
-        # seeds by kind and place: other random entries than another kind's, the same whatever a framework calls a variable
-        places = {name: i for i, name in enumerate(controller.layers)}
+        # seeds depend on kind and index: they differ between kinds, and do not depend on a framework's variable names
+        indices = {name: i for i, name in enumerate(controller.layers)}
         self._channel = Channel(
-            ops, seed, rank, size, seed_name=lambda name: f"{kind}.{places[name]}", forgets=mode != "error_feedback"
+            ops, seed, rank, size, seed_name=lambda name: f"{kind}.{indices[name]}", forgets=mode != "error_feedback"
         )
 
     @property
     def residual(self) -> MutableMapping[str, Tensor]:
+        """Layer name -> what this rank has not sent yet."""
         return self._channel.residual
 
     @property
     def memory(self) -> MutableMapping[str, Memory]:
+        """Layer name -> the spec's memory."""
         return self._channel.memory
 
     def load(self, residual: Mapping[str, Tensor], memory: Mapping[str, Memory]) -> None:
+        """Restores saved residuals and memory."""
         self._channel.residual, self._channel.memory = dict(residual), dict(memory)
 
     def exchanges(self, vectors: Vectors) -> dict[str, Rounds[ExchangeResult]]:
-        """To be run side by side; `vectors` stay as they are."""
+        """Returns the exchanges of a message by name, to be run concurrently. `vectors` are not modified."""
         layers = self.controller.layers
         specs = dict.fromkeys(layers, Dense()) if self.mode == "dense" else self.controller.specs()
         groups = assignment.grouped([list(layers.values())], specs, self.residual)
@@ -56,16 +64,16 @@ class Messages:
             for name, group in self._groups.items()
         }
 
-    def received(self, answers: Mapping[str, ExchangeResult]) -> tuple[Vectors, Vectors]:
-        """Means over the ranks, and what this rank holds unsent, zeros where that is nothing."""
+    def receive(self, results: Mapping[str, ExchangeResult]) -> tuple[Vectors, Vectors]:
+        """Returns the means over the ranks, and the parts of this rank's message that were not sent."""
         mean: dict[str, Tensor] = {}
-        left: dict[str, Tensor] = {}
+        unsent: dict[str, Tensor] = {}
         for name, group in self._groups.items():
-            result, names = answers[name], [layer.name for layer in group.layers]
+            result, names = results[name], [layer.name for layer in group.layers]
             mean.update(zip(names, result.mean, strict=True))
             if result.residual is not None:
-                left.update(zip(names, result.residual, strict=True))
+                unsent.update(zip(names, result.residual, strict=True))
         order = list(self.controller.layers)
-        nothing = self.ops.zeros_like([mean[name] for name in order if name not in left])
-        left.update(zip([name for name in order if name not in left], nothing, strict=True))
-        return [mean[name] for name in order], [left[name] for name in order]
+        complete = [name for name in order if name not in unsent]
+        unsent.update(zip(complete, self.ops.zeros_like([mean[name] for name in complete]), strict=True))
+        return [mean[name] for name in order], [unsent[name] for name in order]

@@ -1,4 +1,4 @@
-"""What the shells of all frameworks have in common: one rank's method from its construction to its reports."""
+"""The framework-independent part of the optimizers: one rank's method, from construction to reports."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from hvd_accordion.training.settings import check_logger
 from hvd_accordion.training.vectors import Vectors
 from hvd_accordion.utils import validation
 
-Run = Callable[
-    [Mapping[str, Rounds[ExchangeResult]]], tuple[Mapping[str, ExchangeResult], float]
-]  # exchanges -> answers, bytes sent
+# runs exchanges concurrently; returns their results and the bytes sent
+Run = Callable[[Mapping[str, Rounds[ExchangeResult]]], tuple[Mapping[str, ExchangeResult], float]]
 
 
 class Training:
     """A rank of a method on named layers.
 
     Args:
-        layers: of `factories.layer_of`, in the order of the parameters.
-        make: the method, see `recipes.made`.
-        rank, size: its place among the ranks.
-        share: gives numbers as rank 0 has them.
-        steps_per_epoch, logger: as `DistributedOptimizer`'s.
+        ops: the framework's primitives.
+        layers: made by `factories.layer_of`, in the order of the parameters.
+        compression: as in `ECLK`.
+        make: builds the method, see `factories.build`.
+        seed: of random compression.
+        rank: this rank.
+        size: number of ranks.
+        share: broadcasts rank 0's numbers.
+        steps_per_epoch: as in `DistributedOptimizer`.
+        logger: as in `DistributedOptimizer`.
     """
 
     def __init__(
@@ -58,65 +62,72 @@ class Training:
             logger.start({"optimizer": self.method.name, "compression": str(compression), "world_size": size})
         logger = logger if rank == 0 else None
         self.controller = Controller(layers, policy, size, steps_per_epoch, logger, min_numel=1)
-        self.node = Worker(self.method, ops, self.controller, seed, rank, size, share)
+        self.worker = Worker(self.method, ops, self.controller, seed, rank, size, share)
         self.size = size
         self._settings = {"method": repr(self.method), "compression": repr(policy), "seed": seed}
         self._settings |= {"steps_per_epoch": steps_per_epoch}
 
     def described(self, parameters: str) -> dict[str, str]:
-        """Everything in which ranks must agree, as text. `parameters`: a digest of x and of the node's shared tensors."""
+        """Returns as text what must be equal on all ranks.
+
+        Args:
+            parameters: a digest of x and of the worker's shared tensors.
+        """
         layers = {f"parameter {i}": str(layer) for i, layer in enumerate(self.controller.layers.values())}
         settings = {key: str(value) for key, value in self._settings.items()}
         settings["step"] = str(self.controller.step)
         return {**layers, **settings, "values of the parameters (see hvd.broadcast_parameters)": parameters}
 
     def step(self, x: Vectors, sampled: Gradient, full: Gradient, run: Run) -> Vectors:
-        """x after a round; `run` carries out its exchanges, side by side."""
-        gx, gw = self.node.gradients(x, sampled, full)
+        """Returns x after a round. `run` carries out its exchanges."""
+        gx, gw = self.worker.gradients(x, sampled, full)
         begin = time.perf_counter()
-        answers, nbytes = run(self.node.messages(gx, gw))
-        return self.node.receive(x, answers, nbytes, time.perf_counter() - begin)
+        results, nbytes = run(self.worker.messages(gx, gw))
+        return self.worker.receive(x, results, nbytes, time.perf_counter() - begin)
 
     def end_epoch(self) -> None:
+        """Ends an epoch, if `steps_per_epoch` is not given."""
         if self.controller.end_epoch():
-            self.node.decide()
+            self.worker.decide()
 
     def report(self) -> CompressionReport:
+        """Returns the compression of each layer."""
         specs, layers = self.controller.specs(), self.controller.layers
         sent = {n: specs[n].bytes_per_step(x.shape, x.dtype, self.size) for n, x in layers.items()}
         return self.controller.report(sent)
 
     @property
     def stats(self) -> Stats:
+        """Running totals of steps, bytes and seconds."""
         return self.controller.stats
 
     def check_closures(self, closure: Any, full_closure: Any) -> None:
-        """TypeError where one is missing that the method needs."""
+        """Raises TypeError if a closure is missing that the method needs."""
         if not callable(closure):
-            raise TypeError(f"closure must be a function that gives the loss of the current sample, got {closure!r}")
+            raise TypeError(f"closure must be a function that returns the loss of the current sample, got {closure!r}")
         if self.method.reduced and not callable(full_closure):
             raise TypeError(
-                "full_closure must be a function that gives the mean loss over all of this rank's data (the same as closure "
-                f"where that does), for {self.method.name} takes a full gradient whenever w has moved, got {full_closure!r}"
+                "full_closure must be a function that returns the mean loss over all of this rank's data (closure itself, if "
+                f"it does), because {self.method.name} needs a full gradient whenever w has moved, got {full_closure!r}"
             )
 
 
 class Reports:
-    """What an optimizer of any framework tells of its `Training`."""
+    """Mix-in of the optimizers: reports of their `Training`."""
 
     _training: Training
-    _x: Callable[[], Vectors]  # copies of what its parameters hold
-    _place: Callable[[Vectors], None]  # puts a point there
+    _x: Callable[[], Vectors]  # returns copies of the parameters
+    _place: Callable[[Vectors], None]  # writes a point to the parameters
 
     @contextmanager
     def solution(self) -> Iterator[None]:
-        """In this context the parameters hold the method's solution: y under ECLK and L-Katyusha, x under the others."""
-        found = self._training.node.solution
-        if found is None:
+        """Within this context the parameters hold the method's solution: y for ECLK and L-Katyusha, otherwise x."""
+        solution = self._training.worker.solution
+        if solution is None:
             yield
             return
         x = self._x()
-        self._place(found)
+        self._place(solution)
         try:
             yield
         finally:
@@ -126,11 +137,11 @@ class Reports:
         return f"{type(self).__name__}({self._training.method})"
 
     def end_epoch(self) -> None:
-        """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
+        """Ends an epoch. Must be called on every rank if `steps_per_epoch` is not given."""
         self._training.end_epoch()
 
     def compression_report(self) -> CompressionReport:
-        """Per parameter: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
+        """Returns per parameter: shape, current compression, regime, bytes per step, dense bytes, share. Prints as a table."""
         return self._training.report()
 
     @property

@@ -1,4 +1,4 @@
-"""One rank's part in a method: its state, the messages of a round, what it makes of the answers."""
+"""One rank of a method: its state, the messages of a round, and the update from their means."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.norm_window import NormWindow
 from hvd_accordion.training.vectors import Vectors, each
 
-Gradient = Callable[[Vectors], Vectors]  # of this rank's data, at a point
-Share = Callable[[Sequence[float]], list[float]]  # the numbers as rank 0 has them
-LOOK = 32  # steps from one look for divergence to the next
-FAR = 1e4  # times the first step's length: no transient gets there
+Gradient = Callable[[Vectors], Vectors]  # the gradient of this rank's data at a point
+Share = Callable[[Sequence[float]], list[float]]  # broadcasts rank 0's numbers
+CHECK_INTERVAL = 32  # steps between checks for divergence
+DIVERGED = 1e4  # length of a step relative to the first; transients stay below
 
 
 class Worker:
-    """A rank of a method. Holds everything but x, which is its caller's.
+    """A rank of a method. It holds the state except x, which the caller holds.
 
-    Beside x it keeps tensors of x's size: w and, under Katyusha, y and z; the residual; unless the shift is "none" its mean
-    h; where the method is `reduced` grad f^tau(w); under "learnt" h_tau.
+    The state has tensors of the size of x: w and, for Katyusha, y and z; the residual; unless the shift is "none" its mean h;
+    if the method is `reduced` grad f^tau(w); with shift "learnt" h_tau.
 
     Args:
-        ops: the primitives of the tensors at hand.
-        controller: knows the layers and their levels.
-        seed: of everything random in compression.
-        rank, size: its place among the ranks.
-        share: gives numbers as rank 0 has them.
+        method: the method.
+        ops: the framework's primitives.
+        controller: the layers and their levels.
+        seed: of random compression.
+        rank: this rank.
+        size: number of ranks.
+        share: broadcasts rank 0's numbers.
     """
 
     def __init__(
@@ -51,9 +53,9 @@ class Worker:
         self.method, self.ops, self.controller, self.rank = method, ops, controller, rank
         self.points: Points = {}
         self.full: Vectors | None = None  # grad f^tau(w)
-        self.shift: Vectors | None = None  # h_tau, where it is learnt
+        self.shift: Vectors | None = None  # h_tau, with shift "learnt"
         self.h: Vectors | None = None
-        self.moved = True  # w, since its gradient was taken
+        self.moved = True  # whether w has moved since grad f^tau(w) was computed
         self.first_length = 0.0
         self.warned = False
         self.window, self.share = NormWindow(ops, controller.watched, seed), share
@@ -63,13 +65,20 @@ class Worker:
 
     @property
     def step(self) -> int:
+        """Number of completed steps."""
         return self.controller.step
 
     def gradients(self, x: Vectors, sampled: Gradient, full: Gradient) -> tuple[Vectors, Vectors | None]:
-        """Of a round at x: grad f_i(x), and grad f_i(w), None where that is not needed.
+        """Computes the gradients of a round at x.
 
-        `full` is called at w where w has moved; then `sampled` at x, and at w with the same sample i. Where the two are the
-        same function, the estimate is made of full gradients.
+        Args:
+            x: the parameters.
+            sampled: returns grad f_i at a point. It is called at x, and at w with the same sample i.
+            full: returns grad f^tau at a point. It is called at w if w has moved. If it is the same function as `sampled`,
+                the estimate uses full gradients, and `sampled` is not called at w.
+
+        Returns:
+            grad f_i(x), and grad f_i(w) or None if it is not needed.
         """
         if not self.points:
             self.points = self.method.iterates.begin(each(lambda v: v * 1, x))
@@ -80,44 +89,51 @@ class Worker:
         return gx, sampled(self.points["w"]) if reduced and sampled is not full else None
 
     def messages(self, gx: Vectors, gw: Vectors | None) -> dict[str, Rounds[ExchangeResult]]:
-        """The exchanges of a round by their names, which are the same on every rank; to be run side by side."""
+        """Returns the exchanges of a round by name, equal on all ranks, to be run concurrently."""
         method = self.method
-        found: dict[str, Rounds[ExchangeResult]] = {}
+        exchanges: dict[str, Rounds[ExchangeResult]] = {}
         self._target = target = self.full if self.full is not None else gx
         if method.has_residual:
             estimate = method.estimate(gx, gw, self.full, self.shift)
-            if method.shift == "learnt" and self.shift is None:  # it begins as the target
+            if method.shift == "learnt" and self.shift is None:  # the initial h_tau is the target
                 estimate = each(lambda g, f: g - f, estimate, target)
-            found |= self.channels["fed"].exchanges(each(lambda g: method.iterates.step * g, estimate))
+            exchanges |= self.channels["fed"].exchanges(each(lambda g: method.iterates.step * g, estimate))
         if method.shift == "learnt" and self.shift is not None:
-            found |= self.channels["learnt"].exchanges(each(lambda f, h: f - h, target, self.shift))
+            exchanges |= self.channels["learnt"].exchanges(each(lambda f, h: f - h, target, self.shift))
         elif method.shift == "learnt" or (method.shift == "refresh" and self.moved):
-            found |= self.channels["dense"].exchanges(target)
-        return found
+            exchanges |= self.channels["dense"].exchanges(target)
+        return exchanges
 
     def receive(
-        self, x: Vectors, answers: Mapping[str, ExchangeResult], nbytes: float = 0.0, seconds: float = 0.0
+        self, x: Vectors, results: Mapping[str, ExchangeResult], nbytes: float = 0.0, seconds: float = 0.0
     ) -> Vectors:
-        """x after the round, from what its exchanges returned and sent."""
+        """Returns x after the round.
+
+        Args:
+            x: the parameters.
+            results: what the exchanges returned.
+            nbytes: bytes that the exchanges sent.
+            seconds: duration of the exchanges.
+        """
         method, h = self.method, self.h
-        sent, _ = self._answer("fed", answers)
-        learnt, left = self._answer("learnt", answers)
-        dense, _ = self._answer("dense", answers)
+        sent, _ = self._receive("fed", results)
+        learnt, unsent = self._receive("learnt", results)
+        dense, _ = self._receive("dense", results)
         if dense is not None:
             h = self.h = dense
             if method.shift == "learnt":
                 self.shift = self._target
         elif learnt is not None:
             self.h = each(lambda h, c: h + c, self.h or [], learnt)
-            # h_tau + c = h_tau + (target - h_tau) - what was not sent
-            self.shift = each(lambda f, rest: f - rest, self._target, left)
-            h = h if method.has_residual else self.h  # EF21 moves by what it has just learnt
+            # h_tau + c = h_tau + (target - h_tau) - unsent
+            self.shift = each(lambda f, rest: f - rest, self._target, unsent)
+            h = h if method.has_residual else self.h  # EF21 uses the new shift
         d = method.direction(sent, h)
         if self.controller.measured:
             estimate = dict(zip(self.controller.layers, each(lambda v: v / method.iterates.step, d), strict=True))
             self.window.add({name: estimate[name] for name in self.controller.measured})
-        if self.step % LOOK == 0 and not self.warned:
-            self._look(d)
+        if self.step % CHECK_INTERVAL == 0 and not self.warned:
+            self._check_divergence(d)
         refresh = method.reduced and method.coin(self.step)
         x, self.points = method.iterates.advance(self.ops, x, self.points, d, refresh)
         self.moved = refresh
@@ -127,22 +143,22 @@ class Worker:
         return x
 
     def decide(self) -> None:
-        """Between steps: new regimes from the norms that are due."""
+        """Updates the regimes from the norms that are due. Called between steps."""
         names = self.controller.due()
         if names:
             norms = self.share(self.window.norms(names))
             self.controller.observe(dict(zip(names, norms, strict=True)), 1.0)
 
-    def _answer(self, kind: str, answers: Mapping[str, ExchangeResult]) -> tuple[Any, Any]:
-        mine = {name: step for name, step in answers.items() if name.startswith(f"{kind}.")}
-        return self.channels[kind].received(mine) if mine else (None, None)
+    def _receive(self, kind: str, results: Mapping[str, ExchangeResult]) -> tuple[Any, Any]:
+        own = {name: result for name, result in results.items() if name.startswith(f"{kind}.")}
+        return self.channels[kind].receive(own) if own else (None, None)
 
-    def _look(self, d: Vectors) -> None:
-        """Warns once where steps grow beyond all bounds. All ranks see the same."""
+    def _check_divergence(self, d: Vectors) -> None:
+        """Warns once if steps have become too long. All ranks have the same steps."""
         squares = [float(self.ops.sum(self.ops.reshape(v * v, (-1,)), 0, keepdims=False)) for v in d]
         length = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
         self.first_length = self.first_length or length
-        if length > FAR * self.first_length or math.isinf(length):
+        if length > DIVERGED * self.first_length or math.isinf(length):
             self.warned = True
             grown = "is not finite" if math.isinf(length) else f"is {length / self.first_length:.1e} times the first"
             warnings.warn(
@@ -154,24 +170,24 @@ class Worker:
 
     @property
     def solution(self) -> Vectors | None:
-        """The point that the theory is about: y under Katyusha; None where that is x."""
+        """The point that converges: y for Katyusha, None if it is x."""
         return self.points.get(self.method.iterates.solution)
 
     # state
 
     def shared(self) -> Vectors:
-        """All that must be equal on all ranks, but for x."""
+        """Returns the tensors that must be equal on all ranks, except x."""
         return [v for vectors in (*self.points.values(), self.h or []) for v in vectors]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but x: lists of tensors, plain numbers, and what the levels depend on."""
-        kept = {kind: c for kind, c in self.channels.items() if kind != "dense"}
+        """Returns the state except x: lists of tensors, numbers, and the controller's state."""
+        compressed = {kind: c for kind, c in self.channels.items() if kind != "dense"}
         return {
             "rank": self.rank,
             "points": {name: list(vectors) for name, vectors in self.points.items()},
             "h": self.h,
             "own": {"full": self.full, "shift": self.shift, "residual": dict(self.channels["fed"].residual)},
-            "memory": {kind: {n: dict(m) for n, m in c.memory.items() if m} for kind, c in kept.items()},
+            "memory": {kind: {n: dict(m) for n, m in c.memory.items() if m} for kind, c in compressed.items()},
             "summed": dict(self.window.summed),
             "moved": self.moved,
             "first_length": self.first_length,
@@ -179,9 +195,14 @@ class Worker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], copy: Callable[[Tensor], Tensor]) -> None:
-        """Takes up saved state; `copy` brings a tensor to where this rank computes.
+        """Restores saved state.
 
-        ValueError where it is another rank's: residual, shift and grad f^tau(w) belong to the rank's own data.
+        Args:
+            state: of `state_dict`.
+            copy: copies a tensor to this rank's device.
+
+        Raises:
+            ValueError: another rank saved it. Residual, shift and grad f^tau(w) depend on the rank's own data.
         """
         if state["rank"] != self.rank:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Lists of tensors, one for each parameter."""
+"""Lists of tensors, one per parameter."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ Vectors: TypeAlias = list[Tensor]
 
 
 def each(function: Callable[..., Tensor], *vectors: Vectors) -> Vectors:
-    """The function of the first of all vectors' tensors, of the second, and so on."""
+    """Applies `function` to the corresponding tensors of each parameter."""
     return [function(*tensors) for tensors in zip(*vectors, strict=True)]

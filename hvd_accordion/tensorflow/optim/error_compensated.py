@@ -103,7 +103,7 @@ class ErrorCompensated(Reports):
     def _compared(self, x: Vectors) -> EagerDriver:
         """What runs exchanges, once all ranks are known to be alike: settings, and the values of all that they must share."""
         digest = hashlib.blake2b(digest_size=8)
-        for v in [*x, *self._training.node.shared()]:
+        for v in [*x, *self._training.worker.shared()]:
             digest.update(v.numpy().tobytes())
         require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._transport)
         self._driver = EagerDriver(str(self._prefix), self._transport)
@@ -115,12 +115,12 @@ class ErrorCompensated(Reports):
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, but for x, as dicts of numpy arrays and numbers: save and load one file per rank."""
         return tf.nest.map_structure(
-            lambda v: v.numpy() if tf.is_tensor(v) else v, self._training.node.state_dict(), expand_composites=False
+            lambda v: v.numpy() if tf.is_tensor(v) else v, self._training.worker.state_dict(), expand_composites=False
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up saved state; with the variables as they were, the next steps are the same bit for bit."""
-        self._training.node.load_state_dict(state, tf.convert_to_tensor)
+        self._training.worker.load_state_dict(state, tf.convert_to_tensor)
         self._driver = None  # ranks compare anew
 
 

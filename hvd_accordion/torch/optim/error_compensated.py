@@ -95,7 +95,7 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
     def _compared(self, x: Vectors) -> Driver:
         """The driver, once all ranks are known to be alike: settings, and the values of all that they must share."""
         digest = hashlib.blake2b(digest_size=8)
-        for v in [*x, *self._training.node.shared()]:
+        for v in [*x, *self._training.worker.shared()]:
             digest.update(v.cpu().numpy().tobytes())
         require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
         self._driver = Driver(str(self._prefix), self._process_set, (1 / self._training.size, 1.0))
@@ -118,7 +118,7 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, but for x, which the parameters hold: save and load one file per rank."""
-        return {**super().state_dict(), STATE: self._training.node.state_dict()}
+        return {**super().state_dict(), STATE: self._training.worker.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up saved state; with the parameters as they were, the next steps are the same bit for bit."""
@@ -126,7 +126,7 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         ours = state_dict.pop(STATE, None)
         super().load_state_dict(state_dict)
         if ours is not None:
-            self._training.node.load_state_dict(ours, lambda v: v.detach().clone())
+            self._training.worker.load_state_dict(ours, lambda v: v.detach().clone())
             self._driver = None  # ranks compare anew
 
 
