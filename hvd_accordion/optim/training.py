@@ -141,7 +141,7 @@ class Reports:
         self._training.end_epoch()
 
     def compression_report(self) -> CompressionReport:
-        """Returns per parameter: shape, current compression, regime, bytes per step, dense bytes, share. Prints as a table."""
+        """Returns per parameter: shape, compression, regime, bytes per step, dense bytes, share. Prints as a table."""
         return self._training.report()
 
     @property
