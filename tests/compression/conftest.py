@@ -1,4 +1,4 @@
-"""torch on one thread, as tests/conftest.py has it for TensorFlow."""
+"""Runs torch on one thread. tests/conftest.py does the same for TensorFlow."""
 
 from __future__ import annotations
 

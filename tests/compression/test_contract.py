@@ -1,4 +1,4 @@
-"""What every compression must do, on every backend, dtype and number of ranks: one contract for all specs."""
+"""The contract of all specs, on every backend, dtype and number of ranks."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ every_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 every_size = pytest.mark.parametrize("ranks", [2, 3, 8])
 
-SHAPES = [(24, 20), (8, 3, 3, 3), (24, 20)]  # two of one shape, one that is no multiple of the ranks
+SHAPES = [(24, 20), (8, 3, 3, 3), (24, 20)]  # two of equal shape, one that is no multiple of the ranks
 NAMES = ("a.weight", "b.weight", "c.weight")
 
 
-# a step on a cluster: gradients, residuals and memory are numpy's, [rank][layer], whatever the backend
+# steps of a cluster: gradients, residuals and memory are numpy arrays, [rank][layer], for every backend
 
 
 def step(backend, spec, grads, residual, memory, number=0, seed=0, names=NAMES) -> tuple[list[ExchangeResult], float]:
-    """Each rank's result of step `number` and the bytes that one rank sent."""
+    """Returns each rank's result of step `number` and the bytes that one rank sent."""
     (ops, to), size, names = BACKENDS[backend], len(grads), names[: len(grads[0])]
     rounds = []
     for rank, own in enumerate(zip(grads, residual, memory, strict=True)):
@@ -66,7 +66,7 @@ def step(backend, spec, grads, residual, memory, number=0, seed=0, names=NAMES) 
 
 
 def over_numpy(rounds, to, back=None):
-    """Any framework's exchange for the numpy cluster."""
+    """Adapts a framework's exchange to the numpy cluster."""
     answer = None
     while True:
         try:
@@ -89,12 +89,12 @@ def to_numpy(x):
 
 
 def reduced(x, mean):
-    """As Horovod does: under torch an allreduce writes the mean where the tensor was, else it makes a new one."""
+    """Returns the mean as Horovod does: written to the tensor in torch, a new tensor otherwise."""
     return x.copy_(mean) if isinstance(x, torch.Tensor) else mean
 
 
 def each(how, x):
-    """`how` of every tensor in dicts and lists."""
+    """Applies `how` to every tensor in dicts and lists."""
     if isinstance(x, dict):
         return {key: each(how, y) for key, y in x.items()}
     if isinstance(x, list):
@@ -108,7 +108,7 @@ def gradients(ranks, dtype="float32", seed=0, shapes=SHAPES):
 
 
 def fresh(ranks, dtype="float32", shapes=SHAPES):
-    """Residuals and memory before the first step."""
+    """Returns residuals and memory before the first step."""
     return [[np.zeros(s, dtype) for s in shapes] for _ in range(ranks)], [[{} for _ in shapes] for _ in range(ranks)]
 
 
@@ -125,7 +125,7 @@ def same_bits(x, y) -> bool:
 
 
 def train(specs, backend, dtype, ranks):
-    """Steps under each of the specs in turn; ranks must agree at each. Totals of given and applied, last residuals."""
+    """Runs one step with each spec; ranks must agree. Returns the sums of given and applied gradients, last residuals."""
     residual, memory = fresh(ranks, dtype)
     given, applied = ([np.zeros(shape) for shape in SHAPES] for _ in range(2))
     for number, spec in enumerate(specs):
@@ -156,17 +156,17 @@ def assert_nothing_lost(given, applied, residual, tolerance=1e-6):
 @every_backend
 @every_spec
 def test_ranks_agree_and_applied_plus_residual_is_given(spec, backend, dtype, ranks):
-    steps = 10 if backend == "tensorflow" else 50  # whose eager ops take ten times as long
+    steps = 10 if backend == "tensorflow" else 50  # eager TensorFlow takes ten times as long
     given, applied, residual = train([spec] * steps, backend, dtype, ranks)
     assert_nothing_lost(given, applied, residual, 1e-6 if dtype == "float32" else 1e-12)
-    if spec.lossy:  # feedback had something to do
+    if spec.lossy:  # error feedback was needed
         assert all(x.any() for own in residual for x in own)
 
 
 @every_size
 @every_dtype
 @every_backend
-def test_nothing_is_lost_across_changes_of_level(backend, dtype, ranks):
+def test_nothing_is_lost_when_levels_change(backend, dtype, ranks):
     levels = [
         PowerSGD(4),
         PowerSGD(1),
@@ -201,7 +201,7 @@ def test_without_feedback_there_is_no_residual(spec, backend):
 @every_framework
 @every_dtype
 @every_spec
-def test_every_framework_does_what_numpy_does(spec, dtype, framework):
+def test_every_framework_equals_numpy(spec, dtype, framework):
     states = {backend: fresh(3, dtype) for backend in ("numpy", framework)}
     for number in range(2):
         results = {}
@@ -232,12 +232,14 @@ CHANGES = [
 @every_framework
 @every_dtype
 @pytest.mark.parametrize("levels", CHANGES, ids=lambda levels: " to ".join(map(str, levels)))
-def test_every_framework_does_what_numpy_does_across_changes_of_level(levels, dtype, framework):
-    """No entry of these gradients is so near a tie, in TopK or in QSGD's rounding, that frameworks decide it differently:
-    but for PowerSGD and the l2 norm, all that comes before is the same to the bit."""
+def test_every_framework_equals_numpy_when_levels_change(levels, dtype, framework):
+    """Frameworks are bit-equal up to the selection in TopK and the rounding in QSGD, except for PowerSGD and the l2 norm.
+
+    No entry of these gradients is so close to a tie that frameworks decide it differently.
+    """
     states = {backend: fresh(3, dtype) for backend in ("numpy", framework)}
-    # Error feedback around a power iteration multiplies rounding errors, up to 10^4 times in 20 steps, in numpy as in the
-    # others. fp64 has digits for that; in fp32 each step of PowerSGD is compared from where numpy is.
+    # Error feedback around a power iteration amplifies rounding errors, up to 10^4 times in 20 steps. fp64 is precise enough
+    # for that. In fp32 each step of PowerSGD starts from numpy's state.
     together = dtype == "float32" and any(isinstance(spec, PowerSGD) for spec in levels)
     for number in range(20):
         results = {}
@@ -250,7 +252,7 @@ def test_every_framework_does_what_numpy_does_across_changes_of_level(levels, dt
 
 
 def falling_gradients(ranks, dtype, seed):
-    """With a falling spectrum, as gradients have: noise alone has no leading directions, which PowerSGD looks for."""
+    """Returns gradients with a decaying spectrum, because PowerSGD needs leading directions, which noise has not."""
     made = gradients(ranks, "float64", seed)
     for own in made:
         for i, x in enumerate(own):
@@ -260,7 +262,7 @@ def falling_gradients(ranks, dtype, seed):
 
 
 def assert_equal(ours, theirs, tolerance):
-    """Means, residuals and memory, each relative to its norm."""
+    """Compares means, residuals and memory, each relative to its norm."""
     for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
@@ -271,8 +273,8 @@ def tensors_of(result):
 
 
 @every_spec
-def test_a_traced_graph_does_what_eager_tensorflow_does(spec):
-    """Traced as a driver does it: once, the step a tensor, memory of one shape from the start."""
+def test_a_traced_graph_equals_eager_tensorflow(spec):
+    """Traced once, as by a driver: the step is a tensor, and memory has its final shape from the start."""
 
     @tf.function(autograph=False)
     def traced(number, *args):
@@ -300,7 +302,7 @@ def test_a_traced_graph_does_what_eager_tensorflow_does(spec):
 
 
 def in_a_graph(exchanges):
-    """The cluster for ranks that are traced into one graph, where every shape must be known."""
+    """The cluster for ranks that are traced into one graph, in which every shape must be static."""
     n, answers = len(exchanges), [None] * len(exchanges)
     while True:
         requests, results = [], []
@@ -327,8 +329,8 @@ def in_a_graph(exchanges):
 @every_dtype
 @pytest.mark.parametrize("backend", ["torch", "torch-gpu"])
 @every_spec
-def test_a_steps_tensors_share_no_memory(spec, backend, dtype):
-    """What a step updates in place or hands out as a mean, which then changes, is nothing that another step needs."""
+def test_tensors_of_a_step_share_no_memory(spec, backend, dtype):
+    """Tensors that are updated in place or returned as means, which the caller modifies, are not used by later steps."""
     ops, to = BACKENDS[backend]
     copied = fresh(2, dtype)
     residual, memory = each(to, copied[0]), copied[1]
@@ -345,7 +347,7 @@ def test_a_steps_tensors_share_no_memory(spec, backend, dtype):
             assert_apart(tensors_of(result))
             assert same_bits(each(to_numpy, tensors_of(result)), tensors_of(wanted))
             for x in result.mean:
-                x.fill_(math.nan)  # as zero_grad, clipping and the optimizer do with gradients
+                x.fill_(math.nan)  # zero_grad, clipping and the optimizer modify gradients
         residual, memory = kept(results)
 
 
@@ -368,7 +370,7 @@ def test_bytes_per_step_are_those_sent(spec, dtype, ranks):
 
 
 def requested(spec, dtype, ranks, shapes):
-    """Kind and payload of each collective of rank 0 in a cluster, and the bytes that the cluster counts."""
+    """Returns kind and payload of each collective of rank 0, and the bytes that the cluster counts."""
     wide, log, exchanges = "float64" if dtype == "float64" else "float32", [], []
     for rank, values in enumerate(gradients(ranks, wide, shapes=shapes)):
         context = Context(NAMES[: len(shapes)], dtype, 0, 0, rank, ranks)
@@ -394,7 +396,7 @@ every_gradient = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float
 @every_size
 @every_gradient
 @every_spec
-def test_messages_are_what_an_exchange_asks_for(spec, dtype, ranks):
+def test_messages_are_those_of_an_exchange(spec, dtype, ranks):
     for shape in [(24, 20), (8, 3, 3, 3), (1, 9), (513,), (), (64, 33)]:
         log, nbytes = requested(spec, dtype, ranks, [shape])
         assert log == spec.messages(shape, dtype, ranks), shape
@@ -406,7 +408,7 @@ def test_messages_are_what_an_exchange_asks_for(spec, dtype, ranks):
 @every_spec
 def test_the_layers_of_a_group_share_each_message(spec, dtype, ranks):
     log, _ = requested(spec, dtype, ranks, SHAPES)
-    if log[0][0] is AllToAll:  # two hops pad the group as one vector
+    if log[0][0] is AllToAll:  # a two-hop exchange pads the group as one vector
         assert log == spec.messages((sum(math.prod(shape) for shape in SHAPES),), dtype, ranks)
         return
     layers = [spec.messages(shape, dtype, ranks) for shape in SHAPES]
@@ -414,16 +416,16 @@ def test_the_layers_of_a_group_share_each_message(spec, dtype, ranks):
 
 
 @every_spec
-def test_all_backends_send_alike(spec):
+def test_all_backends_send_the_same_bytes(spec):
     sent = [step(backend, spec, gradients(3), *fresh(3))[1] for backend in BACKENDS]
     assert sent[0] > 0 and set(sent) == {sent[0]}
 
 
-# contraction: E||v - C(v)||^2 <= (1 - delta) ||v||^2, with C what one rank sends first. PowerSGD: see test_low_rank
+# contraction: E||v - C(v)||^2 <= (1 - delta) ||v||^2 for the first hop; for PowerSGD see test_low_rank
 
 
 def first_hop(spec, v, seed):
-    if isinstance(spec, FP16 | BF16 | QSGD):  # two hops: the code alone is one
+    if isinstance(spec, FP16 | BF16 | QSGD):  # one of two hops: the code alone
         code = spec.code if isinstance(spec, QSGD) else HalfCode(spec.dtype)
         return code.decode(numpy_ops, code.encode(numpy_ops, v[None], seed), v)[0]
     results, _ = step("numpy", spec, [[v]], [[np.zeros_like(v)]], [[{}]], seed=seed)
@@ -431,7 +433,7 @@ def first_hop(spec, v, seed):
 
 
 def vectors(count):
-    """Gaussian, heavy tailed, one large entry among small ones, all alike."""
+    """Returns vectors: Gaussian, heavy-tailed, few large entries among small ones, constant."""
     rng = np.random.default_rng(1)
     spike = np.full(count, 0.03)
     spike[::512] = 1.0
@@ -446,7 +448,7 @@ def test_contraction(spec):
         assert np.mean(errors) <= (limit * 1.03 + 1e-12) * np.sum(v**2)
 
 
-def test_random_k_keeps_exactly_its_share_on_average():
+def test_random_k_keeps_its_ratio_on_average():
     v = np.random.default_rng(0).standard_normal(500)
     errors = [np.sum((v - first_hop(RandomK(0.1), v, seed)) ** 2) for seed in range(2000)]
     assert np.mean(errors) / np.sum(v**2) == pytest.approx(0.9, abs=0.01)
@@ -463,22 +465,20 @@ def test_qsgd_without_feedback_is_unbiased(spec):
 
 
 @pytest.mark.parametrize("spec", [TopK(0.1, error_feedback=False), QSGD(1, error_feedback=False)], ids=str)
-def test_a_residual_of_an_earlier_level_does_not_grow_where_feedback_is_off(spec):
+def test_the_residual_of_an_earlier_level_does_not_grow_without_feedback(spec):
     state, norms = fresh(2), []
     for number in range(40):
         results, _ = step("numpy", TopK(0.1) if number < 5 else spec, gradients(2, seed=number), *state, number)
         state = kept(results)
         norms.append(np.linalg.norm(results[0].residual[0]))
-    assert norms[-1] <= 40 * np.linalg.norm(gradients(1)[0][0])  # not even all gradients together
+    assert norms[-1] <= 40 * np.linalg.norm(gradients(1)[0][0])  # less than the sum of all gradients
 
 
 @pytest.mark.parametrize("spec", [QSGD(1), QSGD(7)], ids=str)
-def test_ranks_round_at_random_each_for_itself(spec):
-    grads = [[x.copy() for x in gradients(1)[0]] for _ in range(3)]  # the same on all ranks
+def test_ranks_round_independently(spec):
+    grads = [[x.copy() for x in gradients(1)[0]] for _ in range(3)]  # equal on all ranks
     results, _ = step("numpy", spec, grads, *fresh(3))
-    first, second, _ = (
-        result.residual[2].reshape(-1)[-100:] for result in results
-    )  # where the third rank is the owner
+    first, second, _ = (result.residual[2].reshape(-1)[-100:] for result in results)  # owned by the third rank
     assert not np.array_equal(first, second)
 
 
@@ -488,7 +488,7 @@ def test_ranks_round_at_random_each_for_itself(spec):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @every_backend
 @every_spec
-def test_what_is_not_finite_reaches_all_ranks_and_leaves_no_trace(spec, backend, bad):
+def test_nan_and_inf_reach_all_ranks_and_leave_the_state_unchanged(spec, backend, bad):
     state = fresh(3)
     for number in range(2):
         state = kept(step(backend, spec, gradients(3, seed=number), *state, number)[0])
@@ -501,7 +501,7 @@ def test_what_is_not_finite_reaches_all_ranks_and_leaves_no_trace(spec, backend,
         assert not np.isfinite(result.mean[1]).all()
         assert same_bits(result.mean, results[0].mean)
     assert same_bits(kept(results)[1], state[1])
-    if backend == "torch":  # takes gradients out of the residual again: what rounding changed is far below them
+    if backend == "torch":  # subtracts gradients from the residual again, up to rounding
         for old, new, given in zip(state[0], kept(results)[0], grads, strict=True):
             for e, left, g in zip(old, new, given, strict=True):
                 np.testing.assert_allclose(left, e, rtol=0, atol=2e-7 * np.abs(g[np.isfinite(g)]).max())
@@ -516,7 +516,7 @@ def test_what_is_not_finite_reaches_all_ranks_and_leaves_no_trace(spec, backend,
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @every_backend
 @every_spec
-def test_a_first_step_that_is_not_finite_leaves_no_trace(spec, backend, bad):
+def test_a_first_step_that_is_not_finite_leaves_the_state_unchanged(spec, backend, bad):
     grads = gradients(2)
     grads[0][0][:] = bad
     with np.errstate(invalid="ignore"):
@@ -547,7 +547,7 @@ def test_all_values_not_finite(spec, backend):
 @every_dtype
 @every_backend
 @every_spec
-def test_zero_gradients_are_zero_and_leave_nothing_behind(spec, backend, dtype):
+def test_zero_gradients_give_zero_means_and_residuals(spec, backend, dtype):
     zeros = [[np.zeros(s, dtype) for s in SHAPES] for _ in range(2)]
     state = fresh(2, dtype)
     for number in range(3):
@@ -570,14 +570,14 @@ def test_power_sgd_recovers_after_a_zero_gradient(spec, backend):
     assert np.linalg.norm(results[0].mean[0] - matrix) <= 1e-5 * np.linalg.norm(matrix)
 
 
-def narrow(spec) -> bool:
-    """Whether it has only the range of fp16."""
+def has_fp16_range(spec) -> bool:
+    """Returns whether the spec sends fp16 values."""
     return isinstance(spec, FP16) or (isinstance(spec, TopK) and spec.values == "float16")
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 @every_backend
-@pytest.mark.parametrize("spec", [s for s in SPECS if not narrow(s)], ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS if not has_fp16_range(s)], ids=str)
 def test_very_large_and_very_small_gradients(spec, backend, scale):
     state = fresh(2)
     given, applied = ([np.zeros(shape) for shape in SHAPES] for _ in range(2))
@@ -594,11 +594,11 @@ def test_very_large_and_very_small_gradients(spec, backend, scale):
 
 
 @every_backend
-def test_16_bit_gradients_are_summed_wider(backend):
-    grads = [[np.full((4, 4), 60000.0, np.float16)] for _ in range(4)]  # whose sum fp16 can't hold
+def test_16_bit_gradients_are_summed_in_fp32(backend):
+    grads = [[np.full((4, 4), 60000.0, np.float16)] for _ in range(4)]  # their sum exceeds the range of fp16
     for spec in (Dense(), FP16()):
         results, nbytes = step(backend, spec, grads, *fresh(4, shapes=[(4, 4)]))
-        assert nbytes == 1.5 * 32  # still travels as 16 bits
+        assert nbytes == 1.5 * 32  # still sent as 16 bits
         assert results[0].is_finite and results[0].mean[0].dtype == np.float32
         np.testing.assert_array_equal(results[0].mean[0], np.full((4, 4), 60000.0))
 
@@ -608,7 +608,7 @@ def test_16_bit_gradients_are_summed_wider(backend):
 
 @every_backend
 @every_spec
-def test_same_seed_and_step_same_result(spec, backend):
+def test_equal_seed_and_step_give_equal_results(spec, backend):
     first, second = (step(backend, spec, gradients(2), *fresh(2), number=5, seed=7)[0] for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert same_bits([a.mean, a.residual, a.memory], [b.mean, b.residual, b.memory])
@@ -621,14 +621,14 @@ def test_another_step_seed_or_name_gives_another_result(spec, backend):
         return step(backend, spec, gradients(2), *fresh(2), **{"number": 5, "seed": 7, **where})[0][0].mean[0]
 
     others = [mean(seed=8), mean(names=("x", "y", "z"))]
-    if not getattr(spec, "warm_start", False):  # a warm start draws at its first step alone, whichever that is
+    if not getattr(spec, "warm_start", False):  # a warm start uses random numbers only in its first step
         others.append(mean(number=6))
     assert not any(same_bits(mean(), other) for other in others)
 
 
 @every_backend
 @pytest.mark.parametrize("spec", RANDOM, ids=str)
-def test_the_global_generators_are_left_alone(spec, backend):
+def test_the_global_generators_are_not_used(spec, backend):
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     tensorflows = tf.random.get_global_generator().state.numpy()
     step(backend, spec, gradients(2), *fresh(2))

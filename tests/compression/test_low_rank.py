@@ -1,4 +1,4 @@
-"""PowerSGD: exact where it must be, equal to a plain numpy version, orthonormal whatever comes."""
+"""PowerSGD: exactness, agreement with a plain numpy version, orthonormalisation, warm start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ every_rank = pytest.mark.parametrize("rank", [1, 2, 4])
 
 
 def exchange(backend, spec, grads, memory=None, step=0):
-    """Means, remainders and memory of every rank, in numpy. `grads`, `memory`: [rank][layer]."""
+    """Returns means, remainders and memory of every rank as numpy arrays. `grads`, `memory`: [rank][layer]."""
     size, names = len(grads), tuple(f"l{i}" for i in range(len(grads[0])))
     ops, to = BACKENDS[backend]
     memory = memory or [[{} for _ in names] for _ in grads]
@@ -43,13 +43,13 @@ def exchange(backend, spec, grads, memory=None, step=0):
             ]
             finished = [d.finish(None, True) for d in done]
             return *([[np.asarray(x) for x in part] for part in parts] for parts in zip(*finished, strict=True)), memory
-        # AllReduce, whose mean any framework can take
+        # all requests are AllReduce, whose mean Python can compute
         columns = zip(*(request.tensors for request in requests), strict=True)
         answers = [[sum(column) / size for column in columns]] * size
 
 
 def of_rank(rank, n, m, seed=0, ranks=1, dtype=np.float32):
-    """Gradients of several ranks whose mean has this rank."""
+    """Returns gradients of several ranks whose mean has this matrix rank."""
     rng = np.random.default_rng(seed)
     left = rng.standard_normal((n, rank))
     return [(left @ rng.standard_normal((rank, m))).astype(dtype) for _ in range(ranks)]
@@ -61,13 +61,13 @@ def distance(x, y):
 
 # exact on rank-r gradients
 
-EXACT = 1e-4  # fp32's rounding times the condition of a random start; fp64 shows that nothing else is in it
+EXACT = 1e-4  # fp32 rounding times the condition number of a random start; the fp64 test excludes other errors
 
 
 @every_backend
 @every_rank
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (64, 64), (8, 3, 3, 3)])
-def test_exact_on_a_gradient_of_its_rank(backend, rank, shape):
+def test_exact_on_a_gradient_of_equal_rank(backend, rank, shape):
     (gradient,) = of_rank(rank, *matrix_shape(shape))
     ((mean,),), ((left,),), _ = exchange(backend, PowerSGD(rank), [[gradient.reshape(shape)]])
     assert mean.shape == shape
@@ -78,7 +78,7 @@ def test_exact_on_a_gradient_of_its_rank(backend, rank, shape):
 @every_backend
 @every_rank
 def test_exact_in_a_batch_of_different_matrices_of_one_shape(backend, rank):
-    gradients = [of_rank(rank, 30, 20, seed)[0] * 10.0**seed for seed in range(5)]  # of very different sizes, too
+    gradients = [of_rank(rank, 30, 20, seed)[0] * 10.0**seed for seed in range(5)]  # of very different magnitudes
     (means,), _, _ = exchange(backend, PowerSGD(rank), [gradients])
     for mean, gradient in zip(means, gradients, strict=True):
         assert distance(mean, gradient) < EXACT
@@ -105,7 +105,7 @@ def test_exact_over_four_ranks(backend, rank):
 
 @every_backend
 @pytest.mark.parametrize("true_rank", [1, 2, 3])
-def test_exact_below_its_rank_step_after_step(backend, true_rank):
+def test_exact_on_smaller_ranks_over_several_steps(backend, true_rank):
     memory = None
     for step in range(4):
         gradients = [of_rank(true_rank, 30, 20, seed=10 * step + s)[0] for s in range(3)]
@@ -133,18 +133,18 @@ def test_rank_is_capped_at_the_smaller_side(backend):
 @every_backend
 @every_rank
 def test_exact_on_a_large_matrix(backend, rank):
-    """Larger than what torch takes at once on the CPU."""
+    """Larger than the blocks that torch processes on the CPU."""
     (gradient,), (small,) = of_rank(rank, 700, 500), of_rank(rank, 30, 20)
     ((mean, other),), ((left, _),), _ = exchange(backend, PowerSGD(rank), [[gradient, small]])
     assert distance(mean, gradient) < EXACT and distance(other, small) < EXACT
     np.testing.assert_array_equal(left, gradient - mean)
 
 
-# agreement with a plain version
+# agreement with a plain implementation
 
 
 def plain_power_sgd(gradients, q, errors, iterations=1):
-    """Algorithm 1 of the paper with its error feedback, on one matrix of every rank. Result, errors and Q."""
+    """Algorithm 1 of the paper with error feedback, on one matrix of each rank. Returns result, errors and Q."""
     given = [g + e for g, e in zip(gradients, errors, strict=True)]
     for _ in range(iterations):
         p, _ = np.linalg.qr(np.mean([m @ q for m in given], axis=0))
@@ -192,7 +192,7 @@ def assert_orthonormal(p, tolerance):
 
 
 def assert_spans(p, given, tolerance=1e-5):
-    """The basis p reproduces each row of what was given."""
+    """Checks that the basis p reproduces each given row."""
     for basis, rows in zip(p, given, strict=True):
         rows = rows / np.abs(rows).max()
         np.testing.assert_allclose((rows @ basis.T) @ basis, rows, atol=tolerance)
@@ -220,7 +220,7 @@ def test_orthonormal_at_any_scale(backend, dtype, scale, shape):
 
 @every_backend
 @every_dtype
-def test_matrices_of_one_batch_do_not_touch_each_other(backend, dtype):
+def test_matrices_of_a_batch_are_independent(backend, dtype):
     batch = normal(5, 4, 30, dtype=dtype) * np.array([1, 1e-20, 0, 1e20, 3], dtype)[:, None, None]
     together = orthonormal(backend, batch)
     assert_orthonormal(together, TOLERANCE[dtype])
@@ -231,7 +231,7 @@ def test_matrices_of_one_batch_do_not_touch_each_other(backend, dtype):
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 30), (1, 2, 30), (2, 4, 30), (1, 4, 8), (1, 32, 64), (1, 4, 4), (1, 1, 1)])
-def test_zero_matrices_get_some_orthonormal_basis(backend, dtype, shape):
+def test_zero_matrices_get_an_arbitrary_orthonormal_basis(backend, dtype, shape):
     assert_orthonormal(orthonormal(backend, np.zeros(shape, dtype)), TOLERANCE[dtype])
 
 
@@ -275,7 +275,7 @@ def test_rows_of_very_different_lengths(backend, dtype):
 
 @every_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_not_finite_comes_out_as_nan_in_its_own_matrix_only(backend, bad):
+def test_nan_and_inf_give_nan_in_their_own_matrix_only(backend, bad):
     given = normal(2, 4, 30)
     given[0, 1, 3] = bad
     with np.errstate(invalid="ignore"):
@@ -289,10 +289,10 @@ def test_not_finite_comes_out_as_nan_in_its_own_matrix_only(backend, bad):
 
 @every_backend
 @every_dtype
-def test_batches_of_all_shapes_at_once_come_out_as_each_alone(backend, dtype):
+def test_batches_of_different_shapes_equal_each_alone(backend, dtype):
     shapes = [(2, 4, 30), (1, 1, 50), (3, 2, 7), (1, 4, 4), (2, 4, 300), (1, 2, 300), (1, 1, 1)]
     given = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
-    given[0][1] = 0  # whose rows are filled
+    given[0][1] = 0  # a zero matrix, whose rows are replaced
     given[4][0, 2] = given[4][0, 1]
     for i, (p, shape) in enumerate(zip(orthonormal(backend, *given), shapes, strict=True)):
         assert p.shape == shape and p.dtype == dtype
@@ -304,7 +304,7 @@ def test_batches_of_all_shapes_at_once_come_out_as_each_alone(backend, dtype):
 
 
 @every_backend
-def test_a_cut_of_the_rank_uses_the_leading_rows_and_keeps_the_others(backend):
+def test_a_smaller_rank_uses_the_leading_rows_and_keeps_the_others(backend):
     q = normal(4, 20)
     gradient = normal(30, 20, seed=1)
     cut, _, [[kept]] = exchange(backend, PowerSGD(1), [[gradient]], [[{"q": q}]])
@@ -315,7 +315,7 @@ def test_a_cut_of_the_rank_uses_the_leading_rows_and_keeps_the_others(backend):
 
 
 @every_backend
-def test_a_rise_of_the_rank_keeps_the_rows_and_adds_fresh_ones(backend):
+def test_a_larger_rank_keeps_the_rows_and_adds_random_ones(backend):
     q, gradient = normal(1, 20), normal(30, 20, seed=1)
     spec, context = PowerSGD(4), Context(("l",), "float32", 3, 0, 0, 1)
     ops, to = BACKENDS[backend]
@@ -333,7 +333,7 @@ def test_a_rise_of_the_rank_keeps_the_rows_and_adds_fresh_ones(backend):
 
 
 @every_backend
-def test_memory_has_the_rows_of_the_rank_or_none_without_warm_start(backend):
+def test_memory_has_as_many_rows_as_the_rank_or_is_empty_without_warm_start(backend):
     gradient = [[normal(30, 20), normal(8, 3, 3)]]
     _, _, ((first, second),) = exchange(backend, PowerSGD(4), gradient)
     assert first["q"].shape == (4, 20) and second["q"].shape == (4, 9)

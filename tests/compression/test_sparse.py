@@ -1,4 +1,4 @@
-"""TopK: entries packed into bytes, and the allreduce in two steps."""
+"""TopK: the wire format of entries, and the sharded sparse allreduce."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("a", "b", "c", "d")
 
 
 def exchanged(spec, grads, backend="numpy", number=0, state=None):
-    """One step of a cluster from fresh residuals: results, bytes of one rank."""
+    """Runs one step of a cluster, by default without residuals. Returns results and the bytes of one rank."""
     shapes = [g.shape for g in grads[0]]
     state = state or fresh(len(grads), grads[0][0].dtype.name, shapes)
     return step(backend, spec, grads, *state, number, names=NAMES)
@@ -34,18 +34,18 @@ def ranks_agree(results):
     assert all(r.is_finite and same_bits(r.mean, results[0].mean) for r in results)
 
 
-# packing
+# wire format
 
 sizes = st.lists(st.integers(1, 70_000) | st.sampled_from([BLOCK, BLOCK + 1, 2 * BLOCK]), min_size=1, max_size=4)
 
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), sizes=sizes, dtype=st.sampled_from(["float32", "float64", "float16", "bfloat16"]))
-def test_entries_there_and_back(data, sizes, dtype):
+def test_entries_round_trip(data, sizes, dtype):
     rows = data.draw(st.integers(1, 3))
     entries = data.draw(st.integers(1, min(50, sum(sizes))))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    # at the ends of blocks, at random, and the last twice as in unused slots
+    # at block ends, at random, and the last one repeated, as in unused slots
     edges = block_edges(tuple(sizes))
     likely = [p for e in edges for p in (e - 1, e) if 0 <= p < sum(sizes)]
     pool = np.unique([*likely, *rng.integers(0, sum(sizes), 100)])
@@ -64,7 +64,7 @@ def test_entries_there_and_back(data, sizes, dtype):
     assert sent[0].shape == (rows, entries * (ITEMSIZE[dtype] + 2) + 4 * sum(-(-s // BLOCK) for s in sizes))
 
 
-def test_a_code_is_six_bytes_an_entry_and_four_a_block():
+def test_a_code_takes_six_bytes_per_entry_and_four_per_block():
     assert nbytes(1000, 10 * BLOCK, "float32") == 6000 + 40
     assert nbytes(1000, 10 * BLOCK + 1, "float16") == 4000 + 44
     assert block_edges((2 * BLOCK + 5, 3)) == (0, BLOCK, 2 * BLOCK, 2 * BLOCK + 5, 2 * BLOCK + 8)
@@ -72,7 +72,7 @@ def test_a_code_is_six_bytes_an_entry_and_four_a_block():
 
 @every_backend
 @pytest.mark.parametrize("dtype", LARGEST_FINITE)
-def test_sixteen_bits_do_not_overflow_and_show_what_is_not_finite(dtype, backend):
+def test_sixteen_bits_saturate_and_keep_nan_and_inf(dtype, backend):
     ops, to = BACKENDS[backend]
     x = np.array([[1.0, -3e38, 3.4e38, 65519.0, 65520.0, np.inf, -np.inf, np.nan]], np.float32)
     got = np.asarray(Code(dtype, (0, 100)).round_trip(ops, to(x)))[0]
@@ -102,7 +102,7 @@ def test_a_shuffle_of_many_entries_does_not_overflow():
 
 
 @pytest.mark.parametrize("n", [4, 8, 64])
-def test_hot_rows_and_columns_are_spread_over_the_owners(n):
+def test_large_rows_and_columns_are_spread_over_the_owners(n):
     height, width = 512, 2048
     count, k = height * width, height * width // 100
     rng, fine = np.random.default_rng(0), 0
@@ -110,7 +110,7 @@ def test_hot_rows_and_columns_are_spread_over_the_owners(n):
         hot = rng.choice(width, 10, replace=False) + width * np.arange(height)[:, None]
         run = rng.integers(count - k) + np.arange(k)
         for index in (hot.reshape(-1), run):
-            fine += room(index, count, n, number)
+            fine += fits(index, count, n, number)
     assert fine >= 38
 
 
@@ -120,8 +120,8 @@ def test_hot_rows_and_columns_are_spread_over_the_owners(n):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @every_backend
-def test_two_steps_are_the_allgather_bit_for_bit_where_nothing_is_dropped(backend, dtype, ranks):
-    """All ranks pick the same entries, at a step whose slices spread them well."""
+def test_two_step_equals_allgather_bit_for_bit_if_nothing_is_dropped(backend, dtype, ranks):
+    """All ranks select the same entries, at a step whose shuffle spreads them evenly."""
     count, start, hot = sum(map(math.prod, SHAPES)), 0, []
     grads = [gradients(1, dtype, seed=rank, shapes=SHAPES)[0] for rank in range(ranks)]
     for layer, shape in enumerate(SHAPES):
@@ -131,7 +131,7 @@ def test_two_steps_are_the_allgather_bit_for_bit_where_nothing_is_dropped(backen
         start += size
         for one in grads:
             one[layer].reshape(-1)[own] += 100
-    number = next(number for number in range(50) if room(np.concatenate(hot), count, ranks, number))
+    number = next(number for number in range(50) if fits(np.concatenate(hot), count, ranks, number))
     one, _ = exchanged(TopK(0.04, algorithm="allgather"), grads, backend, number)
     two, _ = exchanged(TopK(0.04, algorithm="two_step"), grads, backend, number)
     for x, y in zip(two, one, strict=True):
@@ -139,8 +139,8 @@ def test_two_steps_are_the_allgather_bit_for_bit_where_nothing_is_dropped(backen
         assert all(map(np.array_equal, x.residual, y.residual))
 
 
-def room(index: np.ndarray, count: int, ranks: int, number: int) -> bool:
-    """Whether every owner's row has room for its part of these entries."""
+def fits(index: np.ndarray, count: int, ranks: int, number: int) -> bool:
+    """Returns whether no owner's row overflows."""
     places = Shuffle.of(Context(NAMES, "float32", number, 0, 0, ranks), count).forward(numpy_ops, index)
     owned = np.bincount(places // slice_size(count, ranks), minlength=ranks)
     return owned.max() <= row_length(index.size, count, ranks)
@@ -170,7 +170,7 @@ def test_every_framework_does_what_numpy_does_on_four_ranks(spec):
     wanted, sent = exchanged(spec, grads)
     for backend in BACKENDS:
         if backend == "torch-gpu" and spec.values != "float32":
-            continue  # rounded values may be equal, and a GPU takes any of them
+            continue  # rounded values may be equal, and a GPU selects any of them
         results, nbytes = exchanged(spec, grads, backend)
         assert nbytes == sent
         for ours, theirs in zip(results, wanted, strict=True):
@@ -179,12 +179,12 @@ def test_every_framework_does_what_numpy_does_on_four_ranks(spec):
 
 
 @every_backend
-def test_a_row_that_overflows_is_kept_back(backend):
-    """All of one rank's large entries belong to one owner."""
+def test_entries_beyond_a_row_stay_in_the_residual(backend):
+    """All large entries of a rank belong to one owner."""
     n, count, k = 4, 4000, 40
     spec = TopK(k / count, algorithm="two_step")
     shuffle = Shuffle.of(Context(NAMES[:1], "float32", 0, 0, 0, n), count)
-    owned = shuffle.inverse(numpy_ops, np.arange(1000, 1000 + k, dtype=np.int32))  # places of rank 1
+    owned = shuffle.inverse(numpy_ops, np.arange(1000, 1000 + k, dtype=np.int32))  # positions owned by rank 1
     grads = [[np.zeros((40, 100), np.float32)] for _ in range(n)]
     grads[2][0].reshape(-1)[owned] = np.arange(1, k + 1)
     results, _ = exchanged(spec, grads, backend)
@@ -196,8 +196,8 @@ def test_a_row_that_overflows_is_kept_back(backend):
     assert not any(r.residual[0].any() for i, r in enumerate(results) if i != 2)
 
 
-def test_no_entry_waits_for_ever():
-    """The same few large entries at every step, more than the rows hold."""
+def test_every_entry_is_sent_eventually():
+    """The same large entries at every step, more than fit in the rows."""
     n, shape = 8, (40, 30)
     spec = TopK(12 / 1200, algorithm="two_step")
     hot = np.random.default_rng(1).choice(1200, 12, replace=False)
@@ -212,12 +212,12 @@ def test_no_entry_waits_for_ever():
     assert max(largest) < 20 and max(largest[100:]) < 1.5 * max(largest[:100])
 
 
-def test_what_the_second_hop_drops_is_its_owners():
-    """Two ranks pick the same entry, and the owner sends others: it is kept once."""
+def test_what_the_second_hop_drops_enters_the_owners_residual():
+    """Two ranks select an entry that the owner does not send on: it is kept once."""
     n, count = 4, 400
-    spec = TopK(0.01, algorithm="two_step")  # 4 picks, rows of 2
+    spec = TopK(0.01, algorithm="two_step")  # 4 entries, rows of 2
     shuffle = Shuffle.of(Context(NAMES[:1], "float32", 0, 0, 0, n), count)
-    at = shuffle.inverse(numpy_ops, np.arange(200, 206, dtype=np.int32))  # all of rank 2
+    at = shuffle.inverse(numpy_ops, np.arange(200, 206, dtype=np.int32))  # all owned by rank 2
     grads = [[np.zeros((20, 20), np.float32)] for _ in range(n)]
     for rank, entries in enumerate([{0: 3, 1: 8}, {0: 2, 2: 16}, {0: 1, 3: 4}, {4: 32, 5: 2}]):
         for i, value in entries.items():
@@ -233,12 +233,12 @@ def test_what_the_second_hop_drops_is_its_owners():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("values", ["float32", "float16"])
 @every_backend
-def test_what_is_not_finite_shows_even_where_its_row_overflows(backend, values, bad):
+def test_nan_and_inf_arrive_even_if_their_row_overflows(backend, values, bad):
     n, count = 4, 400
     shuffle = Shuffle.of(Context(NAMES[:1], "float32", 0, 0, 0, n), count)
     at = shuffle.inverse(numpy_ops, np.arange(200, 204, dtype=np.int32))
     grads = [[np.zeros((20, 20), np.float32)] for _ in range(n)]
-    grads[1][0].reshape(-1)[at] = [1, 2, 3, bad]  # two find a place, the last does not
+    grads[1][0].reshape(-1)[at] = [1, 2, 3, bad]  # two fit, the last does not
     state = fresh(n, shapes=[(20, 20)])
     with np.errstate(invalid="ignore"):
         results, _ = exchanged(TopK(0.01, values=values, algorithm="two_step"), grads, backend, state=state)
@@ -261,7 +261,7 @@ def test_fewer_entries_than_ranks(shape, ranks):
 
 
 @pytest.mark.parametrize("algorithm", ["allgather", "two_step"])
-def test_what_rounding_loses_and_what_is_too_large_waits(algorithm):
+def test_rounding_errors_and_saturation_stay_in_the_residual(algorithm):
     grads = [[np.zeros((20, 50), np.float32)] for _ in range(2)]
     for own in grads:
         own[0][3, 4], own[0][7, 7] = 1e5, 1 + 2.0**-13
@@ -272,7 +272,7 @@ def test_what_rounding_loses_and_what_is_too_large_waits(algorithm):
     assert left[3, 4] == pytest.approx(1e5 - 65504) and left[7, 7] == 2.0**-13
 
 
-def test_fp64_keeps_its_digits_unless_16_bits_are_asked_for():
+def test_fp64_is_sent_as_fp64_unless_16_bits_are_requested():
     grads = gradients(2, "float64", shapes=[(30, 40)])
     for values, exact in [("float32", True), ("float16", False)]:
         results, _ = exchanged(TopK(0.1, values=values), grads)
@@ -285,7 +285,7 @@ def test_fp64_keeps_its_digits_unless_16_bits_are_asked_for():
 
 @pytest.mark.parametrize("values", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [8, 64])
-def test_two_steps_send_no_more_than_two_and_a_half_times_k(ranks, values):
+def test_two_step_sends_at_most_two_and_a_half_times_k(ranks, values):
     shape, spec = (600, 500), TopK(0.05, values=values)
     k, entry = 15_000, 2 + (4 if values == "float32" else 2)
     results, sent = exchanged(spec, gradients(ranks, shapes=[shape]))
@@ -298,14 +298,14 @@ def test_two_steps_send_no_more_than_two_and_a_half_times_k(ranks, values):
 
 @pytest.mark.parametrize("algorithm", ["allgather", "two_step"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_a_group_sends_what_its_layers_would_alone(ranks, algorithm):
+def test_a_group_sends_about_as_much_as_its_layers_alone(ranks, algorithm):
     shapes, spec = [(300, 257), (256, 256), (40, 50)], TopK(0.1, algorithm=algorithm)
     _, sent = exchanged(spec, gradients(ranks, shapes=shapes))
     alone = sum(spec.bytes_per_step(shape, "float32", ranks) for shape in shapes)
     assert sent == alone if algorithm == "allgather" else 0 <= alone - sent <= 0.01 * alone
 
 
-def test_auto_takes_two_steps_from_four_ranks_on():
+def test_auto_selects_two_step_from_four_ranks_on():
     for n in (1, 2, 3, 4, 5, 64):
         same = TopK(0.01, algorithm="two_step" if n >= 4 else "allgather")
         assert TopK(0.01).messages((300, 200), "float32", n) == same.messages((300, 200), "float32", n)
@@ -315,6 +315,6 @@ def test_auto_takes_two_steps_from_four_ranks_on():
 
 
 @pytest.mark.parametrize(("argument", "value"), [("values", "float64"), ("algorithm", "three_step"), ("values", 16)])
-def test_other_choices_are_refused(argument, value):
+def test_other_choices_raise(argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be one of"):
         TopK(0.1, **{argument: value})

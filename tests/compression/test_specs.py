@@ -1,4 +1,4 @@
-"""Specs as values: what they accept, how they read, what they cost."""
+"""Specs as values: arguments, representation, cost, contraction and seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hvd_accordion.utils.seeds import PRIME, at, stable_hash
 
 SPECS = [Dense(), FP16(), BF16(), TopK(), RandomK(), QSGD(), PowerSGD()]
 
-# bad arguments
+# invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ SPECS = [Dense(), FP16(), BF16(), TopK(), RandomK(), QSGD(), PowerSGD()]
         *[(type(spec), "error_feedback", "yes", TypeError, "True or False") for spec in SPECS],
     ],
 )
-def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(spec, argument, value, error, allowed):
+def test_errors_name_argument_value_and_allowed_range(spec, argument, value, error, allowed):
     with pytest.raises(error) as raised:
         spec(**{argument: value})
     message = str(raised.value)
@@ -72,11 +72,11 @@ def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(spec, argume
 @pytest.mark.parametrize(
     "edge", [TopK(1), RandomK(1.0), TopK(1e-9), QSGD(1), QSGD(127), QSGD(bucket_size=8), PowerSGD(1)], ids=str
 )
-def test_the_edges_are_allowed(edge):
+def test_limits_are_allowed(edge):
     assert edge == replace(edge)
 
 
-def test_error_feedback_is_given_by_name():
+def test_error_feedback_is_keyword_only():
     with pytest.raises(TypeError):
         Dense(False)
     with pytest.raises(TypeError):
@@ -100,7 +100,7 @@ def test_error_feedback_is_given_by_name():
         (PowerSGD(2, start_after=10, warm_start=False), "PowerSGD(rank=2, start_after=10, warm_start=False)"),
     ],
 )
-def test_str_shows_what_matters(spec, text):
+def test_str_shows_non_default_arguments(spec, text):
     assert str(spec) == text
 
 
@@ -233,7 +233,7 @@ def test_one_rank_sends_nothing(spec):
     assert spec.bytes_per_step((100, 50), "float32", 1) == 0
 
 
-def test_two_hops_cost_the_same_whatever_the_number_of_ranks():
+def test_the_cost_of_two_hops_does_not_depend_on_the_number_of_ranks():
     sent = [QSGD(7).bytes_per_step((1024, 1024), "float32", n) / (2 * (n - 1) / n) for n in (2, 4, 8, 16)]
     assert sent == pytest.approx([1024 * 1024 * (0.5 + 4 / 512)] * 4)
 
@@ -245,14 +245,14 @@ def test_levels_are_packed_in_as_few_bits_as_they_need(levels, bits):
     assert QSGD(levels).code.bits == bits
 
 
-def test_suits_is_getting_smaller():
+def test_shrinks_compares_with_dense_bytes():
     assert TopK(0.66).shrinks((100, 50), "float32", 2) and not TopK(0.67).shrinks((100, 50), "float32", 2)
     assert not Dense().shrinks((100, 50), "float32", 2)
     assert dense_bytes((100, 50), "float32", 2) == 20_000
 
 
 @pytest.mark.parametrize(("ratio", "count", "k"), [(0.01, 5000, 50), (0.5, 3, 2), (1.0, 7, 7), (1e-9, 7, 1)])
-def test_k_is_the_share_rounded_up(ratio, count, k):
+def test_k_is_rounded_up(ratio, count, k):
     assert num_selected(ratio, count) == k
 
 
@@ -281,12 +281,12 @@ def test_delta(spec, shape, delta):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_delta_is_a_share(spec):
+def test_delta_is_in_its_range(spec):
     assert all(0 < spec.delta(shape) <= 1 for shape in [(100, 50), (3,), (), (64, 32, 3, 3)])
 
 
 def variance(spec: QSGD, x: np.ndarray) -> float:
-    """E ||C(x) - x||^2 / ||x||^2 of the unscaled code, exactly: f (1 - f) for each value a share f above a level."""
+    """The exact E ||C(x) - x||^2 / ||x||^2 of the unscaled code: f (1 - f) for each value a fraction f above a level."""
     scale = np.abs(x).max() if spec.norm == "max" else np.linalg.norm(x)
     level = np.abs(x) / scale * spec.levels
     share = level - np.floor(level)
@@ -300,7 +300,7 @@ def test_omega_bounds_the_variance_of_every_vector(norm, levels, bucket):
     spec = QSGD(levels, bucket_size=bucket, norm=norm)
     rng = np.random.default_rng(0)
     tried = [rng.standard_normal(bucket) ** power for power in (1, 3, 5)] + [rng.random(bucket), np.ones(bucket)]
-    for small in np.linspace(0.001, 1.5, 400):  # one large value, the others a share of a level
+    for small in np.linspace(0.001, 1.5, 400):  # one large value, the others a fraction of a level
         x = np.full(bucket, small / levels)
         x[0] = 1.0
         tried.append(x)
@@ -321,7 +321,7 @@ def test_the_code_has_that_variance_and_is_unbiased(norm, levels):
     assert np.abs(decoded.mean(axis=0) - x[0]).max() < 5 * decoded.std(axis=0).max() / 4000**0.5
 
 
-def test_feedback_shrinks_the_code_and_its_absence_does_not():
+def test_the_code_is_scaled_under_error_feedback_only():
     assert QSGD(1).code.gain == pytest.approx(1 / (1 + QSGD(1).omega))
     assert QSGD(1, error_feedback=False).code.gain == 1.0
 
@@ -329,7 +329,7 @@ def test_feedback_shrinks_the_code_and_its_absence_does_not():
 # seeds
 
 
-def test_the_stable_hash_is_the_same_everywhere():
+def test_the_stable_hash_has_fixed_values():
     assert stable_hash(0, "layer", 1) == stable_hash("0", "layer", "1")
     assert [stable_hash(0, "a", 0), stable_hash(0, "a", 1), stable_hash("ab", "c")] == [
         1935989204,
@@ -343,7 +343,7 @@ def test_the_stable_hash_is_the_same_everywhere():
 
 @settings(deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 3000))
-def test_seeds_of_steps_are_different_and_spread(key, step):
+def test_seeds_of_steps_are_different_and_spread_out(key, step):
     seeds = [at(key, step + i) for i in range(2000)]
     assert len(set(seeds)) == 2000 and all(0 <= seed < PRIME for seed in seeds)
     assert 0.4 < np.mean(seeds) / PRIME < 0.6
@@ -351,13 +351,13 @@ def test_seeds_of_steps_are_different_and_spread(key, step):
 
 @settings(deadline=None)
 @given(st.integers(1, 3000))
-def test_random_k_picks_different_entries(count):
+def test_random_k_selects_different_entries(count):
     factors = multipliers(count)
     assert all(math.gcd(a, count) == 1 and 1 <= a <= max(1, count - 1) for a in factors)
     assert len(set(ops.affine(factors, 5, 7, count, count, np.zeros(1)).tolist())) == count
 
 
-def test_random_k_picks_every_entry_equally_often():
+def test_random_k_selects_every_entry_equally_often():
     hits = np.zeros(60)
     for step in range(6000):
         hits[ops.affine(multipliers(60), at(stable_hash("a"), step), at(stable_hash("b"), step), 6, 60, hits)] += 1

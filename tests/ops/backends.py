@@ -1,4 +1,4 @@
-"""The primitives of each backend, and how it takes an array of numpy's: as a copy, which it may update in place."""
+"""The primitives of each backend, and its copy of a numpy array, which it may update in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvd_accordion.ops import torch as torch_ops
 
 
 def as_on_a_gpu() -> ModuleType:
-    """torch's primitives once more, on the path that they take on a GPU."""
+    """Returns torch's primitives with the code path of a GPU."""
     spec = importlib.util.find_spec("hvd_accordion.ops.torch")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The primitives on entries of vectors: selection, order, positions."""
+"""The primitives on entries of vectors: selection, sorting, positions."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hvd_accordion.ops import torch as torch_ops
 from tests.ops.backends import BACKENDS
 
 every_backend = pytest.mark.parametrize(("ops", "to"), BACKENDS.values(), ids=BACKENDS)
-LARGE = 3 * selection.SMALL  # entries, where the fast path is taken
+LARGE = 3 * selection.SMALL  # entries for which the sampled threshold is used
 
 
 def largest(x: np.ndarray, k: int) -> np.ndarray:
-    """By a stable sort: of equal entries the first."""
+    """The reference, by a stable sort: of equal entries the first."""
     magnitude = np.where(np.isnan(x), np.inf, np.abs(x))
     order = np.lexsort((np.arange(x.size), -magnitude, ~np.isnan(x)))
     return np.sort(order[:k])
 
 
-def assert_largest(picked, x: np.ndarray, k: int):
-    """Ascending, k of them, as large as they can be; which of equal ones is free."""
-    picked = np.asarray(picked)
-    assert picked.dtype == np.int32 and picked.shape == (k,) and np.all(np.diff(picked) > 0)
-    ours, best = (np.sort(np.abs(x[index])) for index in (picked, largest(x, k)))
+def assert_largest(selected, x: np.ndarray, k: int):
+    """Checks k ascending indices of the largest entries; among equal entries any may be selected."""
+    selected = np.asarray(selected)
+    assert selected.dtype == np.int32 and selected.shape == (k,) and np.all(np.diff(selected) > 0)
+    ours, best = (np.sort(np.abs(x[index])) for index in (selected, largest(x, k)))
     np.testing.assert_array_equal(ours, best)
 
 
@@ -45,16 +45,16 @@ hard = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, 3e38, np.inf, -np.inf,
 def test_top_k(ops, to, values, dtype, share):
     x = np.array(values, dtype)
     k = max(1, int(share * x.size))
-    picked = np.asarray(ops.top_k(to(x), k))
-    assert_largest(picked, x, k)
+    selected = np.asarray(ops.top_k(to(x), k))
+    assert_largest(selected, x, k)
     if ops is not BACKENDS["torch-gpu"][0]:
-        np.testing.assert_array_equal(picked, largest(x, k))
+        np.testing.assert_array_equal(selected, largest(x, k))
 
 
 def shapes_of_large_vectors(rng: np.random.Generator, d: int) -> dict[str, np.ndarray]:
     normal = rng.standard_normal(d)
     spikes = np.where(rng.random(d) < 0.001, 1e3 * normal, normal)
-    made = {
+    vectors = {
         "normal": normal,
         "heavy tails": rng.standard_cauchy(d),
         "ascending": np.sort(normal),
@@ -77,9 +77,9 @@ def shapes_of_large_vectors(rng: np.random.Generator, d: int) -> dict[str, np.nd
         ("only the sample small", 1e-3, 1),
         ("sample zero", 0, 1),
     ]:
-        made[name] = unseen * normal
-        made[name][::stride] *= seen
-    return made
+        vectors[name] = unseen * normal
+        vectors[name][::stride] *= seen
+    return vectors
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -94,7 +94,7 @@ def test_the_fast_selection_is_exact(dtype, ratio):
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_the_fast_selection_is_exact_at_any_size_of_its_parts(data):
+def test_the_fast_selection_is_exact_for_any_chunk_and_sample_size(data):
     d = data.draw(st.integers(1, 400))
     x = np.array(data.draw(st.lists(hard | st.floats(-2, 2, width=16), min_size=d, max_size=d)), np.float32)
     k = data.draw(st.integers(1, d))
@@ -105,18 +105,18 @@ def test_the_fast_selection_is_exact_at_any_size_of_its_parts(data):
         np.testing.assert_array_equal(selection.fast(x, k), largest(x, k))
 
 
-def test_few_candidates_are_looked_at(monkeypatch):
-    """What makes it fast: all but a few times k entries are only compared with a limit, once."""
-    looked = []
+def test_few_candidates_are_partitioned(monkeypatch):
+    """The reason for its speed: all but a few times k entries are only compared with a threshold, once."""
+    sizes = []
     exact = selection.exact
-    monkeypatch.setattr(selection, "exact", lambda x, k: (looked.append(x.size), exact(x, k))[1])
+    monkeypatch.setattr(selection, "exact", lambda x, k: (sizes.append(x.size), exact(x, k))[1])
     d = 40 * selection.SMALL
     k = d // 100
     selection.fast(np.random.default_rng(0).standard_normal(d).astype(np.float32), k)
-    assert len(looked) == 1 and k <= looked[0] <= 1.8 * k
+    assert len(sizes) == 1 and k <= sizes[0] <= 1.8 * k
 
 
-def test_torch_on_the_cpu_takes_a_view_of_a_larger_vector():
+def test_torch_on_the_cpu_selects_from_views():
     x = np.random.default_rng(0).standard_normal(2 * LARGE).astype(np.float32)
     to = BACKENDS["torch"][1]
     assert_largest(torch_ops.top_k(to(x)[LARGE:], 1000), x[LARGE:], 1000)
@@ -131,7 +131,7 @@ def test_argsort(ops, to):
 
 
 @every_backend
-def test_searchsorted_counts_what_is_no_larger(ops, to):
+def test_searchsorted_counts_entries_that_are_not_larger(ops, to):
     ascending, values = np.array([3, 5, 5, 9], np.int32), np.array([[10, 5], [2, 3], [8, 9]], np.int32).reshape(-1)
     counts = np.asarray(ops.searchsorted(to(ascending), to(values)))
     assert counts.dtype == np.int32 and counts.tolist() == [4, 3, 0, 1, 3, 4]
@@ -139,7 +139,7 @@ def test_searchsorted_counts_what_is_no_larger(ops, to):
 
 
 @every_backend
-def test_vectors_of_known_numbers(ops, to):
+def test_arange_constant_and_full(ops, to):
     like = to(np.zeros(3, np.float64))
     for got, wanted in [(ops.arange(4, like), [0, 1, 2, 3]), (ops.constant((7, 0, 70000), like), [7, 0, 70000])]:
         assert np.asarray(got).dtype == np.int32 and np.asarray(got).tolist() == wanted
@@ -150,7 +150,7 @@ def test_vectors_of_known_numbers(ops, to):
 
 
 @every_backend
-def test_an_index_may_stand_twice_with_one_value_other_than_zero(ops, to):
+def test_an_index_may_repeat_with_one_non_zero_value(ops, to):
     index, values = np.array([2, 0, 2, 2], np.int32), np.array([0, 1, 5, 0], np.float32)
     assert np.asarray(ops.scatter_add(to(np.ones(4, np.float32)), to(index), to(values))).tolist() == [2, 1, 6, 1]
 

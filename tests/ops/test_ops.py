@@ -1,4 +1,4 @@
-"""Each primitive of the protocol, torch and TensorFlow against numpy on one input; numpy against its own meaning."""
+"""Each primitive of the protocol: torch and TensorFlow against numpy, numpy against its definition."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def numbers(*shape: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
 
 
 def each(how, x):
-    """`how` of an array, also in lists; other things as they are."""
+    """Applies `how` to arrays, also in lists, and returns other values unchanged."""
     if isinstance(x, list | tuple):
         return type(x)(each(how, y) for y in x)
     return how(x) if isinstance(x, np.ndarray) else x
 
 
 def n(x):
-    """Any framework's tensors, also in lists, in numpy."""
+    """Converts any framework's tensors, also in lists, to numpy."""
     if isinstance(x, list | tuple):
         return [n(y) for y in x]
     return x.numpy() if tf.is_tensor(x) or isinstance(x, torch.Tensor) else x
 
 
 def same(name: str, *args, exact: bool = True):
-    """The primitive's result in numpy, which those of the frameworks must equal, dtypes and shapes included."""
+    """Returns numpy's result after checking that each framework gives the same, with equal dtypes and shapes."""
     ours = getattr(numpy_ops, name)(*args)
     for ops, to in FRAMEWORKS.values():
         assert_same(ours, n(getattr(ops, name)(*each(to, args))), f"{name} of {ops.__name__}", exact)
@@ -105,7 +105,7 @@ def test_add_and_zeros(dtype):
 
 
 @pytest.mark.parametrize("bad", [None, np.nan, np.inf])
-def test_add_takes_the_memory_of_what_is_added_to_unless_that_would_spoil_it(bad):
+def test_add_reuses_memory_unless_the_sum_is_not_finite(bad):
     x, y = torch.from_numpy(numbers(3, 4)), torch.from_numpy(numbers(3, 4, seed=1))
     was, given = y.clone(), x.clone()
     if bad is not None:
@@ -132,13 +132,13 @@ def test_accumulate_adds_unless_the_step_met_nan(dtype):
 
 
 def halves(values):
-    """A split whose averages are half of the values; the other half remains."""
+    """Returns a `finish` whose averages are half of the values. The other half is the remainder."""
 
-    def split(remainder):
+    def finish(want_remainder):
         mean = [x * 0.5 for x in values]
-        return mean, [x - half for x, half in zip(values, mean, strict=True)] if remainder else None
+        return mean, [x - half for x, half in zip(values, mean, strict=True)] if want_remainder else None
 
-    return split
+    return finish
 
 
 @floats
@@ -166,7 +166,7 @@ def test_commit_residual_keeps_nan_out_of_the_residual(backend):
 
 
 def factors(*shapes, r=2, dtype=np.float32):
-    """Matrices with factors (r, n), (r, m) that are near to them."""
+    """Returns matrices, and factors (r, n), (r, m) that approximate them."""
     made = [
         (numbers(r, n, dtype=dtype, seed=i), numbers(r, m, dtype=dtype, seed=50 + i)) for i, (n, m) in enumerate(shapes)
     ]
@@ -174,27 +174,27 @@ def factors(*shapes, r=2, dtype=np.float32):
 
 
 def low_rank_committed(backend, is_finite):
-    """What becomes of two matrices and their old residual, in torch: averages, residual, and the tensors given."""
+    """Commits two matrices in torch. Returns averages, residual, and the given buffers and old residual."""
     ops, to = BACKENDS[backend]
     matrices, made = factors((6, 5), (4, 7))
     old = each(to, [numbers(6, 5, seed=3), numbers(4, 7, seed=4)])
     was = [x.clone() for x in old]
     grads = [to(m) - e for m, e in zip(matrices, old, strict=True)]
-    places = [torch.empty_like(g) for g in grads]
+    buffers = [torch.empty_like(g) for g in grads]
     values = ops.add(grads, old)
 
-    def split(remainder):
-        done = [
-            ops.low_rank(v, to(p), to(q), place, remainder)
-            for v, (p, q), place in zip(values, made, places, strict=True)
+    def finish(want_remainder):
+        results = [
+            ops.low_rank(v, to(p), to(q), buffer, want_remainder)
+            for v, (p, q), buffer in zip(values, made, buffers, strict=True)
         ]
-        return [mean for mean, _ in done], [left for _, left in done] if remainder else None
+        return [mean for mean, _ in results], [left for _, left in results] if want_remainder else None
 
-    mean, left = ops.commit_residual(torch.tensor(is_finite), split, values, old, grads)
+    mean, left = ops.commit_residual(torch.tensor(is_finite), finish, values, old, grads)
     for x, e, before, matrix, (p, q) in zip(mean, left, was, matrices, made, strict=True):
         np.testing.assert_allclose(x, p.T @ q, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(e, matrix - x.numpy() if is_finite else before, rtol=0, atol=1e-6)
-    return mean, left, places, old
+    return mean, left, buffers, old
 
 
 def pointers(xs):
@@ -202,7 +202,7 @@ def pointers(xs):
 
 
 @pytest.mark.parametrize("is_finite", [True, False])
-def test_both_ways_to_commit_residuals_come_to_the_same(is_finite):
+def test_committing_residuals_on_cpu_and_gpu_agrees(is_finite):
     (mean, left, *_), (means, lefts, *_) = (
         low_rank_committed(backend, is_finite) for backend in ("torch", "torch-gpu")
     )
@@ -211,20 +211,20 @@ def test_both_ways_to_commit_residuals_come_to_the_same(is_finite):
 
 @both_ways
 @pytest.mark.parametrize("is_finite", [True, False])
-def test_commit_residual_writes_averages_and_residual_where_they_belong(backend, is_finite):
-    mean, left, places, old = low_rank_committed(backend, is_finite)
-    assert pointers(mean) == pointers(places) and pointers(left) == pointers(old)
+def test_commit_residual_writes_to_the_buffers_and_the_old_residual(backend, is_finite):
+    mean, left, buffers, old = low_rank_committed(backend, is_finite)
+    assert pointers(mean) == pointers(buffers) and pointers(left) == pointers(old)
 
 
-def test_commit_residual_on_the_cpu_wants_no_remainder_of_a_step_that_is_not_finite():
-    asked = []
+def test_commit_residual_on_the_cpu_needs_no_remainder_of_a_non_finite_step():
+    wanted = []
 
-    def split(remainder):
-        asked.append(remainder)
-        return [torch.zeros(2)], [torch.zeros(2)] if remainder else None
+    def finish(want_remainder):
+        wanted.append(want_remainder)
+        return [torch.zeros(2)], [torch.zeros(2)] if want_remainder else None
 
-    torch_ops.commit_residual(torch.tensor(False), split, [torch.ones(2)], [torch.ones(2)], [torch.ones(2)])
-    assert asked == [False]
+    torch_ops.commit_residual(torch.tensor(False), finish, [torch.ones(2)], [torch.ones(2)], [torch.ones(2)])
+    assert wanted == [False]
 
 
 @floats
@@ -289,7 +289,7 @@ def test_cast_like(dtype):
     assert same("cast_like", np.arange(250, 256, dtype=np.uint8), np.zeros(1, dtype)).tolist() == [*range(250, 256)]
 
 
-# each is rounded to nearest, ties to even, as frameworks round it
+# rounded to nearest, ties to even, like the frameworks
 HARD = [
     0.0,
     -0.0,
@@ -317,8 +317,8 @@ def bits_of(ops, x, dtype: str) -> np.ndarray:
 
 @every_framework
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_to_16_bits_is_the_frameworks_own(dtype, ops, to):
-    def assert_same_bits(x):  # all NaN alike
+def test_rounding_to_16_bits_equals_the_frameworks(dtype, ops, to):
+    def assert_same_bits(x):  # all NaN count as equal
         ours, theirs = bits_of(numpy_ops, x, dtype), bits_of(ops, to(x), dtype)
         np.testing.assert_array_equal(*(np.where(np.isnan(x), 0, bits) for bits in (ours, theirs)))
 
@@ -334,7 +334,7 @@ def test_rounding_to_16_bits_is_the_frameworks_own(dtype, ops, to):
             numbers(10_000, dtype=np.float64),
         ):
             assert_same_bits(x)
-    # from fp64 by way of fp32, which rounds some values twice
+    # fp64 is rounded first to fp32, so some values are rounded twice
     assert_same_bits(np.array([1 + 2.0**-e + 2.0**-40 for e in (8, 9, 11, 12)]))
 
 
@@ -344,7 +344,7 @@ def test_bytes_of_16_bit_floats_are_the_same_in_all(dtype, half):
     hard = np.array([h for h in HARD if not np.isnan(h)], dtype)
     for ops, to in BACKENDS.values():
         x = hard
-        if ops is tensorflow_ops and dtype == np.float64:  # whose kernels take fp32's subnormal numbers for zero
+        if ops is tensorflow_ops and dtype == np.float64:  # its kernels flush subnormal fp32 numbers to zero
             x = np.where(np.abs(hard) < np.finfo(np.float32).tiny, np.copysign(0, hard), hard)
         code = numpy_ops.to_bytes(numpy_ops.cast(x, half))
         assert code.dtype == np.uint8 and code.shape == (2 * x.size,)
@@ -356,7 +356,7 @@ def test_bytes_of_16_bit_floats_are_the_same_in_all(dtype, half):
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_nan_survives_16_bits(half):
-    # quiet, signalling and full of bits: rounding must not carry one into Inf or zero
+    # quiet, signalling, all bits set: rounding must not turn NaN into Inf or zero
     nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     x = np.stack([nans, np.ones(5, np.float32)], axis=-1)
     for ops, to in BACKENDS.values():
@@ -366,7 +366,7 @@ def test_nan_survives_16_bits(half):
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
-def test_bytes_there_and_back(kind):
+def test_bytes_round_trip(kind):
     x = (1000 * numbers(3, 4)).astype(kind)
     code = same("to_bytes", x)
     assert code.dtype == np.uint8 and code.shape == (3, 4 * x.itemsize)
@@ -384,7 +384,7 @@ def test_from_bytes_of_a_misaligned_slice(kind, shift):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("width", [21, 24])  # of the whole row: also one that is no multiple of an item
+@pytest.mark.parametrize("width", [21, 24])  # of the whole row, also no multiple of an item
 def test_from_bytes_of_the_first_columns(rows, width):
     x = numbers(rows, 4)
     code = np.concatenate([x.view(np.uint8), np.zeros((rows, width - 16), np.uint8)], -1)
@@ -418,7 +418,7 @@ def test_reductions(dtype):
 @floats
 @pytest.mark.parametrize("size", [1, 3, 8, 37])
 @pytest.mark.parametrize("axis", [-1, -2])
-def test_max_finds_a_nan_wherever_it_is(dtype, size, axis):
+def test_max_finds_a_nan_at_any_position(dtype, size, axis):
     for place in range(size):
         x = np.moveaxis(numbers(2, 5, size, dtype=dtype), -1, axis).copy()
         np.moveaxis(x, axis, -1)[1, 2, place] = np.nan
@@ -440,14 +440,14 @@ def test_top_k(dtype, seed, count, share):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_top_k_takes_nan_first_then_infinity(k):
+def test_top_k_selects_nan_first_then_infinity(k):
     x = numbers(50)
     x[[7, 31, 40]] = [-np.inf, np.nan, 1e30]
     for picked in (n(ops.top_k(to(x), k)) for ops, to in BACKENDS.values()):
         assert set(picked.tolist()) == set([31, 7, 40][:k])
 
 
-def test_top_k_among_equals_picks_k_different():
+def test_top_k_of_equal_entries_selects_k_different_ones():
     x = np.ones(20, np.float32)
     for picked in (n(ops.top_k(to(x), 7)) for ops, to in BACKENDS.values()):
         assert len(set(picked.tolist())) == 7
@@ -482,7 +482,7 @@ def test_put_of_zero_removes_a_nan():
 
 
 def mixed(i: int, seed: int) -> int:
-    """The counter hash in plain integers."""
+    """The counter hash with Python integers."""
     x = (i * 0x9E3779B1 + seed) % 2**32
     x ^= x >> 16
     x = x * 0x7FEB352D % 2**32
@@ -524,7 +524,7 @@ def test_filler_basis(dtype):
 @pytest.mark.parametrize("bits", range(1, 9))
 @settings(deadline=None)
 @given(data=st.data(), rows=st.integers(1, 3), words=st.integers(1, 5))
-def test_pack_there_and_back(bits, data, rows, words):
+def test_pack_round_trip(bits, data, rows, words):
     values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * rows * words, max_size=8 * rows * words))
     x = np.array(values, np.uint8).reshape(rows, 8 * words)
     packed = same("pack_bits", x, bits)
@@ -533,7 +533,7 @@ def test_pack_there_and_back(bits, data, rows, words):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_packed_bits_lie_where_the_protocol_says(bits):
+def test_packed_bits_have_the_documented_positions(bits):
     x = np.random.default_rng(bits).integers(0, 2**bits, 8).astype(np.uint8)
     word = sum(int(value) << (bits * i) for i, value in enumerate(x))
     assert bytes(numpy_ops.pack_bits(x, bits)) == word.to_bytes(bits, "little")
@@ -570,7 +570,7 @@ def test_low_rank(dtype, shape, remainder):
     (matrix,), ((p, q),) = factors(shape, dtype=dtype)
     assert shape[0] < 700 or matrix.size > torch_ops.CACHED
     for backend, (ops, to) in BACKENDS.items():
-        for into in (None, to(np.full_like(matrix, np.nan))):  # whatever lies there
+        for into in (None, to(np.full_like(matrix, np.nan))):  # old contents must not matter
             mean, left = n(ops.low_rank(to(matrix), to(p), to(q), into, remainder))
             assert mean.dtype == dtype and mean.shape == shape, backend
             np.testing.assert_allclose(mean, p.T @ q, rtol=1e-5, atol=1e-5, err_msg=backend)
@@ -582,7 +582,7 @@ def test_low_rank(dtype, shape, remainder):
 
 @both_ways
 @pytest.mark.parametrize("shape", [(6, 5), (700, 500)])
-def test_low_rank_uses_the_memory_that_it_is_given(backend, shape):
+def test_low_rank_writes_to_its_buffer(backend, shape):
     ops, to = BACKENDS[backend]
     (matrix,), ((p, q),) = factors(shape)
     given, into = to(matrix), torch.empty(shape)
@@ -594,7 +594,7 @@ def test_low_rank_uses_the_memory_that_it_is_given(backend, shape):
     assert mean.data_ptr() != given.data_ptr()
 
 
-def test_primitives_leave_the_global_generators_alone():
+def test_primitives_do_not_use_the_global_generators():
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     tensorflows = tf.random.get_global_generator().state.numpy()
     same("uniform", 1, 10, np.zeros(1, np.float32))
@@ -612,7 +612,7 @@ def in_a_graph(function):
     return tf.function(function, autograph=False)
 
 
-# arguments of every primitive that gives tensors
+# arguments of every primitive that returns tensors
 CALLS = {
     "upcast": ([numbers(3, 4).astype(np.float16), numbers(5)],),
     "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
@@ -666,20 +666,20 @@ CALLS = {
 }
 
 
-def test_the_calls_are_of_every_primitive():
+def test_the_calls_cover_every_primitive():
     assert {*CALLS, "dtype"} == set(PRIMITIVES)
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_traced_primitive_does_the_same_and_has_static_shapes(name):
+def test_traced_primitives_equal_eager_ones_and_have_static_shapes(name):
     primitive, args = getattr(tensorflow_ops, name), CALLS[name]
-    traced = in_a_graph(primitive)  # to which an array is a tensor, all else is known when it is traced
+    traced = in_a_graph(primitive)  # arrays become tensors, all other arguments are constants of the graph
     given = traced.get_concrete_function(*args).structured_outputs
     assert all(x.shape.is_fully_defined() for x in tf.nest.flatten(given))
     assert_same(n(primitive(*each(tf.constant, args))), n(traced(*args)), name, exact=False)
 
 
-def test_what_is_decided_when_tracing_costs_no_operation():
+def test_decisions_while_tracing_add_no_operation():
     x, y = tf.constant([1.0]), tf.constant([2.0])
     assert tensorflow_ops.where(True, x, y) is x
     mean, left = tensorflow_ops.commit_residual(True, lambda remainder: ([x], [y]), [y], [x], [y])
