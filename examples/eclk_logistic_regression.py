@@ -4,8 +4,8 @@ python examples/eclk_logistic_regression.py --simulate 10          # ten nodes i
 horovodrun -np 4 python examples/eclk_logistic_regression.py       # one on each rank, hvd_accordion.torch's optimizers
 
 Breast cancer (569 rows, 30 features) and MNIST (1,000 images, digits 0-4 against 5-9) with L2 and with L1 + L2, and with
-`--problem multinomial` MNIST's ten classes, 7,850 parameters, to 1e-6. Every node gets rows unlike the others': by the
-first feature, or by digit. Methods work on full local gradients. Prints a table, writes it and two pictures, P - P* over
+`--problem multinomial` MNIST's ten classes, 7,850 parameters, to 1e-6. The nodes have different data: rows are divided by
+the first feature, or by digit. Methods use full local gradients. Prints a table, and writes it and two figures, P - P* over
 rounds and over bits, to build/eclk/.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # vectors as short as these: threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for such short vectors, more threads only wait for each other
 
 from eclk import methods, report, runs  # noqa: E402
 from eclk.methods import Entry  # noqa: E402
@@ -35,12 +35,12 @@ parser.add_argument(
 parser.add_argument("--method", nargs="+", choices=methods.CLASSES, default=list(methods.CLASSES))
 parser.add_argument("--tolerance", type=float, help="on P - P*; by default 1e-10, multinomial 1e-6")
 parser.add_argument(
-    "--cap", type=int, help="rounds of a method at most; by default 12,000, MNIST 6,000, multinomial 5,000"
+    "--cap", type=int, help="maximal rounds of a method; by default 12,000, MNIST 6,000, multinomial 5,000"
 )
 parser.add_argument("--ridge", type=float, help="strong convexity, instead of the problem's own; > 0")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--tune", action="store_true", help="search the settings again (simulated; an hour or so)")
-parser.add_argument("--jobs", type=int, default=2, help="processes, when simulated")
+parser.add_argument("--jobs", type=int, default=2, help="processes of a simulation")
 parser.add_argument("--out", type=Path, default=ROOT / "build" / "eclk", help="the folder of tables and pictures")
 parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there too")
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
             f"[{len(found)}/{len(tasks)}] {outcome.data}: {outcome.label}: {said}{outcome.suboptimality:.1e}{end}",
             flush=True,
         )
-    if not found:  # every rank but the first
+    if not found:  # all ranks but the first
         return
     text = report.write(found, args.out)
     if args.json:
@@ -73,12 +73,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def goal(args: argparse.Namespace, name: str) -> tuple[float, int]:
-    """Tolerance and cap."""
+    """Returns tolerance and maximal rounds."""
     return args.tolerance or runs.TOLERANCES[name], args.cap or runs.CAPS[name]
 
 
 def simulated(args: argparse.Namespace, tasks: list[tuple[str, Entry]]) -> Iterator[Outcome]:
-    """Of all tasks, in their order; `--jobs` at a time."""
+    """Runs all tasks, `--jobs` at a time, and returns their results in order."""
     work = runs.tune if args.tune else runs.simulate
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         futures = [
@@ -89,7 +89,7 @@ def simulated(args: argparse.Namespace, tasks: list[tuple[str, Entry]]) -> Itera
 
 
 def on_ranks(args: argparse.Namespace, tasks: list[tuple[str, Entry]]) -> Iterator[Outcome]:
-    """The same with Horovod. Every rank computes P by itself, from all data: all stop at the same round."""
+    """Runs the tasks with Horovod. Every rank computes P from all data, so all stop at the same round."""
     from eclk.ranks import OnRanks
 
     import hvd_accordion.torch as hvd

@@ -1,10 +1,10 @@
-"""Step time of this checkout against another one's, such as the last release's: what a change costs or gains.
+"""Compares the step time of this checkout with another checkout, such as the last release.
 
 git worktree add ../before COMMIT
 python examples/benchmarks/before_after.py ../before [--modes "PowerSGD(4),QSGD(7)"] [--links 1gbit]
 
-The hosts are network namespaces of this machine, so it needs root. Both checkouts' modes stand by at once and take turns;
-a ratio is that of two turns of the same round.
+The hosts are network namespaces of this machine, so it needs root. The modes of both checkouts run in turns. A
+ratio compares two turns of the same round.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=BATCHES, default="resnet18")
     parser.add_argument("--links", default="1gbit", help="rates as tc writes them, or unshaped")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each mode")
-    parser.add_argument("--steps", type=int, default=12, help="of a turn")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a turn")
     args = parser.parse_args()
     args.before = args.before.resolve()
     if not (args.before / "hvd_accordion").is_dir():

@@ -1,4 +1,4 @@
-"""A process on each host for each mode, all stopped but those of the mode on turn: the others use no CPU and no link."""
+"""Runs a process on each host for each mode. Only the processes of one mode run at a time; the others are stopped."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PORT = 29500
 
 class Turn(NamedTuple):
     steps: int
-    seconds: float  # a step, of the slowest rank
-    sent: float  # bytes that left a host in a step, mean over the hosts
+    seconds: float  # per step, of the slowest rank
+    sent: float  # bytes that left a host per step, mean over the hosts
 
 
 class Failure(Exception):
-    """A mode's processes could not start or ended; the message is of one line."""
+    """The processes of a mode could not start or have ended. The message is one line."""
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Fleet:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)
         self.listener.listen(64)
-        self.listener.settimeout(0.5)  # between two looks at whether the process is still there
+        self.listener.settimeout(0.5)  # interval of the checks that the process still runs
 
     def start(self, mode: Mode) -> None:
-        """Brings a mode's processes up to their first step, and stops them."""
+        """Starts the processes of a mode and stops them before their first step."""
         hosts = len(self.network.addresses)
         command = [sys.executable, str(WORKER), self.path, self.model, mode.name]
         env = {**self.env, **({"PYTHONPATH": mode.checkout} if mode.checkout else {})}
-        self.port += 1  # another for each mode: their stores live side by side
+        self.port += 1  # one per mode, because their stores exist at the same time
         with open(self.log(mode), "wb") as log:
             if mode.horovod:
                 command = [*mpirun(self.network, self.agent), *command]
@@ -92,14 +92,14 @@ class Fleet:
         crew = self.crews[mode.name]
         crew.signal(signal.SIGCONT)
         for connection in crew.connections:
-            with contextlib.suppress(OSError):  # that it ended shows when it is asked for its answer
+            with contextlib.suppress(OSError):  # a process that has ended is detected when its answer is read
                 connection.send(steps)
         answers = [self.answer(mode, connection) for connection in crew.connections]
         crew.signal(signal.SIGSTOP)
         return Turn(steps, max(seconds for seconds, _ in answers), sum(sent for _, sent in answers) / len(answers))
 
     def end(self, mode: Mode) -> None:
-        """Lets a mode's processes go; what would not end, ends with the hosts."""
+        """Ends the processes of a mode. Remaining processes end with the hosts."""
         crew = self.crews.pop(mode.name)
         crew.signal(signal.SIGCONT)
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):

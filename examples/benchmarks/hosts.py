@@ -1,6 +1,6 @@
-"""Several hosts on one machine: network namespaces, joined by a bridge over links whose rate can be set; MPI's ranks there.
+"""Several hosts on one machine: network namespaces connected by a bridge over links of adjustable rate, for MPI ranks.
 
-Needs Linux, root, and `ip` and `tc` of iproute2. Nothing of it is left behind, however the program ends.
+Needs Linux, root, and `ip` and `tc` of iproute2. Everything is removed at the end, however the program ends.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-# Ends what runs in the namespaces $@ and removes them, and with them the bridge and the links, as soon as its stdin is
-# closed: by the program that holds the other end, or by that program's death, whatever it died of.
+# Ends the processes in the namespaces $@ and removes them, with bridge and links, as soon as its stdin is closed. The
+# program closes it, also by its own end, whatever the cause.
 CARETAKER = """
 cat >/dev/null
 for attempt in $(seq 100); do
@@ -31,20 +31,20 @@ for name in "$@"; do ip netns del "$name" 2>/dev/null; done
 
 @dataclass
 class Network:
-    """Hosts that are up, numbered from 0."""
+    """Running hosts, numbered from 0."""
 
     namespaces: list[str]
     addresses: list[str]
     switch: str  # the namespace of the bridge; its port i leads to host i
-    burst: str = "512kb"  # what passes unshaped after a pause: at 100 Mbit/s 41 ms' worth
+    burst: str = "512kb"  # passes unshaped after a pause: 41 ms at 100 Mbit/s
     rate: str | None = None
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def set_rate(self, rate: str | None) -> None:
-        """Shapes every link, in both directions, to a rate as `tc` writes it ("100mbit"); None takes the shape away."""
+        """Shapes every link, in both directions, to a rate as `tc` writes it ("100mbit"); None removes the limit."""
         for i, namespace in enumerate(self.namespaces):
             for where, device in ((namespace, "eth0"), (self.switch, f"port{i}")):
-                if rate:  # tbf, for netem is not in every kernel
+                if rate:  # tbf, because some kernels lack netem
                     shape = f"tbf rate {rate} burst {self.burst} latency 100ms"
                     run("tc", "-n", where, *f"qdisc replace dev {device} root {shape}".split())
                 elif self.rate:
@@ -52,7 +52,7 @@ class Network:
         self.rate = rate
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
-        """The words that run a command on a host."""
+        """Returns the command line that runs a command on a host."""
         return ["ip", "netns", "exec", self.namespaces[host], *command]
 
     def start(
@@ -62,7 +62,7 @@ class Network:
         env: Mapping[str, str] | None = None,
         output: IO[Any] | int | None = None,
     ) -> subprocess.Popen[bytes]:
-        """A process on a host, in a session of its own: what a terminal sends to this program doesn't reach it."""
+        """Starts a process on a host in its own session, so that signals of the terminal do not reach it."""
         process = subprocess.Popen(
             self.command(host, command),
             stdin=subprocess.DEVNULL,
@@ -75,14 +75,14 @@ class Network:
         return process
 
     def wait(self) -> None:
-        """For the end of all that was started."""
+        """Waits for all started processes."""
         for process in self._processes:
             process.wait()
 
 
 @contextlib.contextmanager
 def hosts(count: int, rate: str | None = None) -> Iterator[Network]:
-    """`count` hosts with addresses 10.77.0.1, 10.77.0.2...; at the end all that runs on them is killed."""
+    """`count` hosts with addresses 10.77.0.1, 10.77.0.2...; at the end their processes are killed."""
     require()
     prefix = f"accordion-{os.getpid()}"
     switch, namespaces = f"{prefix}-0", [f"{prefix}-{i + 1}" for i in range(count)]
@@ -111,7 +111,7 @@ def hosts(count: int, rate: str | None = None) -> Iterator[Network]:
 
 
 def require() -> None:
-    """Ends the program with a line that says what is missing."""
+    """Exits with a message if something is missing."""
     if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
         sys.exit(f"hosts: {' and '.join(missing)} not found; on Debian: apt-get install iproute2")
     if os.geteuid() != 0:
@@ -130,20 +130,20 @@ def run(*command: str) -> None:
 
 
 def environment(cycle_time: float) -> dict[str, str]:
-    """One thread a rank, and Horovod over MPI: its Gloo would take a stopped peer for a dead one."""
+    """One thread per rank, and Horovod over MPI, because Gloo would take a stopped peer for a dead one."""
     return {
         "OMP_NUM_THREADS": "1",
         "HOROVOD_CYCLE_TIME": f"{cycle_time:g}",
         "HOROVOD_CONTROLLER": "mpi",
         "HOROVOD_CPU_OPERATIONS": "mpi",
         "HOROVOD_STALL_CHECK_DISABLE": "1",
-        "OMPI_MCA_mpi_yield_when_idle": "1",  # MPI must not spin where the other rank computes
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # MPI must not poll on a core that another rank computes on
         "GLOO_SOCKET_IFNAME": "eth0",
     }
 
 
 def write_agent(network: Network, folder: Path) -> Path:
-    """What mpirun takes for ssh: it runs a command on the host of an address."""
+    """Writes a script that mpirun uses as ssh: it runs a command on the host of an address."""
     agent = folder / "agent.sh"
     prefix = network.namespaces[0].removesuffix("1")
     agent.write_text(f'#!/bin/sh\nhost={prefix}${{1##*.}}\nshift\nexec ip netns exec "$host" sh -c "$*"\n')
@@ -152,7 +152,7 @@ def write_agent(network: Network, folder: Path) -> Path:
 
 
 def mpirun(network: Network, agent: Path) -> list[str]:
-    """Runs what follows on every host, when it is started on the first."""
+    """Returns the mpirun command line, started on the first host, that starts one rank on every host."""
     where = ",".join(f"{address}:1" for address in network.addresses)
     command = ["mpirun", "--allow-run-as-root", "-np", str(len(network.addresses)), "-H", where, "-bind-to", "none"]
     command += ["-mca", "plm_rsh_agent", str(agent), "-mca", "orte_leave_session_attached", "1"]

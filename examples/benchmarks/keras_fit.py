@@ -1,4 +1,4 @@
-"""Step time under Keras's fit, compressed against uncompressed, side by side in one run, on the network of the demo.
+"""Compares step times in Keras's fit, compressed and uncompressed, in one run, with the demo's network.
 
 python examples/benchmarks/keras_fit.py [--rounds 15] [--json PATH]
 """
@@ -58,7 +58,7 @@ def main() -> None:
         return tell[-1].seconds / args.steps
 
     class Timer(keras.callbacks.Callback):
-        """From the first step of the epoch to its end, checks of the norms included."""
+        """Measures from the first step of an epoch to its end, including checks of the norms."""
 
         def on_epoch_begin(self, epoch, logs=None):
             self.begin = time.perf_counter()

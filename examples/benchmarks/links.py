@@ -1,9 +1,10 @@
-"""Step time over links of real rates: this package's optimizers against Horovod's and DDP's.
+"""Compares step times over links of limited rate: this package's optimizers, Horovod's and DDP's.
 
 python examples/benchmarks/links.py [--models resnet18] [--hosts 2] [--links 100mbit,unshaped] [--modes "Horovod,DDP"]
 
-The hosts are network namespaces of this machine, so it needs root. All modes of a model stand by at once, take turns and
-start each round with another one; those not on turn are stopped. Writes links.md, links.json and links.png to build/bench/.
+The hosts are network namespaces of this machine, so it needs root. The modes of a model run in turns, and each
+round starts with another one. Meanwhile the other modes are stopped. Writes links.md, links.json and links.png to
+build/bench/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from side_by_side import order
 
 OUT = Path(__file__).resolve().parents[2] / "build" / "bench"
 UNSHAPED = "unshaped"
-SLOW, SELDOM = 5.0, 3  # a mode whose shortest turn takes longer (seconds) takes one in so many rounds only
+SLOW, SELDOM = 5.0, 3  # a mode whose shortest turn takes longer than SLOW seconds runs in one of SELDOM rounds only
 
 
 def main() -> None:
@@ -47,14 +48,14 @@ def main() -> None:
                     turns = measure(ready, link, args, result["failures"])
                     result["measured"].append({"model": model, "hosts": count, "link": link, "turns": turns})
                     result["facts"]["minutes"] = round((time.perf_counter() - begin) / 60, 1)
-                    write(result)  # after each, so that an interrupted run leaves what it has
+                    write(result)  # after each, so that an interrupted run keeps its results
                     print(f"\n{table(result['measured'][-1])}\n", flush=True)
     print(f"Written to {OUT.relative_to(OUT.parents[1])}/: links.md, links.json, links.png")
     sys.exit("\n".join(result["failures"]) or 0)
 
 
 def measure(ready: Fleet, link: str, args: argparse.Namespace, failures: list[str]) -> list[dict[str, Any]]:
-    """Every mode's turns over one link; a mode that fails is left out from then on."""
+    """Runs the turns of every mode over one link. A mode that fails is skipped from then on."""
     turns: list[dict[str, Any]] = []
     lost: set[str] = set()
     pace: dict[str, float] = {}
@@ -80,7 +81,7 @@ def measure(ready: Fleet, link: str, args: argparse.Namespace, failures: list[st
         except Failure as failure:
             lose(name, failure)
         else:
-            take(name, 1)  # for its pace over this link
+            take(name, 1)  # measures its speed over this link
     for i in range(args.rounds):
         for name in order(args.modes, i):
             if name in lost or (i % SELDOM and args.steps * pace[name] > SLOW):
@@ -92,7 +93,7 @@ def measure(ready: Fleet, link: str, args: argparse.Namespace, failures: list[st
 
 
 def warm_up(ready: Fleet, mode: Mode) -> None:
-    """Sees that the mode is there and has made its first steps: over an unshaped link, but where it looks at the link."""
+    """Starts the mode if necessary and runs its first steps, over an unshaped link unless it adapts to the link."""
     rate = ready.network.rate
     if mode.adapts and mode.name in ready.crews:
         ready.end(mode)
@@ -105,7 +106,7 @@ def warm_up(ready: Fleet, mode: Mode) -> None:
 
 
 def note(text: str) -> None:
-    """Progress, in one line that renews itself, where somebody looks."""
+    """Shows the progress in one line of a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{text}")
 
@@ -134,10 +135,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--links", type=lambda text: text.split(","), default=["100mbit", "1gbit", UNSHAPED], help=links
     )
-    parser.add_argument("--burst", default="512kb", help="what a shaped link lets pass at once after a pause")
+    parser.add_argument("--burst", default="512kb", help="bytes that a shaped link passes at once after a pause")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each mode over each link")
-    parser.add_argument("--seconds", type=float, default=2.0, help="about how long a turn takes")
-    parser.add_argument("--steps", type=int, default=2, help="the least in a turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="approximate duration of a turn")
+    parser.add_argument("--steps", type=int, default=2, help="minimal steps of a turn")
     parser.add_argument("--cycle-time", type=float, default=1.0, help="HOROVOD_CYCLE_TIME in ms, of all Horovod modes")
     return parser.parse_args()
 

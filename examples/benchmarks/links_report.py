@@ -1,4 +1,4 @@
-"""What links.py measured, as a table in Markdown and as a picture."""
+"""Shows the results of links.py as a Markdown table and a figure."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from models import BATCHES
 from modes import ALONE, DDP_POWERSGD, HOROVOD, MODES
 
 REFERENCES = (HOROVOD, DDP_POWERSGD, ALONE)
-# by family; within one the markers differ. Okabe-Ito: told apart with any kind of colour blindness
+# by family; markers differ within a family. The Okabe-Ito palette suits all kinds of colour blindness
 COLOURS = {"alone": "#8C8C8C", "horovod": "#000000", "ddp": "#E69F00", "ours": "#0072B2", "auto": "#D55E00"}
 MARKERS = "osD^vPX*"
 
 
 def rows(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each mode its medians, and those of its ratios to the references' turns of the same round."""
+    """Returns for each mode its medians, and the medians of its ratios to the references' turns of the same round."""
     by_mode: dict[str, dict[int, dict[str, Any]]] = {}
     for turn in turns:
         by_mode.setdefault(turn["mode"], {})[turn["round"]] = turn
@@ -35,7 +35,7 @@ def rows(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(part: dict[str, Any]) -> str:
-    """One model on so many hosts over one link."""
+    """Formats the results of a model for one number of hosts and one link."""
     title = f"**{part['model']}**, batch {BATCHES[part['model']]}, {part['hosts']} hosts, {part['link']}"
     cells = [["mode", "ms a step", *(f"of {name}" for name in REFERENCES), "MB left a host per step", "turns"]]
     for row in rows(part["turns"]):
@@ -49,7 +49,7 @@ def table(part: dict[str, Any]) -> str:
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A table that is legible as it stands; the first row is the head."""
+    """Formats an aligned Markdown table whose first row is the header."""
     first, *others = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [[row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))] for row in cells]
     lines.insert(1, ["-" * first, *("-" * (w - 1) + ":" for w in others)])
@@ -57,7 +57,7 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
 
 
 def draw(measured: Sequence[dict[str, Any]]) -> Figure:
-    """Step time by link, a column of panels for each model, a row for each number of hosts."""
+    """Plots the step time by link, with a column of panels per model and a row per number of hosts."""
     models = list(dict.fromkeys(part["model"] for part in measured))
     counts = list(dict.fromkeys(part["hosts"] for part in measured))
     links = list(dict.fromkeys(part["link"] for part in measured))

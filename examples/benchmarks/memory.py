@@ -1,4 +1,4 @@
-"""Memory beyond the model, its gradients and the optimizer: peak of a process against one under plain Horovod.
+"""Measures the additional memory of compression: the peak of a process compared with plain Horovod.
 
 python examples/benchmarks/memory.py [--model resnet18] [--steps 20] [--json PATH]
 """
@@ -16,7 +16,7 @@ from typing import Any
 from side_by_side import launch, parser
 
 PLAIN = "compression=None"
-MODES: dict[str, Callable[[Any], Any]] = {  # what each makes of the package
+MODES: dict[str, Callable[[Any], Any]] = {  # builds the compression from the package
     PLAIN: lambda package: None,
     "PowerSGD(4)": lambda package: package.PowerSGD(4),
     'Accordion(norm="sampled")': lambda package: package.Accordion(norm="sampled"),
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def work(model: str, mode: str, steps: int, out: Path) -> None:
-    """Trains, and writes down the peak of rank 0."""
+    """Trains and writes the peak memory of rank 0."""
     import torch
     from models import TASKS
 
@@ -85,7 +85,7 @@ def work(model: str, mode: str, steps: int, out: Path) -> None:
 
 
 def tensor_bytes(state: Any) -> int:
-    """Of all tensors in nested dicts."""
+    """Returns the bytes of all tensors in nested dicts."""
     if isinstance(state, dict):
         return sum(tensor_bytes(x) for x in state.values())
     return getattr(state, "nbytes", 0)

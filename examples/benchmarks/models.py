@@ -1,4 +1,4 @@
-"""Networks to measure with, each with random batches and a loss: step times don't ask what the data means."""
+"""Networks for step-time measurements, each with random batches and a loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model: each token sees those before it."""
+    """A language model: each token attends to the previous ones."""
 
     def __init__(self, vocabulary: int, width: int, layers: int, heads: int, length: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Transformer(nn.Module):
 
 
 class LSTM(nn.Module):
-    """The language model of Accordion's WikiText-2 runs: three layers of 650 units over an embedding as wide."""
+    """The language model of Accordion's WikiText-2 runs: three layers of 650 units and an embedding of the same width."""
 
     def __init__(self, vocabulary: int, width: int, layers: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def transformer() -> Task:
 
 
 def lstm() -> Task:
-    """23.2 M parameters; of WikiText-2's 33,000 words 10,000, or most of a step were the last layer's product."""
+    """23.2 M parameters. It has 10,000 of WikiText-2's 33,000 words, as otherwise the last layer dominates a step."""
     return Task(LSTM(vocabulary=10_000, width=650, layers=3), lambda: tokens(10_000, 4, 35), next_token_loss)
 
 

@@ -1,4 +1,4 @@
-"""The ways to train that are measured against each other. A mode's libraries are imported by its own processes alone."""
+"""The training modes that are compared. Only the processes of a mode import its libraries."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 @dataclass(frozen=True)
 class Mode:
     name: str
-    make: Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer]]  # the module to call, and its optimizer
-    horovod: bool = True  # started by mpirun; else by itself, with torch.distributed's variables
-    warmup: int = 3  # steps until it does what it always does
-    adapts: bool = False  # to the link: starts afresh for each
-    checkout: str = ""  # where the package is taken from, if not from where it is installed
+    make: Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer]]  # returns the module to call and its optimizer
+    horovod: bool = True  # started by mpirun, otherwise directly with torch.distributed's variables
+    warmup: int = 3  # steps before the steady state
+    adapts: bool = False  # to the link: restarted for each link
+    checkout: str = ""  # where the package is imported from, instead of its installation
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
@@ -42,7 +42,7 @@ def plain(compression: str) -> Callable[[nn.Module], Any]:
 
 
 def ours(spec: Callable[[Any], Any], **arguments: Any) -> Callable[[nn.Module], Any]:
-    """`spec` makes the compression from the package."""
+    """`spec` builds the compression from the package."""
 
     def make(net: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         import hvd_accordion
@@ -64,10 +64,10 @@ def ddp(hook: str = "") -> Callable[[nn.Module], Any]:
         # Horovod doesn't broadcast the statistics of batch normalisation before each step either
         wrapped = DistributedDataParallel(net, broadcast_buffers=False)
         if hook == "bf16":
-            # in a lambda, for under its own name DDP refuses it without a GPU; but gloo does add bf16
+            # as a lambda, because DDP refuses the hook by name without a GPU, although gloo can add bf16
             wrapped.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
         elif hook == "powerSGD":
-            # 2: the earliest start that it allows under error feedback
+            # 2: the earliest start allowed with error feedback
             state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
             wrapped.register_comm_hook(state, in_order(powerSGD_hook.powerSGD_hook))
         return wrapped, sgd(net)
@@ -76,14 +76,14 @@ def ddp(hook: str = "") -> Callable[[nn.Module], Any]:
 
 
 def in_order(hook: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A hook that is at one bucket at a time.
+    """Serialises a hook: it processes one bucket at a time.
 
     PowerSGD's starts its second and third allreduce in callbacks; over gloo those of two buckets may come in another
     order on another rank, and then the processes abort ("Received data size doesn't match expected size").
     """
     before = None
 
-    def one(state, bucket):  # DDP takes no annotations but its own classes
+    def one(state, bucket):  # DDP accepts only its own classes as annotations
         nonlocal before
         if before:
             before.wait()
@@ -93,7 +93,7 @@ def in_order(hook: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return one
 
 
-BEFORE = ", before"  # a mode's name ends so where another checkout's package runs it
+BEFORE = ", before"  # suffix of modes that run another checkout's package
 ALONE, HOROVOD, DDP_POWERSGD = "compute alone", "Horovod", "DDP powerSGD(4)"
 
 MODES = {
@@ -104,7 +104,7 @@ MODES = {
         Mode("Horovod fp16", plain("fp16")),
         Mode("DDP", ddp(), horovod=False),
         Mode("DDP bf16", ddp("bf16"), horovod=False),
-        Mode(DDP_POWERSGD, ddp("powerSGD"), horovod=False, warmup=4),  # of which two are dense
+        Mode(DDP_POWERSGD, ddp("powerSGD"), horovod=False, warmup=4),  # two of them are dense
         Mode("None", ours(lambda package: None)),
         Mode("PowerSGD(4)", ours(lambda package: package.PowerSGD(4))),
         Mode("Accordion()", ours(lambda package: package.Accordion(interval=1), steps_per_epoch=1000)),

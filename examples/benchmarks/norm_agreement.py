@@ -1,10 +1,10 @@
-"""Whether Accordion decides alike from a layer's sampled gradient norm and from its exact one, over real trainings.
+"""Tests on real trainings whether Accordion decides equally from sampled and from exact gradient norms.
 
 python examples/benchmarks/norm_agreement.py [--seeds 3] [--steps 400] [--windows 10 25 50] [--json PATH]
 
 Four networks learn (digits of MNIST and of scikit-learn, the text of Python's own help), with momentum and two drops of the
 learning rate. At the end of each window the norm of every layer's summed gradient is taken exactly and from samples of
-several sizes; `Accordion.observe` gets the exact ones and, each for itself, those of every sample. A pair is one layer at
+several sizes; `Accordion.observe` gets the exact norms and, separately, those of every sample size. A pair is one layer at
 one check. Writes a table in Markdown: the share of pairs with the same regime.
 """
 
@@ -40,12 +40,12 @@ Norms = dict[str, float]
 
 class Training(NamedTuple):
     network: nn.Module
-    batch: Callable[[torch.Generator, int], Batch]  # of about so many images
+    batch: Callable[[torch.Generator, int], Batch]  # about this many images
     lr: float
 
 
 class Check(NamedTuple):
-    """What the end of a window showed: the norms of all layers, exact and by size of the sample."""
+    """The norms of all layers at the end of a window, exact and by sample size."""
 
     lr: float
     exact: Norms
@@ -53,11 +53,11 @@ class Check(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One layer at one check: the decisions from the exact norm and from the sampled one."""
+    """One layer at one check: the decisions from the exact norm and from the sampled norm."""
 
     network: str
     window: int
-    larger: bool  # the layer than the sample
+    larger: bool  # whether the layer is larger than the sample
     critical: bool
     same: bool
     distance: float  # of the exact relative change from eta
@@ -92,7 +92,7 @@ def resnet() -> Training:
 
 @cache
 def text(vocabulary: int) -> torch.Tensor:
-    """Python's help as numbers of words: the most frequent ones, 0 for all others."""
+    """Python's help as word indices: the most frequent words, 0 for all others."""
     from pydoc_data.topics import topics
 
     words = re.findall(r"\w+|[^\w\s]", " ".join(topics[name] for name in sorted(topics)))
@@ -129,7 +129,7 @@ TRAININGS: dict[str, Callable[[], Training]] = {
 def record(
     make: Callable[[], Training], seed: int, steps: int, size: int, windows: list[int], sizes: list[int]
 ) -> dict[int, list[Check]]:
-    """The checks of one training, by length of the window."""
+    """Returns the checks of one training, by window length."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network, batch, lr = make()
@@ -177,7 +177,7 @@ def estimate(summed: torch.Tensor, entries: torch.Tensor) -> float:
 
 
 def decided(checks: list[Check], norms: Callable[[Check], Norms], eta: float) -> Iterator[tuple[str, str, float]]:
-    """Layer, regime and relative change, at each check from the first comparison on."""
+    """Yields layer, regime and relative change at each check from the first comparison on."""
     accordion = Accordion(eta=eta, unit="steps")
     for i, check in enumerate(checks):
         regimes = accordion.observe(norms(check), check.lr)
@@ -236,12 +236,10 @@ def markdown(rows: list[dict[str, object]], pairs: int, critical: float, eta: fl
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seeds", type=int, default=3, help="trainings of each network")
-    options.add_argument("--steps", type=int, default=400, help="of a training")
+    options.add_argument("--steps", type=int, default=400, help="steps of a training")
     options.add_argument("--batch-size", type=int, default=32, help="images; a quarter as many pieces of text")
     options.add_argument("--windows", type=int, nargs="+", default=[10, 25, 50], help="lengths of a window in steps")
-    options.add_argument(
-        "--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="of the sample: m"
-    )
+    options.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="sample sizes m")
     options.add_argument("--eta", type=float, nargs="+", default=[0.5], help="Accordion's threshold")
     options.add_argument("--json", type=Path, help="write the rows to this file too")
     args = options.parse_args()

@@ -1,8 +1,8 @@
-"""What of the exchange hides behind backward: one step's collectives, from Horovod's timeline, beside what the step did.
+"""Shows how the exchange overlaps with backward: one step's collectives, from Horovod's timeline, beside its computation.
 
 python examples/benchmarks/overlap.py [--model resnet18] [--compression "PowerSGD(4)"]
 
-Writes to build/bench/: overlap.png, and for chrome://tracing or Perfetto the traces that it is drawn from, timeline.json of
+Writes to build/bench/: overlap.png, and for chrome://tracing or Perfetto the traces of the figure, timeline.json of
 Horovod and profile.json of torch's profiler (rank 0).
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def work(model: str, compression: str) -> None:
-    """Trains until all is warm; then one step under both tracers."""
+    """Runs warm-up steps, then one step under both tracers."""
     import horovod.torch as hvd
     import torch
     from models import TASKS
@@ -83,7 +83,7 @@ def work(model: str, compression: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     hvd.barrier()
-    times = step()  # the profiler's own cost is not in this one
+    times = step()  # without the cost of the profiler
     hvd.stop_timeline()
     if hvd.rank() == 0:
         profile.export_chrome_trace(str(OUT / "profile.json"))
@@ -92,12 +92,12 @@ def work(model: str, compression: str) -> None:
 
 
 def collectives(text: str, begin: float, end: float) -> list[Span]:
-    """Those asked for between two times, in seconds since the epoch: from the request to the end, negotiation included."""
+    """Returns the collectives requested between two times (seconds since the epoch), negotiation included."""
     events = json.loads(text if text.rstrip().endswith("]") else text.rstrip().rstrip(",") + "]")
     zero, names = 0.0, {}
-    opened: dict[int, list[tuple[str, float]]] = {}  # of each tensor, the activities within each other
+    opened: dict[int, list[tuple[str, float]]] = {}  # nested activities of each tensor
     asked: dict[int, float] = {}
-    found: dict[str, tuple[float, float]] = {}  # a grouped collective has an event for each tensor
+    found: dict[str, tuple[float, float]] = {}  # a grouped collective has an event per tensor
     for event in events:
         tensor, at = event["pid"], zero + event.get("ts", 0) / 1e6
         if event["ph"] == "M":
@@ -116,7 +116,7 @@ def collectives(text: str, begin: float, end: float) -> list[Span]:
 
 
 def since(zero: float, spans: list[Any]) -> list[Span]:
-    """In ms since that time."""
+    """Converts to ms since that time."""
     return [(name, 1e3 * (begin - zero), 1e3 * (end - zero)) for name, begin, end in spans]
 
 
@@ -142,7 +142,7 @@ def draw(phases: list[Any], rounds: list[Span]) -> Any:
 
 
 def short(name: str) -> str:
-    """Group and round of a collective's name."""
+    """Returns group and round from the name of a collective."""
     return re.sub(r"_\d+of\d+$", "", name.split("hvd_accordion.")[-1]).split(".", 1)[-1]
 
 

@@ -1,9 +1,9 @@
-"""How exchanges scale: measured among a few hosts, and predicted for many.
+"""Measures how exchanges scale on a few hosts, and predicts many hosts.
 
 python examples/benchmarks/scaling.py [--ranks 2,4,8] [--links 100mbit,1gbit] [--compute-seconds 0.1] [--again]
 
-The hosts are network namespaces of this machine, so it needs root. Only exchanges are measured, with no training around
-them: many ranks on few cores would measure the cores. Writes scaling.md, scaling.json and scaling.png to build/bench/.
+The hosts are network namespaces of this machine, so it needs root. Only exchanges are measured, without training,
+because many ranks on few cores would measure the cores. Writes scaling.md, scaling.json and scaling.png to build/bench/.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "bench"
 FILE = OUT / "scaling.json"
 WORKER = Path(__file__).with_name("scaling_worker.py")
-PATIENCE = 600  # seconds for the ranks of one number over one link
+PATIENCE = 600  # seconds for one number of ranks over one link
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """First two ranks unshaped, for the compression's own time; then all numbers of ranks over all links."""
+    """Measures two ranks without limit, for the time of compression, then all numbers of ranks over all links."""
     found = []
     for count in args.ranks:
         with hosts(count) as network, tempfile.TemporaryDirectory(prefix="scaling-") as folder:
@@ -59,15 +59,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 found.append({"ranks": count, "link": link, "load": os.getloadavg()[0], **part})
                 FILE.write_text(
                     json.dumps({"measured": found}, indent=1) + "\n"
-                )  # an interrupted run leaves what it has
+                )  # an interrupted run keeps its results
                 print(f"{count} ranks, {link}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
 def shape(network: Network, link: str) -> None:
-    """With a burst of some 5 ms of the link, so that it saves up little while the ranks compress.
+    """Uses a burst of some 5 ms of the link, so that little accumulates while the ranks compress.
 
-    It is larger than a kernel's packet of 64 kB: smaller ones would be cut up, and their many headers counted.
+    It is larger than a kernel's packet of 64 kB: smaller ones would be split, and their headers counted.
     """
     if link != UNSHAPED:
         network.burst = f"{max(80 * 1024, int(nominal(link) * 0.005))}b"
@@ -75,7 +75,7 @@ def shape(network: Network, link: str) -> None:
 
 
 def ranks(network: Network, link: str, cycle_time: float, folder: Path) -> dict[str, Any]:
-    """One rank on each host."""
+    """Runs one rank on each host."""
     name = f"scaling-{len(network.addresses)}-{link}"
     file, log = folder / f"{name}.json", OUT / "logs" / f"{name}.log"
     command = [*mpirun(network, write_agent(network, folder)), sys.executable, str(WORKER), str(file)]
@@ -95,8 +95,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
     parser.add_argument("--links", type=lambda text: text.split(","), default=["100mbit", "1gbit"])
     parser.add_argument("--cycle-time", type=float, default=1.0, help="HOROVOD_CYCLE_TIME in ms")
-    parser.add_argument("--compute-seconds", type=float, help="of forward and backward; default: as measured here")
-    parser.add_argument("--latency", type=float, default=5e-5, help="assumed seconds a hop, for the prediction")
+    parser.add_argument("--compute-seconds", type=float, help="seconds of forward and backward; default: measured here")
+    parser.add_argument("--latency", type=float, default=5e-5, help="seconds per hop assumed for the prediction")
     parser.add_argument("--again", action="store_true", help="predict from the last run's measurements")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""What scaling.py measured, the link and compression fitted to it, predictions, tables in Markdown and a picture."""
+"""Results of scaling.py: fitted link and compression, predictions, Markdown tables and a figure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNTED = 100_000  # bytes from which the network's count must agree with the pr
 
 
 def nominal(link: str) -> float:
-    """Bytes a second of a rate as `tc` writes it; 0: unshaped."""
+    """Converts a rate as `tc` writes it to bytes per second; 0 means unshaped."""
     units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
     return 0.0 if link == UNSHAPED else float(link[:-4]) * units[link[-4:]] / 8
 
@@ -37,7 +37,7 @@ def resnet18_layers() -> list[assignment.Layer]:
 
 
 def groups(layers: Sequence[assignment.Layer], spec: CompressionSpec, n: int) -> list[assignment.Group]:
-    """As the engines of the frameworks group them."""
+    """Groups layers like the engines of the frameworks."""
     specs = {layer.name: assignment.level(layer, spec, 0, n) for layer in layers}
     return assignment.grouped([layers[::-1]], specs, (), assignment.BUCKET_BYTES)
 
@@ -51,7 +51,7 @@ def samples(part: dict[str, Any]) -> list[Sample]:
 
 
 def gammas(part: dict[str, Any], link: Link, layers: Sequence[assignment.Layer]) -> dict[CompressionSpec, float]:
-    """Seconds a value: what an unshaped exchange took beyond its rounds."""
+    """Returns seconds per value: the time of an unshaped exchange beyond its collectives."""
     values, found = sum(layer.numel for layer in layers), {}
     for row, spec in zip(part["exchanges"], SPECS, strict=True):
         rounds = sum(wire_seconds(groups(layers, spec, part["ranks"]), part["ranks"], link))
@@ -94,7 +94,7 @@ def analysis(measured: Sequence[dict[str, Any]], compute: float | None, latency:
 
 
 def wire(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bytes that left a host over those predicted, of what is larger than `COUNTED`."""
+    """Returns sent bytes relative to the prediction, for exchanges of more than `COUNTED` bytes."""
     rows = [{"what": row["kind"], "ratio": row["wire"] / row["sent"], **row} for row in part["collectives"]]
     rows += [{"what": row["spec"], "ratio": row["wire"] / row["predicted"], **row} for row in part["exchanges"]]
     return [
@@ -115,7 +115,7 @@ def collective_checks(part: dict[str, Any], link: Link) -> list[dict[str, Any]]:
 def exchange_checks(
     part: dict[str, Any], link: Link, gamma: Gamma, layers: Sequence[assignment.Layer], cores: int
 ) -> list[dict[str, Any]]:
-    """Nothing hides, and ranks that share cores compress the slower for it."""
+    """Predicts without overlap; ranks that share cores compress more slowly."""
     n, values, rows = part["ranks"], sum(layer.numel for layer in layers), []
     for row, spec in zip(part["exchanges"], SPECS, strict=True):
         compression = gamma[spec] * values * max(1.0, n / cores)
@@ -137,7 +137,7 @@ def steps(
     gamma = {
         **gamma,
         Dense(): 0.0,
-    }  # what dense exchanges cost by themselves, Horovod's thread does beside the training
+    }  # dense exchanges run in Horovod's thread, beside the training
     for spec in SPECS:
         for n in MANY:
             grouped = groups(layers, spec, n)
@@ -209,7 +209,7 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Above: exchanges, predicted and measured, a panel for each measured link. Below: predicted steps of many ranks."""
+    """Plots predicted and measured exchanges, a panel per link, and below the predicted steps of many ranks."""
     specs = [str(spec) for spec in SPECS]
     figure = Figure(figsize=(12, 8.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, hspace=0.04)
@@ -221,7 +221,7 @@ def draw(result: dict[str, Any]) -> Figure:
         for i, spec in enumerate(specs):
             mine = [row for row in rows if row["what"] == spec]
             axes.plot([r["ranks"] for r in mine], [r["predicted"] for r in mine], color=LINES[i])
-            beside = 1 + 0.03 * (i - len(specs) // 2)  # equal times must not hide each other
+            beside = 1 + 0.03 * (i - len(specs) // 2)  # equal times stay visible beside each other
             axes.plot([r["ranks"] * beside for r in mine], [r["measured"] for r in mine], **marker(i))
         finish(axes, link.replace("mbit", " Mbit/s").replace("gbit", " Gbit/s"), sorted({r["ranks"] for r in rows}))
     for axes, ((link,), rows) in zip(panels(lower, len(predicted)), predicted.items(), strict=True):

@@ -1,6 +1,6 @@
-"""One rank on one host for scaling.py: times collectives of Horovod, and whole exchanges without a training around them.
+"""One rank on one host for scaling.py: times Horovod's collectives and whole exchanges, without training.
 
-python scaling_worker.py FILE RATE, RATE in bytes a second (0: unshaped). Rank 0 writes what it found to FILE.
+python scaling_worker.py FILE RATE, RATE in bytes a second (0: unshaped). Rank 0 writes the results to FILE.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll, sent
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 8_000_000)
 REPEATS = 5
-PATIENCE = 3.0  # seconds: what takes longer by its bytes alone is left out (collectives) or done less often (exchanges)
+PATIENCE = 3.0  # seconds; collectives that take longer by their bytes are skipped, exchanges are repeated less often
 
 
 def main(path: str, rate: str) -> None:
@@ -48,7 +48,7 @@ def collectives(rate: float) -> list[dict[str, Any]]:
             least = sent(kind, payload.nbytes, n) / rate if rate else 0.0
             if least > PATIENCE:
                 continue
-            many = max(1, min(20, round(0.1 / (least + 2e-3))))  # back to back, so that no link has time to save up
+            many = max(1, min(20, round(0.1 / (least + 2e-3))))  # back to back, so that the links accumulate no burst
             run = carrier(kind, payload)
             times, wire = timed(lambda run=run, many=many: [run() for _ in range(many)], REPEATS)
             seconds, bytes_ = [t / many for t in times], wire / many
@@ -58,7 +58,7 @@ def collectives(rate: float) -> list[dict[str, Any]]:
 
 
 def carrier(kind: type, payload: torch.Tensor) -> Callable[[], None]:
-    """Carries the payload once; waits as the package's own driver does."""
+    """Sends the payload once and waits like the package's driver."""
     name = f"{kind.__name__}.{payload.nbytes}"
     values = payload.view(torch.float32)
     splits = torch.full((hvd.size(),), payload.nbytes // hvd.size(), dtype=torch.int32)
@@ -78,7 +78,7 @@ def carrier(kind: type, payload: torch.Tensor) -> Callable[[], None]:
 
 
 def exchange(spec: CompressionSpec, rate: float) -> dict[str, Any]:
-    """Of the gradients of a ResNet-18, set by hand: no forward, no backward, no hooks."""
+    """Exchanges given gradients of a ResNet-18, without forward, backward or hooks."""
     params = dict(resnet18().network.named_parameters())
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(params.values(), lr=0.0), params.items(), compression=spec)
     gradients = [torch.randn_like(p) for p in params.values()]
@@ -98,7 +98,7 @@ def exchange(spec: CompressionSpec, rate: float) -> dict[str, Any]:
 
 
 def compute() -> float:
-    """Seconds of forward and backward, without any exchange."""
+    """Returns the seconds of forward and backward, without exchange."""
     task = resnet18()
 
     def step() -> None:
@@ -109,9 +109,9 @@ def compute() -> float:
 
 
 def timed(run: Callable[[], Any], repeats: int, prepare: Callable[[], Any] = lambda: None) -> tuple[list[float], float]:
-    """Seconds of each repeat on the slowest rank, and the bytes that left a host in one, mean over hosts and repeats."""
+    """Returns the seconds of each repeat on the slowest rank, and the mean bytes that left a host per repeat."""
     times, wire = [], 0
-    for i in range(repeats + 1):  # the first is for warming up
+    for i in range(repeats + 1):  # the first is a warm-up
         prepare()
         hvd.barrier()
         before, begin = sent_bytes(), time.perf_counter()

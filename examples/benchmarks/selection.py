@@ -1,8 +1,8 @@
-"""Time to find the largest 1 % of 11 M values (a ResNet-18's gradient) on one CPU thread: torch's, ours, numpy's.
+"""Times the selection of the largest 1 % of 11 M values (a ResNet-18's gradient) on one CPU thread: torch, ours, numpy.
 
     python examples/benchmarks/selection.py --json build/selection.json
 
-Repeats are interleaved, so that a noisy machine is noisy for all; the ratios of the medians are what counts.
+Repeats are interleaved, so that noise affects all alike. Compare the ratios of the medians.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def candidates(x: torch.Tensor, k: int) -> dict[str, Callable[[], object]]:
 
 
 def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, run in turn."""
+    """Returns the median milliseconds of each, run in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    return {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}  # the first is a warm-up
 
 
 def main() -> None:

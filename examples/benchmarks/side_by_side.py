@@ -1,4 +1,4 @@
-"""Modes of training measured against each other in one run: they take turns, so that a slow spell hits all alike."""
+"""Compares training modes in one run. They run in turns, so that noise affects all alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANKS = 2
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
+    """Returns a parser with the options of all benchmarks."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=15, help="turns of each mode")
     made.add_argument("--json", type=Path, help="write the rows to this file too")
@@ -24,7 +24,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def launch(script: str, *arguments: str) -> int:
-    """The script again, with these arguments or its own, under horovodrun: one thread a rank, one cycle time for all."""
+    """Starts the script again under horovodrun, with one thread per rank and the same cycle time for all."""
     same = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
     env = {**same, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", **os.environ}
     horovodrun = Path(sys.executable).parent / "horovodrun"
@@ -33,7 +33,7 @@ def launch(script: str, *arguments: str) -> int:
 
 
 def take_turns(modes: Sequence[str], turn: Callable[[str], float], rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of each mode in each round; every round begins with another mode."""
+    """Returns the seconds per step of each mode in each round. Every round begins with another mode."""
     for name in modes:
         turn(name)  # warm-up
     times: dict[str, list[float]] = {name: [] for name in modes}
@@ -44,13 +44,13 @@ def take_turns(modes: Sequence[str], turn: Callable[[str], float], rounds: int) 
 
 
 def order(modes: Sequence[str], i: int) -> list[str]:
-    """Of the turns in round i: every round begins with another mode."""
+    """Returns the order of the turns in round i. Every round begins with another mode."""
     first = i % len(modes)
     return [*modes[first:], *modes[:first]]
 
 
 def report(title: str, times: dict[str, list[float]], file: Path | None) -> None:
-    """The median step of each mode, and the median of its ratios to the first mode's turn of the same round."""
+    """Returns each mode's median step time, and the median of its ratios to the first mode's turn of the same round."""
     first = next(iter(times))
     rows = []
     for name, mine in times.items():

@@ -1,4 +1,4 @@
-"""Seconds until the demo's network is as accurate as dense training makes it, over a slow link.
+"""Measures the seconds until the demo's network reaches the accuracy of dense training over a slow link.
 
 python examples/benchmarks/time_to_accuracy.py [--seeds 1,2,42] [--link 100mbit] [--hosts 2] [--epochs 15]
 
@@ -83,7 +83,7 @@ def train(network: Network, name: str, seed: int, args: argparse.Namespace) -> C
 
 
 def reached(curve: Curve, accuracy: float) -> float | None:
-    """Seconds until the end of the first epoch with this accuracy."""
+    """Returns the seconds until the end of the first epoch with this accuracy."""
     return next((seconds for seconds, there in curve if there >= accuracy), None)
 
 
@@ -98,7 +98,7 @@ def table(curves: dict[int, dict[str, Curve]]) -> str:
 
 
 def speed_ups(curves: dict[int, dict[str, Curve]]) -> str:
-    """Medians over the seeds, of an even number the lower; a seed that never got there counts as a speed-up of 0."""
+    """Returns (lower) medians over the seeds. A seed that misses the accuracy has a speed-up of 0."""
     found: dict[str, Any] = {}
     for name in list(RUNS)[1:]:
         pairs = [times(runs, name) for runs in curves.values()]
@@ -108,7 +108,7 @@ def speed_ups(curves: dict[int, dict[str, Curve]]) -> str:
 
 
 def times(runs: dict[str, Curve], name: str) -> tuple[float | None, float]:
-    """Seconds of the run, and of dense training, to what dense training had at its end."""
+    """Returns the seconds of the run and of dense training until the final accuracy of dense training."""
     target = runs[DENSE][-1][1]
     dense = reached(runs[DENSE], target)
     assert dense is not None

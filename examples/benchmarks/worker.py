@@ -1,4 +1,4 @@
-"""One rank of one mode: trains as many steps as it is told, and tells how long a step took and what left its host.
+"""One rank of one mode: runs the requested number of steps and returns the time per step and the bytes sent by its host.
 
 python worker.py SOCKET MODEL MODE; started by fleet.py.
 """
@@ -18,7 +18,7 @@ from modes import BEFORE, MODES, Mode
 
 
 def main(path: str, model: str, name: str) -> None:
-    with Client(path, family="AF_UNIX") as controller:  # a path is the same in every network namespace
+    with Client(path, family="AF_UNIX") as controller:  # paths are shared by all network namespaces
         try:
             step = training(model, MODES[name.removesuffix(BEFORE)])
         except Exception as error:
@@ -34,7 +34,7 @@ def main(path: str, model: str, name: str) -> None:
 
 
 def training(model: str, mode: Mode) -> Callable[[], None]:
-    """One step of it."""
+    """Returns a function that runs one step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if mode.horovod:
@@ -54,7 +54,7 @@ def training(model: str, mode: Mode) -> Callable[[], None]:
 
 
 def sent_bytes() -> int:
-    """What left this host so far, headers included."""
+    """Returns the bytes that left this host so far, with headers."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         device, _, counts = line.partition(":")
         if device.strip() == "eth0":

@@ -1,1 +1,1 @@
-"""Parts of eclk_logistic_regression.py: problems, their minima, methods with their settings, runs, pictures."""
+"""Parts of eclk_logistic_regression.py: problems, minima, methods and their settings, runs, figures."""

@@ -1,9 +1,9 @@
-"""What ECLK does to a deep network, which its theory knows nothing of: the demo's network on MNIST, against SGD.
+"""Compares ECLK with SGD on a deep network, the demo's on MNIST, which its theory does not cover.
 
 horovodrun -np 2 python examples/eclk/deep_network.py [--epochs 5] [--lr 0.02]
 
-All send 1 % of each layer's gradient (TopK). ECLK and EC-LSVRG take two gradients a step, and one of all data whenever w
-moves. Prints a table in Markdown: test accuracy, mean training loss, gradients of a sample taken, MB sent a rank.
+All send 1 % of each layer's gradient (TopK). ECLK and EC-LSVRG compute two gradients per step, and a full gradient whenever
+w moves. Prints a table in Markdown: test accuracy, mean training loss, gradients of a sample taken, MB sent a rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH, SPEC = 32, TopK(0.01)
 
 
 class Training:
-    """One method from the same start on the same samples."""
+    """Trains by one method. All methods have the same start and samples."""
 
     def __init__(self, seed: int) -> None:
         train, test = datasets()
@@ -35,7 +35,7 @@ class Training:
         self.net = Net()
         hvd.broadcast_parameters(self.net.state_dict(), root_rank=0)
         self.order = torch.Generator().manual_seed(seed + hvd.rank())
-        self.passes = 0  # examples that went through the network
+        self.passes = 0  # examples processed by the network
 
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         self.passes += len(rows)
@@ -44,7 +44,7 @@ class Training:
         return loss.detach()
 
     def full(self) -> torch.Tensor:
-        """In parts, whose gradients add up to the mean over all rows."""
+        """Computes the loss in parts whose gradients sum to that of the mean over all rows."""
         total = torch.zeros(())
         for rows in torch.arange(len(self.images)).split(250):
             self.passes += len(rows)
@@ -66,7 +66,7 @@ class Training:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=0.02, help="of all; ECLK's is eta / L1")
+    parser.add_argument("--lr", type=float, default=0.02, help="rate of all methods; eta / L1 of ECLK")
     parser.add_argument("--p", type=float, default=0.02, help="probability that w moves")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()

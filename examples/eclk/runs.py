@@ -1,4 +1,4 @@
-"""A method on a problem from the start to the tolerance: on simulated nodes, or whatever else makes rounds."""
+"""Runs a method on a problem until the tolerance, on simulated nodes or real ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eclk.problems import Problem, Vectors, breast_cancer, mnist, multinomial
 from hvd_accordion.optim import factories
 from hvd_accordion.optim.simulated import Simulated
 
-LOOK = 10  # rounds from one evaluation of P to the next
+CHECK_INTERVAL = 10  # rounds between evaluations of P
 PROBLEMS = {
     "breast": functools.partial(breast_cancer, ridge=1e-3),
     "breast-l1": functools.partial(breast_cancer, ridge=1e-3, l1=5e-3, name="breast cancer, L1+L2"),
@@ -29,13 +29,13 @@ CAPS = {
     "mnist": 6_000,
     "mnist-l1": 6_000,
     "multinomial": 3_000,
-}  # rounds at most
+}  # maximal rounds
 TOLERANCES = dict.fromkeys(PROBLEMS, 1e-10) | {"multinomial": 1e-6}
 
 
 @functools.cache
 def prepared(name: str, nodes: int, ridge: float | None = None) -> tuple[Problem, float]:
-    """The problem and its minimum."""
+    """Returns the problem and its minimum."""
     problem = PROBLEMS[name](nodes, **({} if ridge is None else {"ridge": ridge}))
     return problem, minimum(problem)[0]
 
@@ -73,7 +73,7 @@ class InOneProcess:
 
 @dataclass
 class Outcome:
-    """What came of a run. `points`: (round, kilobits that a node sent so far, P - P*) at each look."""
+    """The result of a run. `points` holds (round, kilobits that a node has sent, P - P*) at each check."""
 
     data: str
     method: str
@@ -95,7 +95,7 @@ class Outcome:
 def follow(
     entry: Entry, problem: Problem, best: float, cluster: Cluster, tolerance: float, cap: int, seed: int
 ) -> Outcome:
-    """Rounds until P - P* <= tolerance, `cap` of them at most; looked at every ten rounds, seconds without the looking."""
+    """Runs until P - P* <= tolerance, at most `cap` rounds. P is evaluated every ten rounds, outside the measured time."""
     shift = entry.shift if entry.method != "EF21" else "-"
     found = Outcome(
         problem.name,
@@ -108,13 +108,13 @@ def follow(
     counted = on(entry, Counted)(problem.start(), size=problem.nodes, **arguments(entry, problem, seed))
     first = found.suboptimality = problem.value(problem.start()) - best
     found.points.append((0, 0.0, first))
-    while found.rounds < cap and not found.reached and found.suboptimality <= 100 * first:  # NaN ends it too
+    while found.rounds < cap and not found.reached and found.suboptimality <= 100 * first:  # NaN also ends it
         begin = time.perf_counter()
         cluster.round()
         found.seconds += time.perf_counter() - begin
         found.kilobits += counted.bits(found.rounds) / 1000
         found.rounds += 1
-        if found.rounds % LOOK == 0 or found.rounds == cap:
+        if found.rounds % CHECK_INTERVAL == 0 or found.rounds == cap:
             found.suboptimality = problem.value(cluster.solution()) - best
             found.points.append((found.rounds, found.kilobits, found.suboptimality))
             found.reached = found.suboptimality <= tolerance
@@ -131,11 +131,11 @@ def simulate(
 def tune(
     entry: Entry, name: str, nodes: int, tolerance: float, cap: int, seed: int = 0, ridge: float | None = None
 ) -> Outcome:
-    """The one of the entry's grid that takes the fewest rounds, then kilobits; where none comes there, the nearest."""
+    """Returns the setting of the entry's grid with the fewest rounds, then kilobits; if none converges, the closest."""
     best: Outcome | None = None
     for settings in entry.grid:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # much of a grid diverges
+            warnings.simplefilter("ignore", RuntimeWarning)  # many settings of a grid diverge
             found = simulate(entry.tuned(settings), name, nodes, tolerance, cap, seed, ridge)
         if best is None or rank(found) < rank(best):
             best = found

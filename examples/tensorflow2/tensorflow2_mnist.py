@@ -1,10 +1,10 @@
-"""Trains a small convolutional network on 5,000 MNIST digits in a loop of its own, with compressed gradients.
+"""Trains a small convolutional network on 5,000 MNIST digits in a custom loop, with compressed gradients.
 
 horovodrun -np 2 python examples/tensorflow2/tensorflow2_mnist.py --compression accordion-powersgd
 
-This is Horovod's examples/tensorflow2/tensorflow2_mnist.py but for one import and a GradientExchange, which the tapes
+This is Horovod's examples/tensorflow2/tensorflow2_mnist.py except for one import and a GradientExchange, which the tapes
 share. The last line of rank 0 on stdout is a JSON object: accuracy, sent_bytes and dense_bytes (of each rank), seconds
-(of training alone, the making of the graph included), epochs, ranks, critical_fraction.
+(of training, with tracing of the graph), epochs, ranks, critical_fraction.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import hvd_accordion.tensorflow as hvd
 from hvd_accordion import QSGD, Accordion, MLflowLogger, PowerSGD, TopK
 
-# much compression, little compression
+# relaxed (strong compression), critical (weak compression)
 LEVELS = {
     "topk": {"relaxed": TopK(0.01), "critical": TopK(0.1)},
     "qsgd": {"relaxed": QSGD(levels=1), "critical": QSGD(levels=7)},
@@ -41,12 +41,14 @@ def positive(text):
 
 parser = argparse.ArgumentParser(description="MNIST by TensorFlow on Horovod with compressed gradients")
 parser.add_argument("--compression", choices=CHOICES, default="accordion-powersgd")
-parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
+parser.add_argument(
+    "--level", choices=["relaxed", "critical"], default="relaxed", help="level of topk, qsgd and powersgd"
+)
 parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
-parser.add_argument("--interval", type=positive, default=1, help="Accordion: epochs from check to check")
+parser.add_argument("--interval", type=positive, default=1, help="Accordion: epochs between checks")
 parser.add_argument("--epochs", type=positive, default=15, help="after two thirds of them the learning rate drops x0.1")
-parser.add_argument("--batch-size", type=positive, default=32, help="of each rank")
-parser.add_argument("--lr", type=float, default=0.01, help="for one rank; times the number of ranks")
+parser.add_argument("--batch-size", type=positive, default=32, help="batch size of each rank")
+parser.add_argument("--lr", type=float, default=0.01, help="rate for one rank; multiplied by the number of ranks")
 parser.add_argument("--momentum", type=float, default=0.9)
 parser.add_argument("--seed", type=int, default=42)
 parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
@@ -91,14 +93,14 @@ def datasets():
 
 
 def batches(images, labels, batch_size, seed):
-    """This rank's share, in another order every epoch. All ranks have equally many, or one would wait for the others."""
+    """Returns this rank's share, in another order every epoch. All ranks need equally many batches."""
     order = tf.data.Dataset.range(len(labels)).shuffle(len(labels), seed=seed)
     share = order.take(len(labels) // hvd.size() * hvd.size()).shard(hvd.size(), hvd.rank())
     return share.batch(batch_size).map(lambda i: (tf.gather(images, i), tf.gather(labels, i)))
 
 
 def test_accuracy(model, images, labels):
-    """Share of the test images of all ranks that the model gets right."""
+    """Returns the accuracy on the test images of all ranks."""
     correct = np.sum(np.argmax(model(images), axis=1) == labels)
     # Horovod: add up over the ranks.
     correct, count = hvd.allreduce(tf.constant([correct, len(labels)]), op=hvd.Sum, name="test_accuracy").numpy()
@@ -110,7 +112,7 @@ def main(args):
     hvd.init()
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
     tf.config.threading.set_inter_op_parallelism_threads(args.threads)
-    # the same on all ranks, as the shuffling takes its seed from it too; only dropout shall differ
+    # equal on all ranks, because shuffling uses this seed too; only dropout differs
     keras.utils.set_random_seed(args.seed)
     first = hvd.rank() == 0
 
@@ -139,7 +141,7 @@ def main(args):
         settings = {name: str(value) for name, value in vars(args).items()}
         logger = MLflowLogger(args.mlflow_uri, "tensorflow2_mnist", args.run_name or args.compression, settings)
 
-    # hvd_accordion: choose the compression; what it remembers lasts longer than a tape.
+    # hvd_accordion: choose the compression; its state outlives a tape.
     exchange = hvd.GradientExchange(
         compression_of(args),
         steps_per_epoch=len(train_set),
@@ -197,7 +199,7 @@ def main(args):
         "ranks": hvd.size(),
         "critical_fraction": exchange.stats.critical_fraction,
     }
-    # in one write: horovodrun puts a tag before each
+    # one write, because horovodrun tags each write
     sys.stdout.write(json.dumps(result) + "\n")
     sys.stdout.flush()
 

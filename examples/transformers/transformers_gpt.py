@@ -2,7 +2,7 @@
 
 horovodrun -np 2 python examples/transformers/transformers_gpt.py --compression accordion
 
-Nothing is downloaded. The last line of rank 0 on stdout is a JSON object: eval_loss (nats a byte), sent_bytes and
+Nothing is downloaded. The last line of rank 0 on stdout is a JSON object: eval_loss (nats per byte), sent_bytes and
 dense_bytes (of each rank), updates, seconds, ranks.
 """
 
@@ -28,20 +28,20 @@ COMPRESSION = {
 parser = argparse.ArgumentParser(description="A small GPT-2 with compressed gradients")
 parser.add_argument("--compression", choices=COMPRESSION, default="accordion")
 parser.add_argument("--epochs", type=float, default=3)
-parser.add_argument("--examples", type=int, help="to train on, of at most 3,200; the default is all")
-parser.add_argument("--batch-size", type=int, default=8, help="of each rank")
-parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of an update")
+parser.add_argument("--examples", type=int, help="training examples, at most 3,200; default: all")
+parser.add_argument("--batch-size", type=int, default=8, help="batch size of each rank")
+parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
 parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--length", type=int, default=128, help="bytes of an example")
 parser.add_argument("--width", type=int, default=128)
 parser.add_argument("--layers", type=int, default=4)
 parser.add_argument("--seed", type=int, default=42)
-parser.add_argument("--output", help="folder of checkpoints, one an epoch; the default is none")
-parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --output")
+parser.add_argument("--output", help="folder for a checkpoint per epoch; default: none")
+parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --output")
 
 
 def examples(length):
-    """The documentation in pieces: those to train on, and every tenth to evaluate on."""
+    """Returns the documentation in pieces for training, and every tenth for evaluation."""
     text = "\n".join(pydoc_data.topics.topics.values()).encode()
     pieces = [list(text[i : i + length]) for i in range(0, len(text) - length, length)]
     rows = [{"input_ids": piece, "labels": piece} for piece in pieces]
