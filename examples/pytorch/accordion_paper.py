@@ -1,18 +1,21 @@
-"""The experiments of the Accordion paper: the relaxed level alone, the critical one alone, and Accordion, seed by seed.
+"""Runs the experiments of the Accordion paper: the relaxed level, the critical level and Accordion, for several seeds.
 
 python examples/pytorch/accordion_paper.py --scale smoke        # digits and Python's help on two ranks, minutes
 python examples/pytorch/accordion_paper.py --scale full --data FOLDER --np 4 --hosts a:1,b:1,c:1,d:1
 
-Each training runs under horovodrun. Results, logs and checkpoints go to build/paper/SCALE/, and so do table.md,
-results.json and curves.png. The same command again goes on where the last one was cut off: it skips what is complete, and a
-training goes on from its last epoch (one checkpoint per rank and epoch, on a disk that all hosts share or that stays with
-its rank). At full scale the table stands beside the figures of the authors' logs; each training takes 300 epochs (the
-LSTM 90) and, for the authors' rates, four ranks.
+Each training runs under horovodrun. Results, logs, checkpoints, table.md, results.json and curves.png are written to
+build/paper/SCALE/. The same command resumes an interrupted run: it skips complete trainings, and continues a training from
+its last epoch. That needs one checkpoint per rank and epoch, on a disk that all hosts share or that stays with its rank. At
+full scale the table includes the figures of the authors' logs. Each training takes 300 epochs (the LSTM 90) and, for the
+authors' rates, four ranks.
 
-Differences from the authors' code: residuals survive a change of level, and TopK has them; what it sums it averages; the LSTM
-is clipped after the exchange, not before it, and its words are the files' own in lower case; perplexity is that of the mean
-over words, not a mean over batches, which is about 1 % more; the batch-size runs take 0.1 as the rate of a batch of 512,
-which the authors' logs do not tell, and may shrink the batch again where the rate drops.
+Differences from the authors' code:
+
+* Residuals survive a change of level, and TopK has residuals. Gradients are averaged, not summed.
+* The LSTM is clipped after the exchange, not before it. Its words are those of the files in lower case.
+* Perplexity is computed from the mean over words. A mean over batches would be about 1 % higher.
+* Batch-size runs use the rate 0.1 for a batch of 512, which the authors' logs leave open. The batch may shrink again when
+  the rate drops.
 """
 
 from __future__ import annotations
@@ -32,25 +35,30 @@ import launching  # noqa: E402
 from accordion_paper import experiments, launch, picture, table, tasks  # noqa: E402
 from accordion_paper.experiments import Run  # noqa: E402
 
-LIMITS = {"full": None, "smoke": 300.0, "tiny": 100.0}  # seconds that one training may take
+LIMITS = {"full": None, "smoke": 300.0, "tiny": 100.0}  # time limit of a training in seconds
 METRICS = ("value", "floats", "sent_bytes", "dense_bytes", "seconds", "critical_fraction")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--scale", choices=experiments.SCALES, default="smoke", help="the paper's, minutes, or seconds")
-parser.add_argument("--list", action="store_true", help="only name the trainings, and which are done")
-parser.add_argument("--only", metavar="GLOB", default="*", help="of names, which are EXPERIMENT/MODE/SEED")
-parser.add_argument("--seeds", type=int, nargs="+", default=[], help="by default 1 2 3; at scale tiny 1")
-parser.add_argument("--data", type=Path, metavar="PATH", help="the folder with CIFAR and WikiText-2, for --scale full")
-parser.add_argument("--np", type=int, help="ranks: by default 4 at full scale, else 2")
-parser.add_argument("--hosts", help="where they run, as horovodrun's -H")
 parser.add_argument(
-    "--epochs", type=int, help="instead of each schedule's own; milestones and intervals keep their shares"
+    "--scale",
+    choices=experiments.SCALES,
+    default="smoke",
+    help="scale of the experiments: the paper's, minutes or seconds",
 )
-parser.add_argument("--dense", action="store_true", help="train without compression too")
-parser.add_argument("--out", type=Path, help="the folder of results: by default build/paper/SCALE")
-parser.add_argument("--timeout", type=float, help="seconds for one training; by default 300, at full scale any")
+parser.add_argument("--list", action="store_true", help="only list the trainings and their state")
+parser.add_argument("--only", metavar="GLOB", default="*", help="select trainings by name, EXPERIMENT/MODE/SEED")
+parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: 1 2 3; at scale tiny 1")
+parser.add_argument("--data", type=Path, metavar="PATH", help="the folder with CIFAR and WikiText-2, for --scale full")
+parser.add_argument("--np", type=int, help="number of ranks; default: 4 at full scale, otherwise 2")
+parser.add_argument("--hosts", help="hosts of the ranks, like horovodrun's -H")
+parser.add_argument("--epochs", type=int, help="epochs of each schedule; milestones and intervals are scaled")
+parser.add_argument("--dense", action="store_true", help="also train without compression")
+parser.add_argument("--out", type=Path, help="folder of the results; default: build/paper/SCALE")
+parser.add_argument(
+    "--timeout", type=float, help="time limit of a training in seconds; default: 300, none at full scale"
+)
 parser.add_argument("--mlflow-uri", help="log to this MLflow server or database, such as sqlite:///mlflow.db")
-parser.add_argument("--train", metavar="NAME", help=argparse.SUPPRESS)  # what horovodrun starts on each rank
+parser.add_argument("--train", metavar="NAME", help=argparse.SUPPRESS)  # set by the command that horovodrun starts
 
 
 def main(args: argparse.Namespace) -> None:
@@ -87,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(args: argparse.Namespace, run: Run, out: Path) -> list[str]:
-    """What a rank runs: this file, with the arguments that say which training."""
+    """Returns the command of a rank: this file, with arguments that select the training."""
     words = [str(Path(__file__).resolve()), "--scale", args.scale, "--out", str(out), "--train", run.name]
     for name in ("data", "epochs", "mlflow_uri"):
         value = getattr(args, name)
@@ -97,7 +105,7 @@ def command(args: argparse.Namespace, run: Run, out: Path) -> list[str]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """On each rank: the one training."""
+    """Runs the selected training on each rank."""
     from accordion_paper.training import train
 
     seed = int(args.train.rsplit("/", 1)[1])
@@ -106,7 +114,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def report(results: Mapping[Run, Mapping[str, Any]], out: Path) -> None:
-    """Writes the table, the picture and all numbers, as far as there are any."""
+    """Writes table, figure and numbers of the results so far."""
     shown = list({run.experiment.name: run.experiment for run in results}.values())
     (out / "table.md").write_text(table.markdown(table.cells(results), shown) + "\n", encoding="utf-8")
     everything = {run.name: {key: result[key] for key in METRICS} for run, result in results.items()}
@@ -115,7 +123,7 @@ def report(results: Mapping[Run, Mapping[str, Any]], out: Path) -> None:
 
 
 def mlflow_experiment(uri: str) -> str:
-    """MLflow's experiment of all runs, made here before two processes might."""
+    """Creates MLflow's experiment before several processes would do so at once."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -124,7 +132,7 @@ def mlflow_experiment(uri: str) -> str:
 
 
 def log(uri: str, results: Mapping[Run, Mapping[str, Any]], out: Path) -> None:
-    """One MLflow run that holds what came of all trainings; each training has logged one of its own."""
+    """Logs the results of all trainings as one MLflow run. Each training has logged its own run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)

@@ -1,1 +1,1 @@
-"""The parts of examples/pytorch/accordion_paper.py: what is trained, on which data, and what is made of it."""
+"""Parts of examples/pytorch/accordion_paper.py: experiments, data, models, training and reports."""

@@ -1,7 +1,7 @@
-"""What is trained: the rows of the Accordion paper's tables, and the same made small.
+"""The experiments: the rows of the Accordion paper's tables, at full scale and smaller.
 
 Models, levels and figures are those of the authors' logs (Agarwal et al., MLSys 2021, arXiv 2010.16248); schedules are those
-of the code that they published. Numbers and strings only.
+of their published code. The module holds only numbers and strings.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Recipe:
     """A schedule. The rate grows over `warmup` epochs from `lr` to `lr * scale`, and drops tenfold at each milestone."""
 
     epochs: int
-    milestones: tuple[int, ...]  # epochs, counted from 0, that begin with a drop
+    milestones: tuple[int, ...]  # epochs, counted from 0, at whose start the rate drops
     warmup: int  # epochs
-    interval: int  # of Accordion, epochs
-    batch: int  # of a rank: images, or streams of text
+    interval: int  # Accordion's interval, epochs
+    batch: int  # batch of a rank: images, or streams of text
     lr: float
     momentum: float = 0.9
     nesterov: bool = False
@@ -34,13 +34,13 @@ class Recipe:
     clip: float = 0.0  # largest norm of the averaged gradient; 0: none
 
     def rate(self, epoch: int, scale: float = 1.0) -> float:
-        """lr (1 + (scale - 1) min(epoch / warmup, 1)) / 10^(milestones that are over)."""
+        """lr (1 + (scale - 1) min(epoch / warmup, 1)) / 10^(number of milestones passed)."""
         grown = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
         drops = sum(epoch >= milestone for milestone in self.milestones)
         return self.lr * (1 + (scale - 1) * grown) / 10**drops
 
     def shortened(self, epochs: int) -> Recipe:
-        """The same in `epochs` epochs: milestones, warm-up and interval keep their share, rounded, and at least one epoch."""
+        """Scales the schedule to `epochs` epochs: milestones, warm-up and interval are rounded, at least one epoch."""
         share = validation.integer("epochs", epochs, 1) / self.epochs
         return replace(
             self,
@@ -53,10 +53,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table: three trainings, with the relaxed level only, the critical one only, and Accordion.
+    """One row of the table: trainings with the relaxed level, the critical level, and Accordion.
 
-    Levels are ranks (family "powersgd"), ratios ("topk") or global batch sizes ("batch"). `reference` is what the authors'
-    logs end with, by mode: accuracy in per cent, or perplexity; `floats` the millions that they say were sent.
+    Levels are ranks (family "powersgd"), ratios ("topk") or global batch sizes ("batch"). `reference` has the final
+    results of the authors' logs by mode: accuracy in per cent, or perplexity. `floats` has the millions of floats sent.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Experiment:
     relaxed: float
     critical: float
     recipe: Recipe
-    options: dict[str, Any] = field(default_factory=dict, hash=False)  # of the model and the data
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # options of model and data
     reference: dict[str, float] = field(default_factory=dict, hash=False)
     floats: dict[str, float] = field(default_factory=dict, hash=False)
 
@@ -76,11 +76,11 @@ class Experiment:
 
     @property
     def factor(self) -> int:
-        """How many small batches make a large one; 1 where the batch does not change."""
+        """Small batches per large batch; 1 if the batch does not change."""
         return int(self.relaxed // self.critical) if self.family == "batch" else 1
 
     def level(self, mode: str) -> CompressionSpec:
-        """What a mode other than Accordion compresses with."""
+        """Returns the level of a mode other than Accordion."""
         if mode == "dense" or self.family == "batch":
             return Dense()
         value = self.relaxed if mode == "relaxed" else self.critical
@@ -117,33 +117,33 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Examples of a rank at each call of step()."""
+        """Examples of a rank per call of step()."""
         recipe, large = self.experiment.recipe, self.experiment.family == "batch" and self.mode == "relaxed"
         return recipe.batch * (self.experiment.factor if large else 1)
 
     def scale(self, ranks: int) -> float:
-        """How much the rate grows in the warm-up: with the ranks, as the authors', or with the batch.
+        """Growth of the rate in the warm-up: with the ranks, like the authors', or with the batch.
 
-        Under Accordion over the batch size, `AccordionBatchSize` does it.
+        With Accordion over the batch size, `AccordionBatchSize` scales the rate.
         """
         if self.experiment.family != "batch":
             return float(ranks)
         return float(self.experiment.factor) if self.mode == "relaxed" else 1.0
 
     def settings(self, ranks: int) -> dict[str, Any]:
-        """All that its result depends on, as JSON has it: a result with other settings is another training's."""
+        """All settings that the result depends on, as in its JSON."""
         row = {key: value for key, value in asdict(self.experiment).items() if key not in ("reference", "floats")}
         row["recipe"]["milestones"] = list(self.experiment.recipe.milestones)
         return {"experiment": row, "mode": self.mode, "seed": self.seed, "ranks": ranks}
 
 
 CNN = Recipe(300, (150, 250), warmup=5, interval=10, batch=128, lr=0.1, weight_decay=1e-4)
-# their momentum adds g + m where torch's nesterov adds g + 0.9 m, and they clip before they compress, we after
+# the authors' momentum adds g + m, torch's nesterov g + 0.9 m; they clip before compression, this code after it
 LSTM = Recipe(90, (60, 80), warmup=5, interval=5, batch=128, lr=2.5, nesterov=True, clip=0.4)
 
 
 def _row(name: str, levels: tuple[float, float], reference: tuple[float, ...], **more: Any) -> Experiment:
-    """A row at full scale: `name` is data-model-family, `reference` goes by MODES, then the floats of the first two."""
+    """A row at full scale. `name` is data-model-family; `reference` has results by MODES, then two numbers of floats."""
     data, model, family = name.split("-")
     row = Experiment(name, data, model, family, *levels, more.pop("recipe", CNN), **more)
     known = dict(zip(MODES, reference[:3], strict=True))
@@ -165,8 +165,8 @@ FULL = (
     _row("cifar100-resnet18-batch", (4096, 512), (69.94, 74.06, 74.38)),
 )
 
-# The paper's in small: a tenth of the epochs (the LSTM: a fifth), an eighth of the width, an eighth of the batch at an eighth
-# of the rate: that makes about as many steps an epoch (125 and 118) as theirs. Residuals count in steps, windows in epochs.
+# Smaller versions of the paper's: a tenth of the epochs (the LSTM: a fifth), an eighth of the width, batch and rate. An
+# epoch has about as many steps (125 and 118) as theirs, because residuals depend on steps and windows on epochs.
 _SMALL_BATCH = replace(CNN.shortened(30), batch=32, lr=0.1 * 64 / 512)
 # The demo's network loses accuracy with the relaxed level alone, as VGG-19bn does in the paper.
 _SMALL_VGG = Recipe(24, (12, 20), warmup=1, interval=2, batch=32, lr=0.025, weight_decay=1e-4)
@@ -196,9 +196,9 @@ RANKS = {"full": 4, "smoke": 2, "tiny": 2}
 def runs(
     scale: str, seeds: tuple[int, ...] = (), only: str = "*", epochs: int | None = None, dense: bool = False
 ) -> list[Run]:
-    """The trainings of a scale, whose names ("experiment/mode/seed") match the glob `only`.
+    """Returns the trainings of a scale whose names ("experiment/mode/seed") match the glob `only`.
 
-    `epochs` shortens (or lengthens) every schedule in proportion; `dense` adds uncompressed training where there is any.
+    `epochs` scales every schedule; `dense` adds uncompressed training if the experiment has it.
     """
     table = TABLES[validation.choice("scale", scale, SCALES)]
     if epochs is not None:

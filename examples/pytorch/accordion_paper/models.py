@@ -11,7 +11,7 @@ State = tuple[torch.Tensor, torch.Tensor]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016); with `squeeze`, channels are weighed before the sum."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016); with `squeeze`, channels are weighted before the sum."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, squeeze: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Excitation(nn.Module):
-    """Channels times weights in (0, 1) that depend on all their means (Hu et al. 2018, squeeze and excitation)."""
+    """Squeeze and excitation (Hu et al. 2018): multiplies channels by weights in (0, 1) that depend on all channel means."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Excitation(nn.Module):
 
 
 def resnet18(classes: int, width: int = 64, channels: int = 3, squeeze: bool = False) -> nn.Module:
-    """ResNet-18 as it is used on CIFAR: four stages of two blocks, of `width` to 8 `width` channels; 11.2 M parameters."""
+    """ResNet-18 for CIFAR: four stages of two blocks, of `width` to 8 `width` channels; 11.2 M parameters."""
     layers = [nn.Conv2d(channels, width, 3, 1, 1, bias=squeeze), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     inputs = width
     for stage in range(4):
@@ -92,7 +92,7 @@ def vgg8(classes: int, size: int = 28) -> nn.Module:
 
 
 class LSTM(nn.Module):
-    """A language model over words: the table of words in and out is one (Press, Wolf 2017). Shapes: (time, streams)."""
+    """A language model over words with shared input and output embeddings (Press, Wolf 2017). Shapes: (time, streams)."""
 
     def __init__(self, words: int, width: int = 650, layers: int = 3, dropout: float = 0.4) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class LSTM(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
-        """Scores of the next words, and the state to go on from; None begins anew."""
+        """Returns the scores of the next words and the next state. The state None starts a sequence."""
         out, state = self.body(self.drop(self.words(x)), state)
         return self.head(self.drop(out)), state
 

@@ -1,4 +1,4 @@
-"""The trainings drawn: result over what was sent, a panel for each experiment."""
+"""Plots the trainings: result over traffic, a panel per experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvd_accordion.tracking.figures import LINES
 
 
 def curves(results: Mapping[Run, Mapping[str, Any]], experiments: Sequence[Experiment]) -> Figure:
-    """A line for each training, by epoch, over the MB that one rank sent until then; a colour for each mode."""
+    """Draws a line per training, by epoch, over the MB that one rank has sent, with a colour per mode."""
     shown = [e for e in experiments if any(run.experiment.name == e.name for run in results)]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
@@ -29,7 +29,7 @@ def curves(results: Mapping[Run, Mapping[str, Any]], experiments: Sequence[Exper
                     sent = [epoch["sent_bytes"] / 1e6 for epoch in result["history"]]
                     values = [epoch["value"] for epoch in result["history"]]
                     axes.plot(sent, values, color=colour, linewidth=1.2, alpha=0.8, label=label)
-                    label = "_"  # one entry in the legend for all seeds
+                    label = "_"  # one legend entry for all seeds
         axes.set_xscale("log")
         if experiment.metric == "perplexity":
             axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""What came of the trainings: means and spreads over seeds, the paper's table, whether the goals are met."""
+"""Results of the trainings: means and spreads over seeds, the paper's table, and whether the goals are met."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from accordion_paper.experiments import Experiment, Run
 
 TITLES = {"relaxed": "relaxed only", "critical": "critical only", "accordion": "**Accordion**", "dense": "dense"}
 BATCHES = {"relaxed": "large only", "critical": "small only", "accordion": "**Accordion**"}
-GOALS = {"powersgd": 1.5, "topk": 1.5, "batch": 3.0}  # times less sent than at the critical level
+GOALS = {"powersgd": 1.5, "topk": 1.5, "batch": 3.0}  # minimal reduction of traffic relative to the critical level
 
 
 class Cell(NamedTuple):
-    """One experiment in one mode: means over seeds, `spread` is the standard deviation (NaN of one seed)."""
+    """One experiment in one mode: means over seeds. `spread` is the standard deviation, NaN for one seed."""
 
     seeds: int
     value: float
@@ -27,11 +27,11 @@ class Cell(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Accordion against the critical level alone, each NaN-safe: what is unknown is not met."""
+    """Accordion compared with the critical level. Unknown (NaN) values count as not met."""
 
-    less: float  # times less bytes
+    less: float  # reduction of bytes
     sends_less: bool
-    behind: float  # how much worse the mean is, in the metric's own units; negative: better
+    behind: float  # how much worse the mean is, in units of the metric; negative if better
     holds: bool
 
 
@@ -56,7 +56,7 @@ def cell(results: Sequence[Mapping[str, Any]]) -> Cell:
 
 
 def verdict(experiment: Experiment, accordion: Cell, critical: Cell) -> Verdict:
-    """Whether Accordion is not worse by more than its own spread, and sends so many times less as is asked of it."""
+    """Whether Accordion is worse by at most its own spread, and reduces the traffic by the goal."""
     worse = accordion.value - critical.value
     behind = worse if experiment.metric == "perplexity" else -worse
     less = critical.sent_bytes / accordion.sent_bytes if accordion.sent_bytes else math.nan
@@ -64,7 +64,7 @@ def verdict(experiment: Experiment, accordion: Cell, critical: Cell) -> Verdict:
 
 
 def markdown(found: Cells, experiments: Sequence[Experiment]) -> str:
-    """The table, in Markdown, and a line for each experiment on what it shows."""
+    """Formats the Markdown table and a summary line per experiment."""
     head = [
         "data, model",
         "levels",
@@ -118,14 +118,14 @@ def measured(experiment: Experiment, cell: Cell) -> str:
 
 
 def number(value: float | None) -> str:
-    """In at least three digits; nothing for what is not known."""
+    """Formats with at least three digits; empty if unknown."""
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.{2 if abs(value) < 10 else 1}f}"
 
 
 def sentence(experiment: Experiment, found: Cells) -> str:
-    """One line of Markdown; empty as long as one of the two trainings is missing."""
+    """Formats one line of Markdown; empty while one of the two trainings is missing."""
     accordion, critical = (found.get((experiment.name, mode)) for mode in ("accordion", "critical"))
     if accordion is None or critical is None:
         return ""

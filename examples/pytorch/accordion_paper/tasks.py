@@ -1,4 +1,4 @@
-"""A training without its optimizer: the network, the losses of an epoch on this rank, and the score on the test data."""
+"""Tasks: a network, the losses of an epoch on this rank, and the score on the test data."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from accordion_paper.experiments import Run
 from hvd_accordion.utils.seeds import stable_hash
 
 TEST_BATCH = 500  # images
-DIGITS = ("examples", "size", "shift")  # options of the data
+DIGITS = ("examples", "size", "shift")  # options of the digits
 
 
 class Task(Protocol):
     network: nn.Module
-    steps: int  # losses in an epoch, the same on all ranks
+    steps: int  # losses per epoch, equal on all ranks
 
     def losses(self, epoch: int) -> Iterator[torch.Tensor]:
-        """One loss a step, made when it is asked for."""
+        """Yields one loss per step."""
 
     def score(self) -> tuple[float, int]:
-        """What this rank adds to the sum over the test data (of right answers, or of log-likelihoods), and the count."""
+        """Returns this rank's sum over the test data (of correct answers, or of log-likelihoods), and the count."""
 
 
 class Classify:
-    """Images in batches that are shuffled anew each epoch, the same on all ranks, each of which takes its share."""
+    """Images in batches, shuffled each epoch equally on all ranks. Each rank takes its share."""
 
     def __init__(self, run: Run, data: images.Images, rank: int, size: int, device: torch.device) -> None:
         options = {key: value for key, value in run.experiment.options.items() if key not in ("examples", "shift")}
@@ -64,7 +64,7 @@ class Classify:
 
 
 class Predict:
-    """Text in streams, of which each rank has its own; the state goes on from one window to the next."""
+    """Text in streams, different on each rank. The state is carried from window to window."""
 
     def __init__(self, run: Run, data: text.Text, rank: int, size: int, device: torch.device) -> None:
         options = {key: value for key, value in run.experiment.options.items() if key not in ("vocabulary", "examples")}
@@ -95,9 +95,9 @@ class Predict:
 
 
 def require_data(run: Run, path: Path | None) -> None:
-    """FileNotFoundError, which says what it looked for, where the run's data is not below `path`."""
+    """Raises FileNotFoundError, naming what is missing, if the run's data is not below `path`."""
     name = run.experiment.data
-    if name in ("digits", "topics"):  # they come with packages
+    if name in ("digits", "topics"):  # data of installed packages
         return
     if path is None:
         raise FileNotFoundError(f"{name} needs --data PATH, the folder that holds its files")
@@ -108,7 +108,7 @@ def require_data(run: Run, path: Path | None) -> None:
 
 
 def task(run: Run, path: Path | None, rank: int, size: int, device: torch.device) -> Task:
-    """The task of a run. FileNotFoundError where its data is not below `path`, ValueError where that is something else."""
+    """Returns the task of a run. Raises FileNotFoundError if its data is not below `path`, ValueError if it is invalid."""
     require_data(run, path)
     options, name = run.experiment.options, run.experiment.data
     if name == "digits":

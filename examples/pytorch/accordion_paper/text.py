@@ -1,4 +1,4 @@
-"""Text to predict, word by word: WikiText-2 from its files, and the help that CPython ships."""
+"""Text data for word prediction: WikiText-2 from its files, and CPython's help texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 NAMES = (("wiki.train.tokens", "wiki.valid.tokens"), ("train.txt", "valid.txt"))
 UNKNOWN, END = "<unk>", "<eos>"
-LENGTH = 30  # words that the gradient goes back through, as in the authors' code
+LENGTH = 30  # words of truncated backpropagation, as in the authors' code
 
 
 class Text(NamedTuple):
-    """Numbers of words, to train on and to test with, and how many different ones there are."""
+    """Word indices for training and testing, and the size of the vocabulary."""
 
     train: torch.Tensor
     test: torch.Tensor
@@ -30,7 +30,7 @@ def wikitext2(path: Path) -> Text:
 
 
 def located(path: Path) -> list[Path]:
-    """The two files, in `path` or in wikitext-2/ there. FileNotFoundError that says what is missing."""
+    """Returns the two files in `path` or its subfolder wikitext-2. Raises FileNotFoundError that names what is missing."""
     for folder in (path, path / "wikitext-2"):
         for names in NAMES:
             files = [folder / name for name in names]
@@ -50,7 +50,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def topics(vocabulary: int, examples: int | None = None) -> Text:
-    """Python's help: every tenth topic to test with, of the others the first `examples` words, or all, to train on."""
+    """Python's help: every tenth topic for testing, and the first `examples` words of the others, or all, for training."""
     from pydoc_data.topics import topics as texts
 
     names = sorted(texts)
@@ -60,7 +60,7 @@ def topics(vocabulary: int, examples: int | None = None) -> Text:
 
 
 def numbered(train: Sequence[str], test: Sequence[str], vocabulary: int | None = None) -> Text:
-    """Words as numbers: 0 is unknown, then the training text's by frequency, at most `vocabulary` in all."""
+    """Converts words to indices: 0 for unknown words, then the training text's by frequency, at most `vocabulary`."""
     frequent = [word for word, _ in Counter(train).most_common() if word != UNKNOWN]
     numbers = {word: i for i, word in enumerate([UNKNOWN, *frequent][:vocabulary])}
     parts = [torch.tensor([numbers.get(word, 0) for word in words]) for words in (train, test)]
@@ -68,7 +68,7 @@ def numbered(train: Sequence[str], test: Sequence[str], vocabulary: int | None =
 
 
 def streams(text: torch.Tensor, count: int, first: int, last: int) -> torch.Tensor:
-    """The text cut into `count` pieces of one length, side by side as columns (time, streams); columns first to last."""
+    """Divides the text into `count` pieces of equal length, as columns of a (time, streams) matrix."""
     length = len(text) // count
     if length < 2:
         raise ValueError(f"a text of {len(text)} words is too short for {count} streams of at least 2")
@@ -76,7 +76,7 @@ def streams(text: torch.Tensor, count: int, first: int, last: int) -> torch.Tens
 
 
 def windows(columns: torch.Tensor, length: int = LENGTH) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Words and those that follow them, `length` at a time, in order."""
+    """Yields words and the words that follow them, `length` at a time."""
     for start in range(0, len(columns) - 1, length):
         end = min(start + length, len(columns) - 1)
         yield columns[start:end], columns[start + 1 : end + 1]

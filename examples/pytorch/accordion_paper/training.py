@@ -1,4 +1,4 @@
-"""One training on Horovod's ranks, resumable: a checkpoint of each rank after every epoch, a JSON of rank 0 at the end."""
+"""One resumable training on Horovod ranks: each rank saves a checkpoint after every epoch, rank 0 a JSON at the end."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hvd_accordion.utils.seeds import stable_hash
 def train(
     run: Run, out: Path, data: Path | None = None, uri: str | None = None, progress: bool = False
 ) -> dict[str, Any]:
-    """Trains, or goes on from the last epoch of which all ranks have a checkpoint; writes OUT/STEM.json and returns it.
+    """Trains, or resumes from the last epoch of which all ranks have a checkpoint. Writes OUT/STEM.json and returns it.
 
     Args:
-        out: the folder of results; checkpoints are kept in a folder of the run's own there until it is complete.
-        data: holds the files of CIFAR or WikiText-2.
-        uri: of an MLflow server or database that rank 0 logs to.
+        out: folder of the results. Checkpoints stay in a subfolder until the run is complete.
+        data: folder with the files of CIFAR or WikiText-2.
+        uri: MLflow server or database to which rank 0 logs.
     """
     hvd.init()
     if torch.cuda.is_available():
@@ -69,7 +69,7 @@ def train(
                 "seconds": seconds,
                 "sent_bytes": optimizer.stats.sent_bytes,
                 "dense_bytes": optimizer.stats.dense_bytes,
-                # batches, but for a large one that was under way when the rate dropped
+                # batches, except a large one that was in progress when the rate dropped
                 "small": 2 * (optimizer.stats.updates - updates) > work.steps,
             }
         )
@@ -86,16 +86,16 @@ def train(
     result = summary(run, settings, record, optimizer.stats)
     if first:
         write(out / f"{run.stem}.json", result)
-    hvd.barrier()  # none may drop its checkpoints before the result is there
+    hvd.barrier()  # checkpoints are removed only after the result is written
     for file in folder.glob(f"{hvd.rank()}-*.pt"):
         file.unlink()
-    with contextlib.suppress(OSError):  # the last rank finds it empty
+    with contextlib.suppress(OSError):  # only the last rank finds it empty
         folder.rmdir()
     return result
 
 
 def optimizer_of(run: Run, work: Task, logger: MLflowLogger | None) -> Any:
-    """SGD with the run's compression, all ranks at the same start."""
+    """Returns SGD with the run's compression. All ranks start equally."""
     experiment, recipe = run.experiment, run.experiment.recipe
     optimizer = torch.optim.SGD(
         work.network.parameters(),
@@ -125,7 +125,7 @@ def optimizer_of(run: Run, work: Task, logger: MLflowLogger | None) -> Any:
 
 
 def train_epoch(run: Run, work: Task, optimizer: Any, epoch: int, bar: Any) -> float:
-    """One epoch; returns the floats that it sent by the paper's count."""
+    """Trains one epoch and returns the floats sent, by the paper's measure."""
     clip, sent = run.experiment.recipe.clip, 0.0
     each = floats_now(run, optimizer)
     for step, loss in enumerate(work.losses(epoch)):
@@ -140,14 +140,14 @@ def train_epoch(run: Run, work: Task, optimizer: Any, epoch: int, bar: Any) -> f
         else:
             optimizer.step()
         sent += each * (optimizer.stats.updates - updates)
-        if step == 0:  # a drop of the rate is seen after its first step
+        if step == 0:  # a drop of the rate shows after its first step
             each = floats_now(run, optimizer)
         bar.update()
     return sent
 
 
 def floats_now(run: Run, optimizer: Any) -> int:
-    """Floats of a step at the levels of now. A layer that no level makes smaller counts as critical."""
+    """Returns the floats of a step at the current levels. A layer that no level makes smaller counts as critical."""
     policy = run.experiment.compression(run.mode)
     layers = []
     for row in optimizer.compression_report():
@@ -159,7 +159,7 @@ def floats_now(run: Run, optimizer: Any) -> int:
 
 
 def score(run: Run, work: Task) -> float:
-    """Accuracy in per cent or perplexity, over the test data of all ranks; running statistics are averaged before."""
+    """Returns accuracy in per cent or perplexity on the test data of all ranks. Averages running statistics first."""
     buffers = [x for x in work.network.buffers() if x.is_floating_point()]
     if buffers:
         hvd.grouped_allreduce_(buffers, op=hvd.Average, name="buffers")
@@ -170,7 +170,7 @@ def score(run: Run, work: Task) -> float:
 
 
 def summary(run: Run, settings: dict[str, Any], record: dict[str, Any], stats: Stats) -> dict[str, Any]:
-    """The run's JSON. `critical_fraction` is Accordion's: of layers and steps, or of epochs in small batches."""
+    """Returns the run's JSON. `critical_fraction` is that of layers and steps, or of epochs in small batches."""
     history = record["history"]
     batches = sum(epoch["small"] for epoch in history) / len(history)
     return {
@@ -186,7 +186,7 @@ def summary(run: Run, settings: dict[str, Any], record: dict[str, Any], stats: S
     }
 
 
-# files: each is complete under its name, or not there
+# files: written completely or not at all
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def save(
     folder: Path, settings: dict[str, Any], epoch: int, record: dict[str, Any], network: torch.nn.Module, optimizer: Any
 ) -> None:
-    """This rank's checkpoint after `epoch` epochs; the one before stays, for a rank that did not come so far."""
+    """Saves this rank's checkpoint after `epoch` epochs. The previous one is kept for ranks that did not get so far."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hvd.rank()}-{epoch}.pt"
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
@@ -211,7 +211,7 @@ def save(
 def resume(
     folder: Path, settings: dict[str, Any], network: torch.nn.Module, optimizer: Any
 ) -> tuple[int, dict[str, Any]]:
-    """Takes up the last epoch of which every rank has a checkpoint of these settings; the epochs done, and their record."""
+    """Restores the last epoch that every rank has saved with these settings. Returns the epochs done and their record."""
     found = {}
     for path in folder.glob(f"{hvd.rank()}-*.pt"):
         state = torch.load(path, map_location="cpu", weights_only=True)
