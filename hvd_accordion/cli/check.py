@@ -20,7 +20,8 @@ MEASURE = "to measure the link: horovodrun -np 2 -H host1:1,host2:1 python -m hv
 
 def main(parameters: int, backward: float, framework: str | None, hosts: str) -> int:
     """Prints the findings and returns 1 if something is broken, otherwise 0."""
-    _, rank, size, *_ = launched(os.environ)
+    process = launched(os.environ)
+    rank, size = process.rank, process.size
     failed = False
 
     def show(title: str, findings: Sequence[Finding]) -> None:

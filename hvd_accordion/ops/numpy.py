@@ -27,7 +27,7 @@ def add(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def taken_back(y: Array, x: Array) -> Array:
+def undo_add(y: Array, x: Array) -> Array:
     del x  # `add` does not modify its arguments
     return y
 

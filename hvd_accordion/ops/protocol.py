@@ -25,7 +25,7 @@ class Ops(Protocol):
     def add(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
         """Returns each x + y. May reuse the memory of y, unless x holds NaN or Inf. The xs stay unchanged."""
 
-    def taken_back(self, y: Tensor, x: Tensor) -> Tensor:
+    def undo_add(self, y: Tensor, x: Tensor) -> Tensor:
         """Returns y as it was before `add([x], [y])`, up to rounding."""
 
     def accumulate(

@@ -26,7 +26,7 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def taken_back(y: Tensor, x: Tensor) -> Tensor:
+def undo_add(y: Tensor, x: Tensor) -> Tensor:
     del x  # `add` does not modify its arguments
     return y
 

@@ -49,7 +49,7 @@ def _has_finite_sum(x: Tensor) -> bool:
     return math.isfinite(x.sum().item())
 
 
-def taken_back(y: Tensor, x: Tensor) -> Tensor:
+def undo_add(y: Tensor, x: Tensor) -> Tensor:
     """Returns y as it was before `add([x], [y])`, up to rounding."""
     (x,) = upcast([x])
     return y - x if is_on_cpu(y) and _has_finite_sum(x) else y

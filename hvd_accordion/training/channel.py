@@ -72,7 +72,7 @@ class Channel:
 
     def unsent(self) -> dict[str, Tensor]:
         """The residuals, without the gradients of exchanges under way."""
-        before = {name: self.ops.taken_back(self.residual[name], grad) for name, grad in self.added.items()}
+        before = {name: self.ops.undo_add(self.residual[name], grad) for name, grad in self.added.items()}
         return {**self.residual, **before}
 
     def abandon(self) -> None:

@@ -116,7 +116,7 @@ def test_add_reuses_memory_unless_the_sum_is_not_finite(bad):
     assert (value.data_ptr() == y.data_ptr()) is (bad is None)
     if bad is not None:
         np.testing.assert_array_equal(y, was)
-    np.testing.assert_allclose(torch_ops.taken_back(y, x), was, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(torch_ops.undo_add(y, x), was, rtol=0, atol=1e-6)
 
 
 @floats
@@ -616,7 +616,7 @@ def in_a_graph(function):
 CALLS = {
     "upcast": ([numbers(3, 4).astype(np.float16), numbers(5)],),
     "add": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]),
-    "taken_back": (numbers(3, 4), numbers(3, 4)),
+    "undo_add": (numbers(3, 4), numbers(3, 4)),
     "accumulate": ([numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)], 2.0, np.array(True)),
     "cleared": (numbers(3, 4),),
     "zeros_like": ([numbers(3, 4), numbers(5)],),

@@ -62,7 +62,7 @@ class Exchanging(Planned):
 
     def unsent(self) -> dict[str, torch.Tensor]:
         """The residuals, without gradients whose exchanges have not come to their end."""
-        back = {name: ops.taken_back(self.residual[name], grad) for name, grad in self.fed.items()}
+        back = {name: ops.undo_add(self.residual[name], grad) for name, grad in self.fed.items()}
         return {**self.residual, **back}
 
     def _exchange(self) -> float:
