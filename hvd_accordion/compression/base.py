@@ -43,7 +43,7 @@ class Context:
     size: int
 
     def key(self, *parts: object) -> Any:
-        """Returns the seed derived from (seed, *parts, step)."""
+        """Returns the seed derived from `(seed, *parts, step)`."""
         return seeds.at(seeds.stable_hash(self.seed, *parts), self.step)
 
 

@@ -47,7 +47,7 @@ def reduce(tensor: torch.Tensor, op: Any) -> torch.Tensor:
 
 
 def stack(tensor: torch.Tensor, differentiable: bool) -> torch.Tensor:
-    """Stacks the ranks' tensors of equal shape to one of shape (size, *shape)."""
+    """Stacks the ranks' tensors of equal shape to one of shape `(size, *shape)`."""
     if hvd.size() == 1:
         return tensor
     return Stack.apply(tensor) if differentiable else torch.stack(gather(tensor))
