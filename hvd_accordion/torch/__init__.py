@@ -15,6 +15,7 @@ from hvd_accordion.torch import elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer
 from hvd_accordion.torch.exchange.state import broadcast_optimizer_state
 from hvd_accordion.torch.exchange.uneven import join
+from hvd_accordion.torch.gradient_exchange import GradientExchange
 from hvd_accordion.torch.optim.error_compensated import (
     ECLK,
     ECLSVRG,
@@ -32,6 +33,7 @@ __all__ += [
     "EF21",
     "LSVRG",
     "DistributedOptimizer",
+    "GradientExchange",
     "LKatyusha",
     "broadcast_optimizer_state",
     "elastic",

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import horovod.torch as hvd
 import torch
+
+from hvd_accordion.comm.transport import Transport
+from hvd_accordion.torch.exchange.agreement import broadcast_object
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,22 @@ class Place:
     device: str  # type alone: which one is the rank's own affair
 
 
-def broadcast_tree(tree: Any, root_rank: int, name: str, process_set: hvd.ProcessSet) -> Any:
-    """`tree` as `root_rank` has it: dicts, lists, tuples and, in them, tensors and whatever else can be pickled.
+def broadcast_tree(tree: Any, root: int, name: str, transport: Transport) -> Any:
+    """`tree` as the rank of number `root` has it: dicts, lists, tuples, in them tensors, and all that can be pickled.
 
     The tensors travel as they are, not pickled; the root gets its own back.
     """
-    if process_set.size() == 1:
+    if transport.size == 1:
         return tree
     tensors: list[torch.Tensor] = []
-    places = hvd.broadcast_object(_without(tree, tensors), root_rank, f"{name}.tree", process_set)
-    if hvd.rank() != root_rank:
+    places = broadcast_object(_without(tree, tensors), root, f"{name}.tree", transport)
+    if transport.rank != root:
         tensors = []
         tree = _filled(places, tensors)
-    sent = [x.detach().contiguous().reshape(-1).view(torch.uint8) for x in tensors]  # any dtype goes as bytes
-    handles = [hvd.broadcast_async_(x, root_rank, f"{name}.{i}", process_set) for i, x in enumerate(sent)]
+    flat = [x.detach().contiguous().reshape(-1).view(torch.uint8) for x in tensors]  # any dtype goes as bytes
+    handles = [transport.broadcast(x, root, f"{name}.{i}") for i, x in enumerate(flat)]
     for handle in handles:
-        hvd.synchronize(handle)
+        transport.wait(handle)  # into the new tensors: they are contiguous
     return tree
 
 

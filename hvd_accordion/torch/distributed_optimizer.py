@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import horovod.torch as hvd
 import torch
-from horovod.torch.compression import Compressor, NoneCompressor
 
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
 from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.torch import transport
 from hvd_accordion.torch.compressed import compressed
 from hvd_accordion.torch.configuration import check_groups, described, layer_of, named
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.exchange.plain import plain
-from hvd_accordion.torch.horovod_takeover import take_over
+from hvd_accordion.torch.horovod_takeover import Compressor, NoneCompressor, take_over
+from hvd_accordion.torch.transport import Average, ProcessSet, Sum, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.membership import Membership
@@ -42,12 +42,12 @@ def DistributedOptimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
     compression: Compression | type[Compressor] = None,
     backward_passes_per_step: int = 1,
-    op: Any = hvd.Average,
+    op: Any = Average,
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: int | list[list[torch.Tensor]] | None = None,
     sparse_as_dense: bool = False,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
     *,
     steps_per_epoch: int | None = None,
     logger: Logger | None = None,
@@ -112,7 +112,7 @@ def DistributedOptimizer(
     check_logger(logger)
     settings = Settings(
         op,
-        hvd.Average,
+        Average,
         process_set,
         backward_passes_per_step,
         gradient_predivide_factor,
@@ -125,7 +125,7 @@ def DistributedOptimizer(
         uneven_inputs,
     )
 
-    elastic.check_process_set(process_set, hvd.global_process_set)
+    elastic.check_process_set(process_set, global_process_set)
     pairs = None if named_parameters is None else list(named_parameters)  # kept: their identities stay theirs
     params = named(pairs, optimizer.param_groups)
     trainable = [layer_of(name, p) for name, p in params.items() if p.requires_grad]
@@ -135,11 +135,11 @@ def DistributedOptimizer(
     compression = translated(compression)
     policy = assign(None if horovods else compression, list(params))  # type: ignore[arg-type]
     if not horovods:
-        check_op(op, (hvd.Average, hvd.Sum), compression, batch_size)
+        check_op(op, (Average, Sum), compression, batch_size)
 
     its_policy, prefix = policy if not horovods else str(compression), Prefix(process_set)
     if process_set.included() and not elastic.active():
-        require_equal(described(params, its_policy, settings), str(prefix), process_set)
+        require_equal(described(params, its_policy, settings), str(prefix), transport.connect(process_set))
     size = process_set.size() if process_set.included() else 1
     controller = Controller(trainable, policy, size, steps_per_epoch, None, min_compress_numel, batch_size)
     its_name = type(optimizer).__name__

@@ -1,4 +1,4 @@
-"""Everything that is read of the inside of Horovod's DistributedOptimizer, which is none of its public interface."""
+"""Horovod's own optimizer: what this package uses of it, and what it reads of its inside, which is not public."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+from horovod.torch import DistributedOptimizer, broadcast_optimizer_state, join
+from horovod.torch import size as job_size
+from horovod.torch.compression import Compressor, NoneCompressor
+
+__all__ = [
+    "Compressor",
+    "DistributedOptimizer",
+    "NoneCompressor",
+    "broadcast_optimizer_state",
+    "in_flight",
+    "job_size",
+    "join",
+    "release",
+    "take_over",
+]
 
 
 def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:

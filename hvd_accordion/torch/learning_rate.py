@@ -26,7 +26,7 @@ def batch_rate(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]
     scaled: list[tuple[dict[str, Any], Any, float]] = []
 
     def scale() -> None:
-        factor, engine.lr_scale = engine.lr_scale, 1.0
+        factor, engine.participation.lr_scale = engine.participation.lr_scale, 1.0
         if factor != 1.0:
             for group in optimizer.param_groups:
                 if "lr" in group:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,6 @@ from hvd_accordion.compression.base import Memory
 from hvd_accordion.compression.feedback import ExchangeResult, exchange
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.policy.assignment import Group
-
-Places = Callable[[], Sequence[Tensor | None]]  # see `feedback.exchange`
 
 
 @dataclass
@@ -41,9 +39,12 @@ class Channel:
     added: dict[str, Tensor] = field(default_factory=dict)  # gradients under way that residuals may hold by now
 
     def exchange(
-        self, group: Group, gradients: Sequence[Tensor], step: Any, places: Places | None = None
+        self, group: Group, gradients: Sequence[Tensor], step: Any, places: Mapping[str, Tensor] | None = None
     ) -> Rounds[ExchangeResult]:
-        """The group's exchange at this step: takes residual and memory, puts back what the exchange leaves of them."""
+        """The group's exchange at this step: takes residual and memory, puts back what the exchange leaves of them.
+
+        places: layer name -> memory that its mean may take; read when the rounds are over. See `feedback.exchange`.
+        """
         names = [layer.name for layer in group.layers]
         residual = self._residual(names, gradients) if group.has_residual else None
         if residual is not None and group.spec.lossy:
@@ -51,7 +52,8 @@ class Channel:
         memory = [self.memory.get(name, {}) for name in names]
         seeds = tuple(map(self.seed_name, names))
         ctx = Context(seeds, group.layers[0].dtype, step, self.seed, self.rank, self.size)
-        result = yield from exchange(group.spec, self.ops, list(gradients), residual, memory, ctx, places)
+        into = None if places is None else lambda: [places.get(name) for name in names]
+        result = yield from exchange(group.spec, self.ops, list(gradients), residual, memory, ctx, into)
         for name in names:
             self.added.pop(name, None)
         self.memory.update(zip(names, result.memory, strict=True))

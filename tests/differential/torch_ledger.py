@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hvd_accordion.torch.exchange import exchanging
+from hvd_accordion.training import channel
 
 
 class Ledger:
@@ -48,9 +48,9 @@ class Ledger:
 
 def install(monkeypatch: Any, ledger_of_rank: Callable[[], Ledger]) -> None:
     """Makes every exchange of torch write into the ledger of the rank that runs it."""
-    exchange = exchanging.exchange
+    exchange = channel.exchange
 
     def recorded(*arguments: Any) -> Any:
         return ledger_of_rank().recorded(exchange, *arguments)
 
-    monkeypatch.setattr(exchanging, "exchange", recorded)
+    monkeypatch.setattr(channel, "exchange", recorded)

@@ -1,16 +1,18 @@
-"""Horovod's collectives for torch among threads of one process: a rank each, with errors in place of hangs."""
+"""Ranks as threads of one process, whose collectives match by name as Horovod's do: errors in place of hangs."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.torch as horovod
 import torch
 
+from hvd_accordion.torch import horovod_takeover, transport
 from hvd_accordion.torch.exchange import rivals
 
 SECONDS = 2.0  # after which a rank that waits for others counts as hanging
@@ -47,39 +49,168 @@ class ProcessSet(horovod.ProcessSet):
 class Collective:
     """One named collective: what each rank has given, and the answers once all have."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name = kind, name
         self.given: dict[int, Any] = {}
-        self.answers: dict[int, Any] = {}
+        self.answers: list[Any] | None = None
+        self.since: float | None = None  # when somebody first asked for an answer that was not there
+
+
+class Meeting:
+    """Where the ranks' collectives meet."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.alive, self.changed = size, set(range(size)), threading.Condition()
+        self._open: dict[tuple[str, int], Collective] = {}
+        self._count: dict[int, defaultdict[str, int]] = {r: defaultdict(int) for r in range(size)}
+
+    def enter(
+        self, rank: int, kind: str, name: str, given: Any, carry_out: Callable[[list[Any]], list[Any]]
+    ) -> Collective:
+        assert name, "every collective has a name of its own"
+        with self.changed:
+            number = self._count[rank][name]
+            self._count[rank][name] += 1
+            collective = self._open.setdefault((name, number), Collective(kind, name))
+            assert collective.kind == kind, f"{name}: {collective.kind} on one rank, {kind} on another"
+            collective.given[rank] = given
+            if len(collective.given) == self.size:
+                collective.answers = carry_out([collective.given[r] for r in range(self.size)])
+                del self._open[name, number]
+                self.changed.notify_all()
+        return collective
+
+    def leave(self, rank: int) -> None:
+        with self.changed:
+            self.alive.discard(rank)
+            self.changed.notify_all()
+
+    def is_done(self, collective: Collective) -> bool:
+        """Hang where it never will be."""
+        with self.changed:
+            if collective.answers is not None:
+                return True
+            gone = set(range(self.size)) - self.alive - collective.given.keys()
+            collective.since = collective.since or time.monotonic()
+            if gone or time.monotonic() - collective.since > SECONDS:
+                raise Hang(f"{collective.name}: entered by ranks {sorted(collective.given)} of {self.size}")
+            return False
+
+    def wait(self, collective: Collective) -> list[Any]:
+        while not self.is_done(collective):
+            with self.changed:
+                if collective.answers is None:
+                    self.changed.wait(0.2)
+        assert collective.answers is not None
+        return collective.answers
+
+
+class Handle:
+    """Of a collective that one rank has started. `into`: the tensors that hold the result in the end."""
+
+    def __init__(self, collective: Collective, into: Sequence[torch.Tensor] | None = None) -> None:
+        self.collective, self.into = collective, into
+        self.restore: Callable[[], None] = lambda: None
+
+
+class SimulatedTransport:
+    """See `Transport`. As under Horovod the result of allreduce and broadcast is in the memory of what was given."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank, self.size, self.ranks = meeting, rank, meeting.size, range(meeting.size)
+        self.included = True
+
+    def allreduce(self, tensors: Any, name: str, op: str = "sum", scales: tuple[float, float] = (1.0, 1.0)) -> Handle:
+        before, after = scales
+
+        def reduced(column: Sequence[torch.Tensor]) -> torch.Tensor:
+            stacked = torch.stack([x * before if before != 1.0 else x for x in column])
+            whole = stacked.amax(0) if op == "max" else stacked.sum(0, dtype=column[0].dtype)
+            return whole * after if after != 1.0 else whole
+
+        def carry_out(everyone: list[Any]) -> list[Any]:
+            return [[reduced(column) for column in zip(*everyone, strict=True)]] * self.size
+
+        given = [x.clone() for x in tensors]
+        return self._started(f"allreduce {op}", name, given, carry_out, tensors, list(tensors))
+
+    def allgather(self, tensor: torch.Tensor, name: str) -> Handle:
+        def carry_out(everyone: list[Any]) -> list[Any]:
+            return [torch.cat(everyone)] * self.size
+
+        return self._started("allgather", name, tensor.clone(), carry_out, [tensor])
+
+    def alltoall(self, tensor: torch.Tensor, name: str) -> Handle:
+        def carry_out(everyone: list[Any]) -> list[Any]:
+            rows = [x.chunk(self.size) for x in everyone]
+            return [torch.cat([row[rank] for row in rows]) for rank in range(self.size)]
+
+        return self._started("alltoall", name, tensor.clone(), carry_out, [tensor])
+
+    def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> Handle:
+        def carry_out(everyone: list[Any]) -> list[Any]:
+            return [[everyone[root]]] * self.size
+
+        return self._started(f"broadcast {root}", name, tensor.clone(), carry_out, [tensor], [tensor])
+
+    def _started(self, kind: str, name: str, given: Any, carry_out: Any, tensors: Any, into: Any = None) -> Handle:
+        del tensors
+        return Handle(self.meeting.enter(self.rank, kind, name, given, carry_out), into)
+
+    def poll(self, handle: Handle) -> bool:
+        return self.meeting.is_done(handle.collective)
+
+    def wait(self, handle: Handle) -> Any:
+        answer = self.meeting.wait(handle.collective)[self.rank]
+        handle.restore()
+        if handle.into is None:
+            return answer.clone()
+        for x, result in zip(handle.into, answer, strict=True):
+            x.copy_(result)
+        return handle.into[0] if handle.collective.kind.startswith("broadcast") else handle.into
+
+
+class HostileTransport(SimulatedTransport):
+    """Does all that a communication library may do.
+
+    Collectives end in random order and late. Inputs are copied when they start; till the end the originals hold NaN, or
+    noise if they are of integers. A result is nowhere to be seen before `wait`.
+    """
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__(meeting, rank)
+        self._random = random.Random(rank)
+
+    def _started(self, kind: str, name: str, given: Any, carry_out: Any, tensors: Any, into: Any = None) -> Handle:
+        handle = super()._started(kind, name, given, carry_out, tensors, into)
+        originals = [x.clone() for x in tensors]
+        for x in tensors:
+            x.fill_(float("nan") if x.is_floating_point() else 1 if x.dtype == torch.bool else 85)
+
+        def restore() -> None:
+            for x, original in zip(tensors, originals, strict=True):
+                x.copy_(original)
+
+        handle.restore = restore
+        handle.late = self._random.randrange(6)  # type: ignore[attr-defined]  # polls that it takes at least
+        return handle
+
+    def poll(self, handle: Any) -> bool:
+        handle.late -= 1
+        return handle.late < 0 and super().poll(handle)
 
 
 class SimulatedRanks:
-    """Runs a function once a rank, each in a thread of its own, over collectives that match by name as Horovod's do.
+    """Runs a function once a rank, each in a thread of its own, whose optimizers exchange over `kind` of transport."""
 
-    Tensors that are reduced in place hold NaN until the collective is done: whoever reads or keeps them meanwhile shows.
-    """
-
-    def __init__(self, size: int, monkeypatch: Any) -> None:
+    def __init__(self, size: int, monkeypatch: Any, kind: type[SimulatedTransport] = SimulatedTransport) -> None:
         self.size = size
         self.process_sets = [ProcessSet(rank, size) for rank in range(size)]
-        self._here = threading.local()
-        self._changed = threading.Condition()
-        self._open: dict[tuple[str, int], Collective] = {}
-        self._count: dict[int, defaultdict[str, int]] = {r: defaultdict(int) for r in range(size)}
-        self._alive = set(range(size))
-        names = (
-            "allreduce allreduce_ allreduce_async allgather allgather_async alltoall_async broadcast broadcast_object"
-        )
-        for name in (
-            *names.split(),
-            "grouped_allreduce_async_",
-            "sparse_allreduce_async",
-            "poll",
-            "synchronize",
-            "rank",
-        ):
-            monkeypatch.setattr(horovod, name, getattr(self, name))
-        monkeypatch.setattr(horovod, "size", lambda: size)
+        self._here, self._meeting = threading.local(), Meeting(size)
+        self._transports = [kind(self._meeting, rank) for rank in range(size)]
+        monkeypatch.setattr(transport, "connect", self._connect)
+        monkeypatch.setattr(horovod_takeover, "job_size", lambda: size)
+        monkeypatch.setattr(horovod_takeover, "broadcast_optimizer_state", lambda *_: None)  # of what all ranks share
         claim, one_by_one = rivals.claim, threading.Lock()
 
         def claim_alone(engine: Any) -> None:
@@ -87,7 +218,17 @@ class SimulatedRanks:
                 claim(engine)
 
         monkeypatch.setattr(rivals, "claim", claim_alone)
-        monkeypatch.setattr(horovod, "broadcast_optimizer_state", lambda *_: None)  # of what is equal on all ranks
+
+    def _connect(self, process_set: Any) -> SimulatedTransport:
+        return self._transports[process_set.rank()]
+
+    @property
+    def transport(self) -> SimulatedTransport:
+        """Of the rank that calls."""
+        return self._transports[self.rank()]
+
+    def rank(self) -> int:
+        return self._here.rank
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
         """The results in the order of the ranks; raises what the first of the failed ones raised."""
@@ -101,9 +242,7 @@ class SimulatedRanks:
             except BaseException as error:
                 errors[rank] = error
             finally:
-                with self._changed:
-                    self._alive.discard(rank)
-                    self._changed.notify_all()
+                self._meeting.leave(rank)
 
         threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(self.size)]
         for thread in threads:
@@ -114,128 +253,3 @@ class SimulatedRanks:
         for error in sorted(errors.values(), key=lambda error: isinstance(error, Hang)):
             raise error
         return [results[rank] for rank in range(self.size)]
-
-    def rank(self) -> int:
-        return self._here.rank
-
-    # one collective
-
-    def _enter(self, kind: str, name: str, given: Any, carry_out: Callable[[list[Any]], list[Any]]) -> Any:
-        assert name, "every collective has a name of its own"
-        me = self.rank()
-        with self._changed:
-            number = self._count[me][name]
-            self._count[me][name] += 1
-            collective = self._open.setdefault((name, number), Collective(kind))
-            assert collective.kind == kind, f"{name}: {collective.kind} on one rank, {kind} on another"
-            collective.given[me] = given
-            if len(collective.given) == self.size:
-                answers = carry_out([collective.given[rank] for rank in range(self.size)])
-                collective.answers = dict(enumerate(answers))
-                del self._open[name, number]
-                self._changed.notify_all()
-        return name, collective
-
-    def poll(self, handle: Any) -> bool:
-        _, collective = handle
-        if not collective.answers:
-            self._fail_if_alone(*handle)
-        return bool(collective.answers)
-
-    def _fail_if_alone(self, name: str, collective: Collective) -> None:
-        with self._changed:
-            gone = set(range(self.size)) - self._alive - collective.given.keys()
-            since = collective.__dict__.setdefault("since", time.monotonic())
-            if not collective.answers and (gone or time.monotonic() - since > SECONDS):
-                raise Hang(f"{name}: entered by ranks {sorted(collective.given)} of {self.size}")
-
-    def synchronize(self, handle: Any) -> Any:
-        name, collective = handle
-        while True:
-            with self._changed:
-                if collective.answers:
-                    return collective.answers[self.rank()](self.rank())
-                self._changed.wait(0.2)
-            self._fail_if_alone(name, collective)
-
-    # Horovod's functions
-
-    def grouped_allreduce_async_(
-        self, tensors: Any, name: str, op: Any, prescale_factor: float, postscale_factor: float, **_: Any
-    ) -> Any:
-        copies = [x.clone() for x in tensors]
-        for x in tensors:
-            x.fill_(float("nan") if x.is_floating_point() else -1)
-
-        def carry_out(everyone: list[Any]) -> list[Any]:
-            sums = [torch.stack([x * prescale_factor for x in column]).sum(0) for column in zip(*everyone, strict=True)]
-            means = [x * postscale_factor for x in sums]
-            return [lambda rank: means] * self.size
-
-        name, collective = self._enter("allreduce", name, copies, carry_out)
-        return name, _Into(collective, tensors)
-
-    def allreduce_async(self, tensor: torch.Tensor, name: str, op: Any, **_: Any) -> Any:
-        def carry_out(everyone: list[Any]) -> list[Any]:
-            stacked = torch.stack(everyone)
-            result = stacked.amax(0) if op == horovod.Max else stacked.amin(0) if op == horovod.Min else stacked.sum(0)
-            result = result / self.size if op == horovod.Average else result
-            return [lambda rank: result.clone()] * self.size
-
-        return self._enter("allreduce", name, tensor.clone(), carry_out)
-
-    def allreduce(self, tensor: torch.Tensor, name: str, op: Any = horovod.Average, **_: Any) -> torch.Tensor:
-        return self.synchronize(self.allreduce_async(tensor, name, op))
-
-    def allreduce_(self, tensor: torch.Tensor, name: str, op: Any = horovod.Average, **_: Any) -> torch.Tensor:
-        return tensor.copy_(self.allreduce(tensor, name, op))
-
-    def allgather_async(self, tensor: torch.Tensor, name: str, **_: Any) -> Any:
-        return self._enter(
-            "allgather", name, tensor.clone(), lambda everyone: [lambda rank: torch.cat(everyone)] * self.size
-        )
-
-    def allgather(self, tensor: torch.Tensor, name: str, **_: Any) -> torch.Tensor:
-        return self.synchronize(self.allgather_async(tensor, name))
-
-    def alltoall_async(self, tensor: torch.Tensor, name: str, **_: Any) -> Any:
-        def carry_out(everyone: list[Any]) -> list[Any]:
-            rows = [x.chunk(self.size) for x in everyone]
-            return [lambda rank: torch.cat([row[rank] for row in rows])] * self.size
-
-        return self._enter("alltoall", name, tensor.clone(), carry_out)
-
-    def broadcast(self, tensor: torch.Tensor, root_rank: int, name: str, **_: Any) -> torch.Tensor:
-        handle = self._enter(
-            "broadcast", name, tensor.clone(), lambda everyone: [lambda rank: everyone[root_rank].clone()] * self.size
-        )
-        return self.synchronize(handle)
-
-    def broadcast_object(self, thing: Any, root_rank: int = 0, name: str | None = None, **_: Any) -> Any:
-        handle = self._enter(
-            "broadcast", name or "object", thing, lambda everyone: [lambda rank: everyone[root_rank]] * self.size
-        )
-        return self.synchronize(handle)
-
-    def sparse_allreduce_async(self, tensor: torch.Tensor, name: str, op: Any, process_set: Any) -> Any:
-        handle = self._enter("sparse", name, tensor.clone(), lambda everyone: [lambda rank: sum(everyone)] * self.size)
-        return lambda: self.synchronize(handle) / (self.size if op == horovod.Average else 1)
-
-
-class _Into:
-    """A collective whose answer is written into the tensors that one rank gave."""
-
-    def __init__(self, collective: Collective, tensors: Any) -> None:
-        self._collective, self._tensors = collective, list(tensors)
-
-    @property
-    def given(self) -> dict[int, Any]:
-        return self._collective.given
-
-    @property
-    def answers(self) -> dict[int, Any]:
-        return {rank: self._write for rank in self._collective.answers}
-
-    def _write(self, rank: int) -> Any:
-        means = self._collective.answers[rank](rank)
-        return [x.copy_(mean) for x, mean in zip(self._tensors, means, strict=True)]

@@ -100,11 +100,11 @@ def test_norm_is_that_of_the_summed_gradient(norm, shape, dtype):
         optimizer.zero_grad()
         (weight * g).sum().backward()
         optimizer.step()
-        assert step == 3 or [len(x) for x in optimizer._hvd.watch.summed.values()] == [
+        assert step == 3 or [len(x) for x in optimizer._hvd.norms.layers.summed.values()] == [
             accordion.watched(weight.numel())
         ]
     assert recorder.windows[0][1]["w"].norm == pytest.approx(watched_norm(total, accordion, 3), rel=1e-5)
-    assert optimizer._hvd.watch.summed == {}
+    assert optimizer._hvd.norms.layers.summed == {}
 
 
 def watched_norm(total: np.ndarray, accordion: Accordion, seed: int) -> float:
@@ -137,7 +137,7 @@ def test_sums_of_other_entries_are_not_taken_up(saved, loaded):
     del optimizer
     other = build(loaded)
     other.load_state_dict(state)
-    assert list(other._hvd.watch.summed) == (["weight"] if saved == loaded else [])
+    assert list(other._hvd.norms.layers.summed) == (["weight"] if saved == loaded else [])
     step(other)
     step(other)
     assert other._hvd.controller.window == 1

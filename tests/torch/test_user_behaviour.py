@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import horovod.torch as horovod
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -160,6 +159,10 @@ class User:
         self.optimizer.param_groups[0]["lr"] *= 0.5
 
 
+def mean(transport: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+    return transport.wait(transport.allreduce([x], name, scales=(1.0, 1 / transport.size)))[0]
+
+
 def played(ranks: int, compression: Any, batch_size: Any, acts: list[Act]) -> None:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a step without a synchronisation, of half a state
@@ -173,7 +176,7 @@ def played(ranks: int, compression: Any, batch_size: Any, acts: list[Act]) -> No
             users[rank].__init__(rank, cluster.process_sets[rank], compression(), batch_size)  # type: ignore[misc]
             outcomes = users[rank].play(acts)
             ledger = users[rank].ledger
-            lost = ledger.lost(lambda x, name: horovod.allreduce(x, op=horovod.Average, name=name))
+            lost = ledger.lost(lambda x, name: mean(cluster.transport, x, name))
             lost = lost if users[rank].conserves else {}
             return outcomes, [p.detach().clone() for p in users[rank].net.parameters()], lost
 

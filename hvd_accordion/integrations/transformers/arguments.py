@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 import hvd_accordion.torch as hvd
 from hvd_accordion.torch.exchange.agreement import require_equal
+from hvd_accordion.torch.transport import connect
 
 # variables by which Accelerate detects a launcher; -1 counts as unset
 LAUNCHERS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -87,7 +88,7 @@ def check(args: TrainingArguments) -> None:
     if hvd.size() > 1:
         mine = {f.name: getattr(args, f.name) for f in fields(args) if not f.name.startswith(OWN)}
         data = args.accelerator_config.to_dict()
-        require_equal({**mine, **data}, "transformers.arguments", hvd.global_process_set)
+        require_equal({**mine, **data}, "transformers.arguments", connect(hvd.global_process_set))
     for name, value, allowed in unsupported(args):
         raise ValueError(f"{name} must be {allowed} under Horovod, got {value!r}")
 

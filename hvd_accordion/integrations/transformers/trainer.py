@@ -24,6 +24,7 @@ from hvd_accordion.integrations.transformers.callback import HorovodCallback
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
+from hvd_accordion.torch.transport import connect
 from hvd_accordion.training.reports import Logger
 
 SET_BY_TRAINER = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
@@ -144,7 +145,7 @@ class HorovodTrainerMixin:
         self._iterable = isinstance(getattr(dataloader, "dataset", None), IterableDataset)
         if hvd.size() > 1:
             names = ("epochs", "updates of an epoch", "examples", "samples", "batch", "batches of an epoch", "steps")
-            require_equal(dict(zip(names, values, strict=False)), "transformers.steps", hvd.global_process_set)
+            require_equal(dict(zip(names, values, strict=False)), "transformers.steps", connect(hvd.global_process_set))
         return values
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.torch import elastic as horovods
@@ -23,6 +22,7 @@ from horovod.torch.elastic.state import (
 )
 
 from hvd_accordion.comm import naming
+from hvd_accordion.torch import transport
 from hvd_accordion.torch.broadcasting import broadcast_tree
 from hvd_accordion.torch.exchange import state
 from hvd_accordion.torch.exchange.agreement import require_equal
@@ -67,7 +67,7 @@ class TorchState(horovods.TorchState):
 
     def sync(self) -> None:
         self.save()  # else what is no model, optimizer or sampler would go back to the last commit
-        require_equal(dict(self._described()), NAME, hvd.global_process_set)
+        require_equal(dict(self._described()), NAME, transport.connect(transport.global_process_set))
         for handler in self._optimizers():
             handler.agree()
         super().sync()
@@ -110,9 +110,8 @@ class OptimizerHandler(StateHandler):
         state.take(self.value, copy.deepcopy(self._saved))
 
     def sync(self) -> None:
-        state.take(
-            self.value, broadcast_tree(state.shared(self.value), 0, f"{NAME}.{self.name}", hvd.global_process_set)
-        )
+        everyone = transport.connect(transport.global_process_set)
+        state.take(self.value, broadcast_tree(state.shared(self.value), 0, f"{NAME}.{self.name}", everyone))
 
     def set_value(self, value: torch.optim.Optimizer) -> None:
         self._check(value)

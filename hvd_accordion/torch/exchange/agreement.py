@@ -1,45 +1,52 @@
-"""What ranks must have in common, and the numbers that rank 0 decides for all, by Horovod's collectives under torch."""
+"""What ranks must have in common, and what one of them decides for all, over a transport under torch."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import horovod.torch as hvd
+import cloudpickle
 import torch
 
 from hvd_accordion.comm import agreement
+from hvd_accordion.comm.transport import Transport
 
 
-def require_equal(settings: Mapping[str, Any], name: str, process_set: hvd.ProcessSet) -> None:
+def require_equal(settings: Mapping[str, Any], name: str, transport: Transport) -> None:
     """Raises the same ValueError on all ranks, naming the first difference, if their settings differ."""
-    if process_set.size() > 1:
-        agreement.require_equal(settings, name, lambda data, its: gather(data, its, process_set))
+    if transport.size > 1:
+        agreement.require_equal(settings, name, lambda data, its: gather(data, its, transport))
 
 
-def gather(data: bytes, name: str, process_set: hvd.ProcessSet) -> list[bytes]:
+def gather(data: bytes, name: str, transport: Transport) -> list[bytes]:
     """The bytes of every rank."""
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    sizes = hvd.allgather(torch.tensor([len(data)]), name=f"{name}.sizes", process_set=process_set).tolist()
-    joined = bytes(hvd.allgather(mine, name=name, process_set=process_set).tolist())
+    sizes = transport.wait(transport.allgather(torch.tensor([len(data)]), f"{name}.sizes")).tolist()
+    joined = bytes(transport.wait(transport.allgather(mine, name)).tolist())
     return [joined[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
 
-def from_rank_0(numbers: Sequence[float], name: str, process_set: hvd.ProcessSet, source: int = 0) -> list[float]:
-    """The numbers as the first rank of the process set has them, or another; floats survive exactly."""
+def from_rank_0(numbers: Sequence[float], name: str, transport: Transport, source: int = 0) -> list[float]:
+    """The numbers as the first of the ranks has them, or another; floats survive exactly."""
     values = torch.tensor(numbers, dtype=torch.float64)
-    if process_set.size() > 1:
-        values = hvd.broadcast(values, root_rank=root(process_set, source), name=name, process_set=process_set)
+    if transport.size > 1:
+        values = transport.wait(transport.broadcast(values, source, name))
     return values.tolist()
 
 
-def any_rank(flag: bool, name: str, process_set: hvd.ProcessSet) -> bool:
+def any_rank(flag: bool, name: str, transport: Transport) -> bool:
     """Whether it is true on any rank."""
-    if process_set.size() == 1:
+    if transport.size == 1:
         return flag
-    return bool(hvd.allreduce(torch.tensor([int(flag)]), op=hvd.Max, name=name, process_set=process_set))
+    (largest,) = transport.wait(transport.allreduce([torch.tensor([int(flag)])], name, "max"))
+    return bool(largest)
 
 
-def root(process_set: hvd.ProcessSet, member: int = 0) -> int:
-    """Global rank of the process set's first member, or another."""
-    return process_set.ranks[member] if process_set.ranks else member
+def broadcast_object(thing: Any, root: int, name: str, transport: Transport) -> Any:
+    """What the rank of number `root` holds: anything that can be pickled. The root gets its own back."""
+    data = cloudpickle.dumps(thing) if transport.rank == root else b""
+    (size,) = from_rank_0([len(data)], f"{name}.size", transport, root)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
+    buffer = transport.wait(transport.broadcast(buffer, root, f"{name}.data"))
+    return thing if transport.rank == root else pickle.loads(buffer.numpy().tobytes())

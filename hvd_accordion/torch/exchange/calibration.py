@@ -5,22 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-import horovod.torch as hvd
 import torch
 
+from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression import CompressionSpec, Context, exchange
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.policy.assignment import Layer
-from hvd_accordion.policy.auto import PROBE_STEPS, Calibration
+from hvd_accordion.policy.auto import PROBE_STEPS, Advice, Calibration, advise
 from hvd_accordion.torch.exchange.agreement import from_rank_0
 from hvd_accordion.training.calibration import REPEATS, dry_run, measure
+from hvd_accordion.training.controller import Controller
 
 
 class Probe:
     """Watches the backward passes of the first steps, then measures the rest."""
 
-    def __init__(self, process_set: hvd.ProcessSet, prefix: str) -> None:
-        self.process_set, self.prefix = process_set, prefix
+    def __init__(self, transport: Transport, prefix: Prefix | str) -> None:
+        self.transport, self.prefix = transport, prefix
         self.ready: dict[str, float] = {}  # of the step under way, then of the last
         self.waited: float | None = None  # at the least, for the exchange since the end of backward
         self.steps = 0
@@ -45,7 +47,7 @@ class Probe:
 
     def measure(self, layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]]) -> Calibration:
         """The same on all ranks."""
-        n = self.process_set.size()
+        n = self.transport.size
         device = layers[0].device if layers else "cpu"
         first = min(self.ready.values(), default=0.0)
         return measure(
@@ -56,15 +58,37 @@ class Probe:
             self.waited,
             lambda size: self._allreduce(size, device),
             lambda layer, spec: exchange_seconds(layer, spec, n),
-            lambda numbers: from_rank_0(numbers, f"{self.prefix}.measured", self.process_set),
+            lambda numbers: from_rank_0(numbers, f"{self.prefix}.measured", self.transport),
         )
 
     def _allreduce(self, size: int, device: str) -> float:
         x = torch.ones(size // 4, device=device)
         begin = time.perf_counter()
-        hvd.allreduce_(x, op=hvd.Sum, name=f"{self.prefix}.probe.{size}", process_set=self.process_set)
+        self.transport.wait(self.transport.allreduce([x], f"{self.prefix}.probe.{size}"))
         wait_for(x)
         return time.perf_counter() - begin
+
+
+class AutoChoice:
+    """What an `Auto` measures in the first steps, and what it chose. `probe`: as long as a choice is open."""
+
+    def __init__(self) -> None:
+        self.probe: Probe | None = None
+        self.advice: Advice | None = None
+
+    def begin(self, controller: Controller, transport: Transport, prefix: Prefix) -> None:
+        """After a change of layers or choices."""
+        undecided = transport.size > 1 and controller.undecided
+        self.probe = (self.probe or Probe(transport, prefix)) if undecided else None
+
+    def choose(self, controller: Controller, sparse: Mapping[str, int]) -> None:
+        """Decides, on all ranks alike, if the first steps were seen. `sparse`: layers that are not compressed."""
+        if self.probe is None or not self.probe.complete:
+            return
+        layers = [layer for name, layer in controller.layers.items() if name not in sparse]
+        choices = controller.choices()
+        self.advice = advise(layers, choices, self.probe.measure(layers, choices))
+        controller.choose({layer.name: layer.chosen for layer in self.advice})
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Runs many exchanges at once over Horovod's asynchronous collectives."""
+"""Runs many exchanges at once over a transport's asynchronous collectives."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from hvd_accordion.comm.collectives import AllFinite, AllGather, AllReduce, AllToAll, Request, Rounds, payload, sent
+from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression.feedback import ExchangeResult
 
-PAUSE = 1e-4  # seconds between two looks at what is on its way; Horovod's own wait looks every millisecond
+PAUSE = 1e-4  # seconds between two polls; Horovod's own wait polls every millisecond
 
 
 @dataclass
 class Running:
-    """An exchange on its way: what it waits for, how many rounds it has had, what it sent."""
+    """An exchange under way: what it waits for, how many rounds it has had, what it sent."""
 
     name: str
     rounds: Rounds[ExchangeResult]
@@ -30,18 +31,17 @@ class Running:
 
 @dataclass
 class Driver:
-    """Starts exchanges, takes each up again when its collective is done, ends all of them together.
+    """Starts exchanges, resumes each when its collective is done, ends all of them together.
 
     Collectives are named after the exchange and its round, so that ranks may start and resume in any order.
 
     Args:
         prefix: of all names; unique to an optimizer, equal on all ranks.
-        process_set: the ranks that exchange.
         scales: what a mean multiplies with before and after its sum.
     """
 
-    prefix: str
-    process_set: hvd.ProcessSet
+    prefix: Prefix | str
+    transport: Transport
     scales: tuple[float, float]
     running: dict[str, Running] = field(default_factory=dict)
 
@@ -50,14 +50,14 @@ class Driver:
         self._resume(self.running[name], None)
 
     def poll(self) -> bool:
-        """Takes up every exchange whose collective is done, and tells whether there was one; never waits."""
-        done = [r for r in self.running.values() if r.handle is not None and hvd.poll(r.handle)]
+        """Resumes every exchange whose collective is done; returns whether there was one. Never waits."""
+        done = [r for r in self.running.values() if r.handle is not None and self.transport.poll(r.handle)]
         for running in done:
             self._receive(running)
         return bool(done)
 
     def wait(self, name: str) -> None:
-        """Until nothing of an exchange is on its way."""
+        """Until no collective of an exchange is under way."""
         self.until(lambda: self.running[name].handle is None)
 
     def until(self, done: Callable[[], bool]) -> None:
@@ -66,18 +66,20 @@ class Driver:
             if not self.poll():
                 time.sleep(PAUSE)
 
-    def finish(self, asked: bool, others: Sequence[torch.Tensor] = ()) -> dict[str, tuple[ExchangeResult, float]]:
+    def finish(
+        self, check_finite: bool, others: Sequence[torch.Tensor] = ()
+    ) -> dict[str, tuple[ExchangeResult, float]]:
         """Waits for all rounds of all exchanges. Name -> result and the bytes that this rank sent for it.
 
         Args:
-            asked: whether anybody wants to know if the step was sound.
-            others: flags of what else was exchanged in this step, which is sound only if they hold too.
+            check_finite: whether anything depends on NaN or Inf in this step.
+            others: flags of what else was exchanged in this step, which is finite only if they hold too.
         """
         self.until(lambda: all(running.handle is None for running in self.running.values()))
-        # all wait for the same answer now: was the step sound in every exchange
+        # all wait for the same answer now: was every exchange of this step finite
         questions = [running.request for running in self.running.values() if isinstance(running.request, AllFinite)]
-        assert len(questions) == len(self.running), "an exchange ended without asking whether the step was sound"
-        flags = [*(question.is_finite() for question in questions), *others] if asked else []
+        assert len(questions) == len(self.running), "an exchange ended without AllFinite"
+        flags = [*(question.is_finite() for question in questions), *others] if check_finite else []
         results = {}
         for name, running in self.running.items():
             try:
@@ -85,51 +87,35 @@ class Driver:
             except StopIteration as stop:
                 results[name] = (stop.value, running.nbytes)
             else:
-                raise RuntimeError(f"{name}: a collective was asked for after Agree")
+                raise RuntimeError(f"{name}: a collective was requested after AllFinite")
         self.running = {}
         return results
 
     def reset(self) -> None:
-        """Forgets what is on its way, after an error."""
+        """Drops what is under way, after an error."""
         self.running = {}
 
     def _receive(self, running: Running) -> None:
         handle, running.handle = running.handle, None
-        result = hvd.synchronize(handle)
-        if isinstance(running.request, AllReduce):
-            answer: Any = list(result)
-        elif isinstance(running.request, AllGather):
-            answer = result.view(self.process_set.size(), -1)
-        else:
-            answer = result[0] if isinstance(result, tuple) else result  # alltoall: (output, received splits)
-        self._resume(running, answer)
+        result = self.transport.wait(handle)
+        rows = isinstance(running.request, AllGather)
+        self._resume(running, result.view(self.transport.size, -1) if rows else result)
 
     def _resume(self, running: Running, answer: Any) -> None:
         request = running.rounds.send(answer)
         running.request = request
-        running.nbytes += sum(sent(type(request), x.nbytes, self.process_set.size()) for x in payload(request))
+        running.nbytes += sum(sent(type(request), x.nbytes, self.transport.size) for x in payload(request))
         running.handle = self._launch(request, f"{self.prefix}.{running.name}.{running.round}")
         running.round += 1
 
     def _launch(self, request: Request, name: str) -> Any:
         if isinstance(request, AllReduce):
-            return self._allreduce(request.tensors, name)
+            return self.transport.allreduce(request.tensors, name, scales=self.scales)
         if isinstance(request, AllGather):
-            return hvd.allgather_async(request.tensor, name=name, process_set=self.process_set)
+            return self.transport.allgather(request.tensor, name)
         if isinstance(request, AllToAll):
-            return hvd.alltoall_async(request.tensor, name=name, process_set=self.process_set)
+            return self.transport.alltoall(request.tensor, name)
         return None
-
-    def _allreduce(self, tensors: Sequence[torch.Tensor], name: str) -> Any:
-        before, after = self.scales
-        return hvd.grouped_allreduce_async_(
-            list(tensors),
-            name=name,
-            op=hvd.Sum,
-            prescale_factor=before,
-            postscale_factor=after,
-            process_set=self.process_set,
-        )
 
 
 def all_true(flags: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

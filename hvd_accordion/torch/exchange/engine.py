@@ -1,29 +1,38 @@
-"""The way of a torch gradient, from its backward hook to the decisions that follow an update; the exchange: exchanging.py."""
+"""The engine: from a gradient's hook to its mean in `.grad`, and to the decisions that follow an update."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from hvd_accordion.comm.naming import Prefix
-from hvd_accordion.policy.auto import advise
-from hvd_accordion.torch.exchange.agreement import any_rank, from_rank_0
-from hvd_accordion.torch.exchange.calibration import Probe
-from hvd_accordion.torch.exchange.exchanging import Exchanging
-from hvd_accordion.torch.exchange.turnout import Turnout, Turnouts, Update
+from hvd_accordion.ops import torch as ops
+from hvd_accordion.policy.assignment import Policy
+from hvd_accordion.policy.auto import Advice
+from hvd_accordion.torch import transport
+from hvd_accordion.torch.configuration import described, layer_of
+from hvd_accordion.torch.exchange import rivals
+from hvd_accordion.torch.exchange.agreement import any_rank, require_equal
+from hvd_accordion.torch.exchange.calibration import AutoChoice
+from hvd_accordion.torch.exchange.decisions import Decisions
+from hvd_accordion.torch.exchange.evaluation import Evaluation
+from hvd_accordion.torch.exchange.hooks import Hooks
+from hvd_accordion.torch.exchange.micro_batches import MicroBatches
+from hvd_accordion.torch.exchange.norms import GradientNorms
+from hvd_accordion.torch.exchange.participation import Participation
+from hvd_accordion.torch.exchange.turnout import Turnout
+from hvd_accordion.torch.exchange.update import apply_alone, average
+from hvd_accordion.torch.exchange.update_exchange import UpdateExchange
+from hvd_accordion.training.channel import Channel
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.membership import Membership
 from hvd_accordion.training.settings import Settings
 
-TOO_MANY_PASSES = (
-    "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
-    "backward_passes_per_step to accumulate gradients locally."
-)
 
-
-class Engine(Exchanging):
+class Engine:
     """Exchanges the gradients of named parameters.
 
     Args:
@@ -43,11 +52,32 @@ class Engine(Exchanging):
         prefix: Prefix,
         membership: Membership,
     ) -> None:
-        super().__init__(params, controller, settings, prefix, membership)
-        self.lr = lr
+        self.params = dict(params)
+        self.controller, self.settings = controller, settings
+        self.prefix, self.membership = prefix, membership
+        self.batch = MicroBatches(self.params, settings.backward_passes_per_step)
+        self.evaluation = Evaluation()
+        self.channel = Channel(ops, settings.seed, 0, 1)
+        self.norms = GradientNorms(controller, settings.seed)
+        self.decisions = Decisions(controller, lr, self.norms, prefix)
+        self.auto = AutoChoice()
+        self.hooks = Hooks(self)
         self.seconds = 0.0
         self.when_exchanged: Callable[[], None] | None = None  # to be done once, after the exchange under way
+        self.join()
+        rivals.claim(self)
         self.replan()
+
+    # among the ranks
+
+    def join(self) -> None:
+        """Takes its place among the ranks."""
+        self.active = self.settings.process_set.included()
+        self.transport = transport.connect(self.settings.process_set)
+        self.channel.rank, self.channel.size = self.transport.rank, self.transport.size
+        common = self.settings, self.channel, self.prefix, self.transport
+        self.exchange = UpdateExchange(self.batch, self.controller, *common)
+        self.participation = Participation(self.settings, self.controller, self.prefix, self.transport, self.active)
 
     def move(self) -> None:
         """To its place among ranks that were gathered anew; all that was under way with the old ones is dropped.
@@ -60,28 +90,73 @@ class Engine(Exchanging):
         if self.residual:
             torch._foreach_mul_(list(self.residual.values()), self.size / old)
         self.membership.move(self.controller, self.size)
-        if self.turnouts is not None:
-            self.turnouts = Turnouts(self.prefix, self.process_set)
-        self.sparse = self.probe = None
-        if self.turnouts is not None:
-            self.turnouts = Turnouts(self.prefix, self.process_set)
+        self.auto.probe = None
         self.replan()
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank
+
+    @property
+    def size(self) -> int:
+        return self.transport.size
+
+    def described(self) -> dict[str, str]:
+        """All in which ranks that are gathered anew must agree. One of them may have unfrozen parameters meanwhile."""
+        return described(self.params, self.controller.policy, self.settings, frozen=False)
+
+    def agree(self) -> None:
+        """All ranks are known to be alike: from now on they may exchange."""
+        str(self.prefix)  # drawn in the order in which all ranks agree, whichever optimizer exchanges first
+        self.membership.agree(self.controller, self.rank if self.active else None, self.size)
+
+    # parameters
+
+    def trainable(self) -> tuple[str, ...]:
+        return tuple(name for name, p in self.params.items() if p.requires_grad)
+
+    def add(self, params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Policy]) -> None:
+        """Takes in more parameters, the same on every rank."""
+        added = {name: f"{layer_of(name, p)} {policy[name]!r}" for name, p in params.items()}
+        if self.active and self.membership.agreed:
+            require_equal(added, f"{self.prefix}.{len(self.params)}", self.transport)
+        self.params.update(params)
+        rivals.claim(self)
+        self.controller.adopt(policy)
+        self.replan()
+
+    def release(self) -> None:
+        """Takes its hooks off the parameters; what it knows can still be read."""
+        self.hooks.release()
+        rivals.withdraw(self)
+
+    def replan(self) -> None:
+        """Between steps: takes in a change of the trainable parameters or of the levels."""
+        names = self.trainable()
+        self.exchange.replan(names)
+        self.batch.expect(names)
+        if self.active:
+            for name in names:
+                self.hooks.add(name, self.params[name])
+        self.auto.begin(self.controller, self.transport, self.prefix)
+        self.batch.resize(self.controller.micro_batches())
+        self._begin()
 
     # a step: hooks, then synchronize
 
     @property
     def in_flight(self) -> bool:
-        return bool(self.started)
+        return bool(self.exchange.started)
 
     @property
     def due(self) -> bool:
         """Whether the backward pass that runs, or comes next, completes the batch."""
-        return self.sums.count + 1 >= self.expected
+        return self.batch.count + 1 >= self.batch.expected
 
     @property
     def waiting(self) -> bool:
         """Whether micro-batches wait for others."""
-        return self.sums.count > 0
+        return self.batch.count > 0
 
     @property
     def completes_batch(self) -> bool:
@@ -91,24 +166,13 @@ class Engine(Exchanging):
     def on_gradient(self, name: str) -> None:
         """A backward pass has added to the parameter's gradient."""
         self.evaluation.fresh = True
-        if self.size == 1:
+        if self.transport.size == 1:
             return
-        begin = time.perf_counter()
-        if self.passes[name] <= 0:
-            raise AssertionError(TOO_MANY_PASSES)
-        self.passes[name] -= 1
-        complete = self.passes[name] == 0 and self.due
-        if self.probe is not None and complete:
-            self.probe.gradient(name)
-        if complete and self.sparse is not None:
-            group = self.group_of.get(name)
-            if self.sparse.known.get(name):
-                self._start_sparse(name)
-            elif group is not None:
-                self.missing[group.name].discard(name)
-                if not self.missing[group.name]:
-                    self._start(group)
-            self.driver.poll()
+        begin, due = time.perf_counter(), self.due
+        if self.batch.arrived(name) and due:
+            if self.auto.probe is not None:
+                self.auto.probe.gradient(name)
+            self.exchange.arrived(name)
         self.seconds += time.perf_counter() - begin
 
     def synchronize(self) -> bool:
@@ -120,35 +184,32 @@ class Engine(Exchanging):
         """
         if not self.active:
             return True
-        if self.evaluation.averaged is not None:  # ranks may differ in what is new to them
-            if not self._any_new():
-                return False
+        if self.evaluation.averaged is not None and not self._any_new():  # ranks may differ in what is new to them
+            return False
         if self.due:
             self._update()
         else:
-            self.sums.add(self.params)
+            self.batch.add()
             self.reset()
         return True
 
     def _any_new(self) -> bool:
         """Whether there are gradients that are not averaged yet, on any rank that would exchange them now."""
         new = self.evaluation.has_new(self.params)
-        if self.turnouts is None:
-            return any_rank(new, f"{self.prefix}.fresh", self.process_set)
+        if self.participation.turnouts is None:
+            return any_rank(new, f"{self.prefix}.fresh", self.transport)
         if not self.due:
             return new
-        self.turnouts.start(self.sums.count + 1, new=new, further=self.evaluation.further)
-        self.update = Update(self.turnouts.finish(), own=True)
-        return self.update.turnout.happens
+        return self.participation.happens(self.batch.count + 1, new, self.evaluation.further)
 
     def discard(self) -> None:
         """The gradients are zeroed: backward passes since the last exchange, of which nothing was sent, do not count."""
         self.evaluation.averaged = None
         if self.evaluation.fresh:
             self.evaluation.fresh = False
-            self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
+            self.batch.restart()
             self._begin()
-        if self.planned != self.trainable():  # what is frozen before the backward pass gets no update
+        if self.exchange.plan.names != self.trainable():  # what is frozen before the backward pass gets no update
             self.replan()
 
     def take_part(self, turnout: Turnout) -> None:
@@ -156,7 +217,9 @@ class Engine(Exchanging):
 
         Where other ranks have one, only their optimizers step: `.grad` stays as it is here.
         """
-        self.update = Update(turnout)
+        self.participation.begin(turnout, own=False)
+        self.batch.own = False
+        self.batch.divisor = turnout.mean if turnout.all_wait else self.batch.expected
         self.evaluation.begin(turnout.further)
         self._update()
         self.evaluation.begin()
@@ -166,20 +229,21 @@ class Engine(Exchanging):
         """The exchange of a batch, and what is to be decided after it."""
         self.membership.check()
         begin = time.perf_counter()
-        if self.turnouts is not None and self.update.turnout is None:
-            self.turnouts.start(self.sums.count + 1, new=True, further=self.evaluation.further)
-        if self.probe is not None:
-            self.probe.end_backward()
+        probe = self.auto.probe
+        if probe is not None:
+            probe.end_backward()
         try:
-            sent = self._exchange() if self.size > 1 else self._alone()
+            parts = self.exchange, self.participation, self.norms, self.evaluation.further
+            sent = average(*parts) if self.transport.size > 1 else apply_alone(*parts, self.trainable())
         except BaseException:
             self.reset()
             raise
         finally:
-            self.sums.clear()
-        self.seconds += time.perf_counter() - begin
-        if self.probe is not None:
-            self.probe.end_exchange(time.perf_counter() - begin)
+            self.batch.clear()
+        waited = time.perf_counter() - begin
+        self.seconds += waited
+        if probe is not None:
+            probe.end_exchange(waited)
         if self.when_exchanged is not None:
             then, self.when_exchanged = self.when_exchanged, None
             then()
@@ -187,32 +251,24 @@ class Engine(Exchanging):
             self.controller.exchanged_again(sent, self.seconds)
             self.reset()
             return
-        turnout = self.update.turnout
-        steps, source = (1, 0) if turnout is None else (max(turnout.counts), turnout.leader)
-        ended = self.controller.advance(sent, self.seconds, steps)
+        steps, source = self.participation.steps_and_source
+        self.decisions.count(self.transport, sent, self.seconds, steps, source)
         self.reset()
-        if self.controller.wants_lr:
-            (lr,) = from_rank_0([self.lr()], f"{self.prefix}.lr", self.process_set, source)
-            self.controller.observe_lr(lr)
-        if ended:
-            self.controller.end_epoch()
-        self._check(source)
+        self._decide(source)
 
-    def end_epoch(self) -> None:
-        if self.active and self.controller.end_epoch():
-            self._check()
+    def _begin(self) -> None:
+        """What comes now belongs to another update."""
+        self.exchange.begin()
+        self.batch.begin()
+        self.participation.begin()
+        self.norms.begin()
 
     def reset(self) -> None:
         """Ready for the next backward pass, whatever became of the last."""
         self.evaluation.fresh, self.evaluation.averaged = False, None
-        self.driver.reset()
+        self.exchange.reset()
+        self.batch.restart()
         self.seconds = 0.0
-        self.passes = dict.fromkeys(self.passes, self.backward_passes_per_step)
-        for name, x in self.unsent().items():
-            if name in self.fed:
-                self.residual[name].copy_(x)
-        self.fed = {}
-        self.loans.clear()
         self._begin()
 
     def drop(self) -> None:
@@ -221,25 +277,31 @@ class Engine(Exchanging):
         self.evaluation.begin()
         self.reset()
 
-    def _check(self, source: int = 0) -> None:
-        """Between steps: the regimes from the norms that are due, and the plan that follows from them."""
-        names = self.controller.due()
-        all_names = list(self.controller.layers) if self.controller.model_norm_due else []
-        if names or all_names:
-            mine = [*self.watch.norms(names), *self.whole.norms(all_names), self.lr()]
-            *shared, lr = from_rank_0(mine, f"{self.prefix}.norms", self.process_set, source)
-            norms = dict(zip(names, shared, strict=False))
-            self.controller.observe(norms, lr, dict(zip(all_names, shared[len(names) :], strict=True)))
-        if self.probe is not None and self.probe.complete:
-            self._choose(self.probe)
-        if self.controller.changed or self.planned != self.trainable():
-            self.replan()
-        self.expected = self.controller.micro_batches()
+    # after an update
 
-    def _choose(self, probe: Probe) -> None:
-        """An Auto decides, on all ranks alike."""
-        assert self.sparse is not None
-        layers = [layer for name, layer in self.controller.layers.items() if name not in self.sparse.dims]
-        choices = self.controller.choices()
-        self.advice = advise(layers, choices, probe.measure(layers, choices))
-        self.controller.choose({layer.name: layer.chosen for layer in self.advice})
+    def end_epoch(self) -> None:
+        if self.active and self.controller.end_epoch():
+            self._decide()
+
+    def _decide(self, source: int = 0) -> None:
+        """Between steps: new levels from the norms that are due, and the plan that follows from them."""
+        self.decisions.decide(self.transport, source)
+        self.auto.choose(self.controller, self.exchange.sparse.dims)
+        if self.controller.changed or self.exchange.plan.names != self.trainable():
+            self.replan()
+        self.batch.resize(self.controller.micro_batches())
+
+    # what it knows
+
+    @property
+    def residual(self) -> Any:
+        """Layer name -> what this rank has not sent yet."""
+        return self.channel.residual
+
+    @property
+    def advice(self) -> Advice | None:
+        return self.auto.advice
+
+    def bytes_per_step(self) -> dict[str, float]:
+        """Bytes of each layer a step: as counted at the last, or what the spec says where that is a new one."""
+        return self.exchange.traffic.per_step(self.controller.layers, self.controller.specs(), self.size)

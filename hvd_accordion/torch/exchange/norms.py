@@ -1,58 +1,36 @@
-"""Sums of the averaged gradients' watched entries since a window's start, and their norms."""
+"""The norms of averaged gradients that policies and the batch size decide from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.policy import norm_sampling
+from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.norm_window import NormWindow
 
 
-class NormWindow:
-    """Adds up what a rule wants to know the norms of.
+class GradientNorms:
+    """Two windows: of adaptive layers, and of all layers, whose norms make up that of the whole model."""
 
-    Args:
-        watched: of a layer's name and its number of entries, how many of them are watched.
-        seed: of which they are.
-    """
+    def __init__(self, controller: Controller, seed: int) -> None:
+        self.controller = controller
+        self.layers = NormWindow(ops, controller.watched, seed)
+        self.model = NormWindow(ops, lambda _, count: controller.watched_of_whole(count), seed)
+        self.begin()
 
-    def __init__(self, watched: Callable[[str, int], int], seed: int) -> None:
-        self.watched, self.seed = watched, seed
-        self.summed: dict[str, torch.Tensor] = {}
-        self.entries: dict[str, torch.Tensor | None] = {}  # which are watched; None: all
+    def begin(self) -> None:
+        """Before an update: what is measured now."""
+        self.measured, self.measures_model = set(self.controller.measured), self.controller.measures_whole
+        self.measuring = self.measures_model or bool(self.measured)
 
-    def add(self, means: Mapping[str, torch.Tensor], ok: torch.Tensor, weight: int) -> None:
-        """Adds the watched entries of averaged gradients times `weight`, if the step was sound."""
-        if not means or (ops.is_on_cpu(ok) and not ok):
-            return
-        seen = ops.upcast([self._of(name, mean) for name, mean in means.items()])
-        if not ops.is_on_cpu(ok):
-            seen = ops.unflatten(torch.where(ok, ops.flatten(seen), 0.0), seen)
-        sums = [self.summed.setdefault(name, torch.zeros_like(x)) for name, x in zip(means, seen, strict=True)]
-        torch._foreach_add_(sums, seen, alpha=weight)
+    def add(self, means: Mapping[str, torch.Tensor], is_finite: torch.Tensor, weight: float) -> None:
+        """Means of an update, each as often as it stands for a step."""
+        self.layers.add({name: mean for name, mean in means.items() if name in self.measured}, is_finite, weight)
+        if self.measures_model:
+            self.model.add(means, is_finite, weight)
 
-    def _of(self, name: str, mean: torch.Tensor) -> torch.Tensor:
-        """The watched entries of a layer, as a vector."""
-        flat = mean.reshape(-1)
-        if name not in self.entries:
-            count = flat.numel()
-            size = self.watched(name, count)
-            self.entries[name] = (
-                norm_sampling.entries(ops, name, count, size, self.seed, flat) if size < count else None
-            )
-        entries = self.entries[name]
-        return flat if entries is None else ops.take(flat, entries)
-
-    def norms(self, names: Iterable[str]) -> list[float]:
-        """Of these layers, whose sums start anew; 0 where nothing was added."""
-        sums = [self.summed.pop(name, None) for name in names]
-        norms = [torch.linalg.vector_norm(x).double().cpu() if x is not None else torch.zeros(()) for x in sums]
-        return [*map(float, norms)]
-
-    def load(self, saved: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor]) -> None:
-        """Takes up saved sums; not those of other entries than are watched now."""
-        sizes = {name: self.watched(name, params[name].numel()) for name in saved}
-        fitting = {name: x for name, x in saved.items() if x.shape == (sizes[name],)}
-        self.summed = {name: x.detach().to(params[name].device, copy=True) for name, x in fitting.items()}
+    def take(self, layers: Sequence[str], all_layers: Sequence[str]) -> list[float]:
+        """Norms, whose sums start anew. Waits for the device."""
+        return [*self.layers.norms(layers), *self.model.norms(all_layers)]

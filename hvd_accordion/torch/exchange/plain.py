@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import horovod.torch as hvd
 import torch
-from horovod.torch.compression import Compressor
 
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.torch import configuration, horovod_takeover
 from hvd_accordion.torch.exchange import rivals
+from hvd_accordion.torch.horovod_takeover import Compressor
 from hvd_accordion.torch.reports import STATE, Reports
+from hvd_accordion.torch.transport import ProcessSet
 from hvd_accordion.training import resume
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.membership import Membership
@@ -41,7 +41,7 @@ class PlainEngine:
         spec: CompressionSpec,
         synchronize: Callable[[], None],
         in_flight: Callable[[], bool],
-        process_set: hvd.ProcessSet,
+        process_set: ProcessSet,
         membership: Membership,
         described: Callable[[], dict[str, str]],
         params: Mapping[str, torch.nn.Parameter],
@@ -122,7 +122,7 @@ def plain(
     Counted.__name__ = Counted.__qualname__ = type(optimizer).__name__
     shell = Counted.__new__(Counted)
     shell.__dict__.update(optimizer.__dict__)
-    result = hvd.DistributedOptimizer(
+    result = horovod_takeover.DistributedOptimizer(
         shell,
         list(params.items()),
         compression,

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from hvd_accordion.policy import assignment
-from hvd_accordion.torch.exchange.accumulation import wide
+from hvd_accordion.torch import horovod_takeover
+from hvd_accordion.torch.exchange.agreement import any_rank, broadcast_object
 from hvd_accordion.torch.exchange.engine import Engine
+from hvd_accordion.torch.exchange.micro_batches import wide
 from hvd_accordion.torch.exchange.plain import PlainEngine
 from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
 from hvd_accordion.torch.reports import STATE
@@ -28,11 +29,11 @@ def saved(engine: Engine) -> dict[str, Any]:
         "rank": engine.rank,
         "size": engine.size,
         "controller": engine.controller.state_dict(),
-        "residual": engine.unsent(),
-        "memory": {name: dict(memory) for name, memory in engine.memory.items() if memory},
-        "summed": dict(engine.watch.summed),
-        "summed_whole": dict(engine.whole.summed),
-        "accumulated": engine.sums.state_dict(),
+        "residual": engine.channel.unsent(),
+        "memory": {name: dict(memory) for name, memory in engine.channel.memory.items() if memory},
+        "summed": dict(engine.norms.layers.summed),
+        "summed_whole": dict(engine.norms.model.summed),
+        "accumulated": engine.batch.state_dict(),
     }
 
 
@@ -44,7 +45,7 @@ def take_up(engine: Engine, state: Mapping[str, Any] | None) -> None:
         return
     averaged = engine.evaluation.averaged  # gradients stay what they are
     if state is None:
-        engine.sums.clear()
+        engine.batch.clear()
         engine.reset()
     else:
         load(engine, state)
@@ -81,12 +82,13 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     def own(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.detach().to(params[name].device, copy=True)
 
-    engine.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in memory.items()}
-    engine.watch.load(fitting(state["summed"]), params)
-    engine.whole.load(fitting(whole), params)
-    engine.sums.load_state_dict({**accumulated, "sums": fitting(accumulated["sums"])}, params)
+    engine.channel.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in memory.items()}
+    counts = {name: p.numel() for name, p in params.items()}
+    engine.norms.layers.load(fitting(state["summed"]), counts, own)
+    engine.norms.model.load(fitting(whole), counts, own)
+    engine.batch.load_state_dict({**accumulated, "sums": fitting(accumulated["sums"])})
     engine.reset()
-    engine.residual = {name: own(name, x) for name, x in fitting(state["residual"]).items()}
+    engine.channel.residual = {name: own(name, x) for name, x in fitting(state["residual"]).items()}
     for residual in engine.residual.values():
         if state["rank"] == engine.rank:
             residual.mul_(engine.size / state["size"])
@@ -147,15 +149,15 @@ def _plain(engine: Any) -> bool:
 
 def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What a rank keeps where it takes up what another shares; where it has no residual and the other has, zeros."""
-    mine = engine.unsent()
+    mine = engine.channel.unsent()
     held = {name: engine.params[name] for name in shared["held"]}
     residual = {
         name: mine[name] if name in mine else torch.zeros(p.shape, dtype=wide(p), device=p.device)
         for name, p in held.items()
     }
     own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": residual}
-    if engine.sums.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
-        own["accumulated"] = engine.sums.state_dict()
+    if engine.batch.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
+        own["accumulated"] = engine.batch.state_dict()
     return own
 
 
@@ -168,16 +170,14 @@ def broadcast_optimizer_state(
     """
     if isinstance(optimizer, ErrorCompensated):
         return
-    hvd.broadcast_optimizer_state(optimizer, root_rank, model)
+    horovod_takeover.broadcast_optimizer_state(optimizer, root_rank, model)
     engine = getattr(optimizer, "_hvd", None)
     if not isinstance(engine, Engine) or not engine.active or engine.size == 1:
         return
-    theirs = hvd.broadcast_object(
-        _common(saved(engine)), root_rank, name=f"{engine.prefix}.state", process_set=engine.process_set
-    )
+    root, transport = list(engine.transport.ranks).index(root_rank), engine.transport
+    theirs = broadcast_object(_common(saved(engine)), root, f"{engine.prefix}.state", transport)
     # a rank without gradients has not started the exchange that others are in, and must follow when they do
-    flag = torch.tensor([engine.in_flight], dtype=torch.int32)
-    if hvd.allreduce(flag, op=hvd.Max, name=f"{engine.prefix}.in_flight", process_set=engine.process_set).item():
+    if any_rank(engine.in_flight, f"{engine.prefix}.in_flight", transport):
         theirs["accumulated"] = NO_MICRO_BATCHES
         engine.when_exchanged = lambda: load(engine, {**theirs, **_own(engine, theirs)})
     else:

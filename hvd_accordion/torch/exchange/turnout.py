@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.comm.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -54,45 +54,31 @@ class Turnout:
         return self.waits.index(False) if not self.all_wait else 0
 
 
-@dataclass(frozen=True)
-class Update:
-    """Of the parameters, as this rank sees it.
-
-    Args:
-        turnout: the ranks' parts in it, as far as they are known.
-        own: whether this rank has a gradient of now, or only what waits.
-    """
-
-    turnout: Turnout | None
-    own: bool = False
-
-
 class Turnouts:
     """Of the updates of one optimizer. `leader`: of the last update to which only some ranks came, until it is forgotten."""
 
-    def __init__(self, prefix: Prefix, process_set: hvd.ProcessSet) -> None:
-        self.prefix, self.process_set = prefix, process_set
+    def __init__(self, prefix: Prefix, transport: Transport) -> None:
+        self.prefix, self.transport = prefix, transport
         self.leader: int | None = None
         self._mine: torch.Tensor | None = None
         self._handle: Any = None
 
     def start(self, count: int, *, waits: bool = False, new: bool = False, further: bool = False) -> None:
-        """Tells the others of this rank's part in the update that comes next."""
-        size = self.process_set.size()
+        """Sends this rank's part in the update that comes next."""
+        size = self.transport.size
         self._mine = torch.zeros(size, 4, dtype=torch.int32)
-        self._mine[self.process_set.rank()] = torch.tensor([count, waits, new, further], dtype=torch.int32)
+        self._mine[self.transport.rank] = torch.tensor([count, waits, new, further], dtype=torch.int32)
         if size > 1:
-            name = f"{self.prefix}.turnout"
-            self._handle = hvd.allreduce_async(self._mine, op=hvd.Sum, name=name, process_set=self.process_set)
+            self._handle = self.transport.allreduce([self._mine], f"{self.prefix}.turnout")
 
     @property
     def ready(self) -> bool:
-        return self._handle is None or hvd.poll(self._handle)
+        return self._handle is None or self.transport.poll(self._handle)
 
     def finish(self) -> Turnout:
         handle, self._handle = self._handle, None
         if handle is not None:
-            self._mine = hvd.synchronize(handle)
+            (self._mine,) = self.transport.wait(handle)
         assert self._mine is not None
         counts, waits, new, further = self._mine.t().tolist()
         turnout = Turnout(tuple(counts), tuple(map(bool, waits)), tuple(map(bool, new)), any(further))

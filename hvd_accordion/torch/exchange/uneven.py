@@ -8,10 +8,10 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
-from hvd_accordion.torch.exchange.agreement import root
+from hvd_accordion.torch import horovod_takeover
+from hvd_accordion.torch.exchange.agreement import broadcast_object
 from hvd_accordion.torch.exchange.driver import PAUSE
 from hvd_accordion.torch.exchange.turnout import Turnout
 
@@ -35,14 +35,14 @@ def join(device: int = -1) -> int:
         optimizer._hvd.membership.check()
     optimizers.sort(key=lambda x: str(x._hvd.prefix))
     if not optimizers:
-        return hvd.join(device)
-    if any(x._hvd.turnouts is None for x in optimizers):
+        return horovod_takeover.join(device)
+    if any(x._hvd.participation.turnouts is None for x in optimizers):
         raise ValueError(
             "hvd.join() needs DistributedOptimizer(..., uneven_inputs=True) with compression; or give every rank the same "
             "number of batches, such as DistributedSampler(..., drop_last=True)"
         )
     leaders = [leader for leader in wait(optimizers) if leader is not None]
-    return leaders[0] if leaders else hvd.size() - 1
+    return leaders[0] if leaders else horovod_takeover.job_size() - 1
 
 
 def wait(optimizers: Iterable[Any]) -> list[int | None]:
@@ -50,7 +50,7 @@ def wait(optimizers: Iterable[Any]) -> list[int | None]:
 
     Gives for each the global rank that all follow by now, None where all stepped alike.
     """
-    waiting = [_Wait(x) for x in optimizers if x._hvd.turnouts is not None]
+    waiting = [_Wait(x) for x in optimizers if x._hvd.participation.turnouts is not None]
     while not all(x.over for x in waiting):
         if not any([x.proceed() for x in waiting]):
             time.sleep(PAUSE)
@@ -62,11 +62,12 @@ class _Wait:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer, self.engine = optimizer, optimizer._hvd
+        self.turnouts = self.engine.participation.turnouts
         self.turnout: Turnout | None = None
         self._start()
 
     def _start(self) -> None:
-        self.engine.turnouts.start(self.engine.sums.count, waits=True)
+        self.turnouts.start(self.engine.batch.count, waits=True)
 
     @property
     def over(self) -> bool:
@@ -74,9 +75,9 @@ class _Wait:
 
     def proceed(self) -> bool:
         """Takes part in an update, if there is one, and tells whether the others said anything; never waits."""
-        if self.over or not self.engine.turnouts.ready:
+        if self.over or not self.turnouts.ready:
             return False
-        self.turnout = self.engine.turnouts.finish()
+        self.turnout = self.turnouts.finish()
         if not self.over:
             if self.turnout.happens:
                 self.engine.take_part(self.turnout)
@@ -89,18 +90,18 @@ class _Wait:
         if self.turnout.happens:
             self.engine.take_part(self.turnout)
             self.optimizer._apply_what_waited()
-        leader, self.engine.turnouts.leader = self.engine.turnouts.leader, None
+        leader, self.turnouts.leader = self.turnouts.leader, None
         if leader is None:
             return None
         self.optimizer._follow(leader)
-        return root(self.engine.process_set, leader)
+        return self.engine.transport.ranks[leader]
 
 
 def from_leader(engine: Any, leader: int, state: dict[str, Any]) -> dict[str, Any]:
     """Makes the parameters those of a rank; gives its optimizer state."""
-    process_set = engine.process_set
-    source = root(process_set, leader)
+    transport = engine.transport
     with torch.no_grad():
         for name, p in engine.params.items():
-            p.copy_(hvd.broadcast(p.detach().contiguous(), source, f"{engine.prefix}.follow.{name}", process_set))
-    return hvd.broadcast_object(state, source, name=f"{engine.prefix}.follow", process_set=process_set)
+            values = p.detach().clone(memory_format=torch.contiguous_format)
+            p.copy_(transport.wait(transport.broadcast(values, leader, f"{engine.prefix}.follow.{name}")))
+    return broadcast_object(state, leader, f"{engine.prefix}.follow", transport)

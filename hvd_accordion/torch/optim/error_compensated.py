@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from hvd_accordion.comm.collectives import Rounds
@@ -19,6 +18,7 @@ from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.torch.exchange.agreement import from_rank_0, require_equal
 from hvd_accordion.torch.exchange.driver import Driver
 from hvd_accordion.torch.optim.closure_gradients import Closure, ClosureGradients
+from hvd_accordion.torch.transport import ProcessSet, connect, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
 from hvd_accordion.training.vectors import Vectors
@@ -41,7 +41,7 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         make: factories.Make,
         seed: int,
         *,
-        process_set: hvd.ProcessSet = hvd.global_process_set,
+        process_set: ProcessSet = global_process_set,
         steps_per_epoch: int | None = None,
         logger: Logger | None = None,
     ) -> None:
@@ -50,12 +50,13 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         names, tensors = named(self.param_groups)
         wide = ops.upcast([p.detach() for p in tensors])
         layers = [factories.layer_of(n, p.shape, ops.dtype(p), str(p.device)) for n, p in zip(names, wide, strict=True)]
-        self._process_set, self._prefix = process_set, Prefix(process_set)
+        self._prefix = Prefix(process_set)
         if not process_set.included():
             raise ValueError(
                 f"process_set must include this rank, got {process_set}: only its members make the optimizer"
             )
-        rank, size = process_set.rank(), process_set.size()
+        self._transport = connect(process_set)
+        rank, size = self._transport.rank, self._transport.size
         self._oracle = ClosureGradients(tensors)
         share = self._from_rank_0 if size > 1 else list
         self._training = Training(ops, layers, compression, make, seed, rank, size, share, steps_per_epoch, logger)
@@ -97,12 +98,12 @@ class ErrorCompensated(Reports, torch.optim.Optimizer):
         digest = hashlib.blake2b(digest_size=8)
         for v in [*x, *self._training.worker.shared()]:
             digest.update(v.cpu().numpy().tobytes())
-        require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._process_set)
-        self._driver = Driver(str(self._prefix), self._process_set, (1 / self._training.size, 1.0))
+        require_equal(self._training.described(digest.hexdigest()), str(self._prefix), self._transport)
+        self._driver = Driver(str(self._prefix), self._transport, (1 / self._training.size, 1.0))
         return self._driver
 
     def _from_rank_0(self, numbers: Any) -> list[float]:
-        return from_rank_0(numbers, f"{self._prefix}.norms", self._process_set)
+        return from_rank_0(numbers, f"{self._prefix}.norms", self._transport)
 
     def _x(self) -> Vectors:
         return [v.clone() for v in ops.upcast([p.detach() for p in self._oracle.params])]
@@ -159,7 +160,7 @@ def estimate_smoothness(
     params: Any,
     iterations: int = 30,
     seed: int = 0,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
 ) -> float:
     """The smoothness constant L of the mean over the ranks of their losses: the Hessian's largest eigenvalue, at the
     parameters of now, by power iteration on differences of gradients. Every rank must call it.
@@ -174,13 +175,13 @@ def estimate_smoothness(
     elastic.refuse("estimate_smoothness", "it exchanges where ranks that have just come do not")
     validation.integer("iterations", iterations, 1)
     _, tensors = named(torch.optim.SGD(params, lr=0.0).param_groups)
-    oracle, prefix = ClosureGradients(tensors), f"{Prefix(process_set)}.smoothness"
+    oracle, prefix, transport = ClosureGradients(tensors), f"{Prefix(process_set)}.smoothness", connect(process_set)
     x = [v.clone() for v in ops.upcast([p.detach() for p in tensors])]
     local = oracle.at(x, closure)
 
     def gradient(point: Vectors) -> Vectors:
         own = [g.clone() for g in local(point)]
-        return hvd.grouped_allreduce(own, name=prefix, op=hvd.Average, process_set=process_set)
+        return transport.wait(transport.allreduce(own, prefix, scales=(1.0, 1 / transport.size)))
 
     return smoothness.estimate(ops, x, gradient, iterations, seed)
 

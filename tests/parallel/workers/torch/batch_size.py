@@ -175,7 +175,7 @@ def test_what_only_rank_0_restored_goes_to_all():
         again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     hvd.broadcast_parameters(restored.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(again, root_rank=0)
-    assert again._hvd.sums.count == 2
+    assert again._hvd.batch.count == 2
     train(restored, again, range(cut, 4 * STEPS))
     assert_ranks_equal(flat(restored))
     assert again.stats.updates == SMALL + 4

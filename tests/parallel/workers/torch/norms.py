@@ -65,8 +65,8 @@ def test_sampled_sums_take_little_memory():
         optimizer.zero_grad()
         net(torch.ones(4, 400)).square().mean().backward()
         optimizer.step()
-    assert {x.numel() for x in optimizer._hvd.watch.summed.values()} == {8192}
-    kept = [*optimizer._hvd.residual.values(), *optimizer._hvd.watch.summed.values()]
+    assert {x.numel() for x in optimizer._hvd.norms.layers.summed.values()} == {8192}
+    kept = [*optimizer._hvd.residual.values(), *optimizer._hvd.norms.layers.summed.values()]
     assert sum(x.nbytes for x in kept) <= 1.06 * sum(p.nbytes for p in net.parameters())
 
 

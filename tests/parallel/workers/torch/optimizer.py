@@ -124,8 +124,8 @@ def test_exchange_starts_in_backward():
     train(net, optimizer, range(2))
     optimizer.zero_grad()
     loss_of(net, 2).backward()
-    assert len(optimizer._hvd.started) == len(optimizer._hvd.groups) >= 3
-    assert len(optimizer._hvd.driver.running) == len(optimizer._hvd.groups)
+    assert len(optimizer._hvd.exchange.started) == len(optimizer._hvd.exchange.plan.groups) >= 3
+    assert len(optimizer._hvd.exchange.driver.running) == len(optimizer._hvd.exchange.plan.groups)
     optimizer.step()
 
 
@@ -194,8 +194,8 @@ def test_bad_gradients_leave_no_trace(value, compression):
     optimizer = wrap(net, sgd(net, momentum=0.0, lr=0.0), compression=compression)
     train(net, optimizer, range(2))
     kept = {k: v.clone() for k, v in optimizer._hvd.residual.items()}
-    factors = {k: m["q"].clone() for k, m in optimizer._hvd.memory.items() if m}
-    sums = {k: v.clone() for k, v in optimizer._hvd.watch.summed.items()}
+    factors = {k: m["q"].clone() for k, m in optimizer._hvd.channel.memory.items() if m}
+    sums = {k: v.clone() for k, v in optimizer._hvd.norms.layers.summed.items()}
     optimizer.zero_grad()
     loss = loss_of(net, 2) * (value if hvd.rank() == 0 else 1.0)
     loss.backward()
@@ -204,10 +204,10 @@ def test_bad_gradients_leave_no_trace(value, compression):
     for name, residual in optimizer._hvd.residual.items():
         torch.testing.assert_close(residual, kept[name], rtol=0, atol=1e-7)  # the gradient was in it
     for name, q in factors.items():
-        assert torch.equal(optimizer._hvd.memory[name]["q"], q)
-    if sums and optimizer._hvd.watch.summed:
+        assert torch.equal(optimizer._hvd.channel.memory[name]["q"], q)
+    if sums and optimizer._hvd.norms.layers.summed:
         for name, x in sums.items():
-            assert torch.equal(optimizer._hvd.watch.summed[name], x)
+            assert torch.equal(optimizer._hvd.norms.layers.summed[name], x)
     train(net, optimizer, range(3, 5))
     assert all(torch.isfinite(e).all() for e in optimizer._hvd.residual.values())
 
@@ -494,7 +494,7 @@ def test_compiled_model():
         optimizer.zero_grad()
         x, y = batch(step, hvd.rank())
         torch.nn.functional.cross_entropy(compiled(x), y).backward()
-        assert step == 0 or optimizer._hvd.started
+        assert step == 0 or optimizer._hvd.exchange.started
         optimizer.step()
     assert torch.allclose(flat(net), joined_reference(3), atol=1e-5)
 
@@ -508,7 +508,7 @@ def test_broadcast_optimizer_state():
     train(net, optimizer, range(5))
     residual = {k: v.clone() for k, v in optimizer._hvd.residual.items()}
     if hvd.rank() != 0:
-        optimizer._hvd.memory.clear()
+        optimizer._hvd.channel.memory.clear()
         optimizer._hvd.controller.accordions[0].regimes.clear()
         optimizer._hvd.controller.step = 0
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)

@@ -38,7 +38,7 @@ def test_a_gradient_is_conserved():
 
         controller.adopt({"w": levels[step // 10] or Dense()})
         controller.set_layers(list(controller.layers.values()))
-        optimizer._hvd._check()
+        optimizer._hvd._decide()
         g = torch.randn(shape, generator=torch.Generator().manual_seed(31 * step + hvd.rank()))
         given += hvd.allreduce(g.double())
         optimizer.zero_grad()

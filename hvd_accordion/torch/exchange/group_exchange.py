@@ -1,39 +1,75 @@
-"""What an exchange takes from `.grad`, and how what it comes to is put there.
+"""Exchanges of groups of dense gradients, from this rank's gradients to means in `.grad`.
 
 A gradient is the user's: it stays the same object in the same memory, and others may lie in that memory too. So exchanges
-read it when they start, or hold a loan of its memory, and averages are written when all of a step have been read.
+read it when they start, or hold a loan of its memory, and means are written when all of a step have been read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from hvd_accordion.ops import torch as ops
-from hvd_accordion.policy.assignment import Layer
-
-Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
-
-
-def kind(x: torch.Tensor) -> Kind:
-    return x.shape, x.dtype, x.device
+from hvd_accordion.compression.feedback import ExchangeResult
+from hvd_accordion.policy.assignment import Group
+from hvd_accordion.torch.exchange.driver import Driver
+from hvd_accordion.training.channel import Channel
 
 
-def dense(grad: torch.Tensor | None, p: torch.Tensor, layer: Layer, planned: Kind) -> torch.Tensor:
-    """The gradient, zeros where there is none, dense; ValueError where it is not what the layer was planned for."""
-    if grad is None:
-        return torch.zeros(layer.shape, dtype=p.dtype, device=p.device)
-    if grad.is_sparse:  # sparse_as_dense, or the layer's first gradient was dense
-        return grad.to_dense()
-    if kind(grad) != planned:
-        raise ValueError(
-            f"the gradient of {layer.name} was {layer.dtype} {layer.shape} on {layer.device} when the optimizer was "
-            f"made, now it is {ops.dtype(grad)} {tuple(grad.shape)} on {grad.device}; make a new optimizer for "
-            "changed parameters"
-        )
-    return grad.detach()
+class GroupExchange:
+    """Starts exchanges while backward runs, and ends all of them together.
+
+    Args:
+        channel: residuals and memory of the layers.
+        driver: carries the exchanges out.
+    """
+
+    def __init__(self, params: Mapping[str, torch.nn.Parameter], channel: Channel, driver: Driver) -> None:
+        self.params, self.channel, self.driver = params, channel, driver
+        self.loans = Loans()
+        self.places: dict[str, torch.Tensor] = {}  # of an update, known when all of its gradients are taken
+        self.room: dict[str, torch.Tensor] = {}  # those of them in which a mean can be made
+        self.kept: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def start(self, group: Group, grads: Sequence[torch.Tensor], step: int) -> None:
+        """Starts the exchange of a group's gradients, which are only read, or lent to it."""
+        names = [layer.name for layer in group.layers]
+        for grad in grads:
+            holder = self.loans.holder(grad)
+            if holder not in (None, group.name):  # which may average in that memory: then it holds the mean
+                self.driver.wait(holder)
+        if not group.has_residual:
+            grads = [self.loans.lend(group.name, name, grad) for name, grad in zip(names, grads, strict=True)]
+        self.driver.start(group.name, self.channel.exchange(group, grads, step, self.room))
+
+    def finish(
+        self, check_finite: bool, flags: Sequence[torch.Tensor], writes: bool
+    ) -> dict[str, tuple[ExchangeResult, float]]:
+        """Group name -> result and bytes sent, when all exchanges have ended. Args: see `Driver.finish`.
+
+        writes: whether means will be written into `.grad`, so that they may be made there.
+        """
+        self.prepare(writes)
+        return self.driver.finish(check_finite, flags)
+
+    def prepare(self, writes: bool = True) -> None:
+        """All gradients are taken: finds the memory that means may be written to."""
+        self.places = places_of(self.params, self.loans.names) if writes else {}
+        self.room.update((name, x) for name, x in self.places.items() if is_room(x))
+        self.kept = on_cpu(self.places)
+
+    def write(self, means: Mapping[str, torch.Tensor]) -> None:
+        """Writes means into `.grad`."""
+        put(self.params, self.places, means)
+
+    def reset(self) -> None:
+        """Exchanges that are under way will not end."""
+        self.driver.reset()
+        self.channel.abandon()
+        self.loans.clear()
+        self.places = {}
+        self.room.clear()
 
 
 class Loans:
@@ -61,7 +97,7 @@ class Loans:
         self.holders, self.names = {}, set()
 
 
-def places(params: Mapping[str, torch.Tensor], first: set[str]) -> dict[str, torch.Tensor]:
+def places_of(params: Mapping[str, torch.Tensor], first: set[str]) -> dict[str, torch.Tensor]:
     """The gradients into whose memory averages may be written: of those that overlap one, those in `first` before others."""
     taken: dict[int, list[tuple[int, int]]] = {}
     found = {}
@@ -79,7 +115,7 @@ def places(params: Mapping[str, torch.Tensor], first: set[str]) -> dict[str, tor
     return found
 
 
-def kept(places: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def on_cpu(places: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The gradients to keep alive until the next update's are there.
 
     The C library gives memory that zero_grad() frees back to the system, and backward faults it in again page by page:
@@ -88,10 +124,9 @@ def kept(places: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     return [grad for grad in places.values() if grad.is_cpu]
 
 
-def room(place: torch.Tensor | None) -> torch.Tensor | None:
-    """Such a place if an average can be made there."""
-    fits = place is not None and place.is_contiguous() and place.dtype in (torch.float32, torch.float64)
-    return place if fits else None
+def is_room(place: torch.Tensor) -> bool:
+    """Whether a mean can be made there."""
+    return place.is_contiguous() and place.dtype in (torch.float32, torch.float64)
 
 
 def put(
