@@ -72,7 +72,8 @@ def survey(framework: str, layers: Sequence[Layer], choices: Choices) -> Survey:
     agreement = importlib.import_module(f"hvd_accordion.{framework}.exchange.agreement")
     hvd.init()
     try:
-        everyone = hvd.global_process_set
+        transport = importlib.import_module(f"hvd_accordion.{framework}.transport")
+        everyone = transport.connect(hvd.global_process_set)
 
         def gather(value: Any, name: str) -> list[Any]:
             texts = agreement.gather(json.dumps(value).encode(), f"{NAME}.{name}", everyone)

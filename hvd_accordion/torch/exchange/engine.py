@@ -68,16 +68,14 @@ class Engine:
         rivals.claim(self)
         self.replan()
 
-    # among the ranks
-
     def join(self) -> None:
         """Takes its place among the ranks."""
         self.active = self.settings.process_set.included()
         self.transport = transport.connect(self.settings.process_set)
         self.channel.rank, self.channel.size = self.transport.rank, self.transport.size
-        common = self.settings, self.channel, self.prefix, self.transport
-        self.exchange = UpdateExchange(self.batch, self.controller, *common)
-        self.participation = Participation(self.settings, self.controller, self.prefix, self.transport, self.active)
+        place = self.prefix, self.transport
+        self.exchange = UpdateExchange(self.batch, self.controller, self.settings, self.channel, *place)
+        self.participation = Participation(self.settings, self.controller, *place, self.active)
 
     def move(self) -> None:
         """To its place among ranks that were gathered anew; all that was under way with the old ones is dropped.
@@ -109,8 +107,6 @@ class Engine:
         """All ranks are known to be alike: from now on they may exchange."""
         str(self.prefix)  # drawn in the order in which all ranks agree, whichever optimizer exchanges first
         self.membership.agree(self.controller, self.rank if self.active else None, self.size)
-
-    # parameters
 
     def trainable(self) -> tuple[str, ...]:
         return tuple(name for name, p in self.params.items() if p.requires_grad)
@@ -184,7 +180,7 @@ class Engine:
         """
         if not self.active:
             return True
-        if self.evaluation.averaged is not None and not self._any_new():  # ranks may differ in what is new to them
+        if self.evaluation.averaged is not None and not self._any_new():
             return False
         if self.due:
             self._update()
@@ -244,8 +240,8 @@ class Engine:
         self.seconds += waited
         if probe is not None:
             probe.end_exchange(waited)
-        if self.when_exchanged is not None:
-            then, self.when_exchanged = self.when_exchanged, None
+        then, self.when_exchanged = self.when_exchanged, None
+        if then is not None:
             then()
         if self.evaluation.further:
             self.controller.exchanged_again(sent, self.seconds)
@@ -277,8 +273,6 @@ class Engine:
         self.evaluation.begin()
         self.reset()
 
-    # after an update
-
     def end_epoch(self) -> None:
         if self.active and self.controller.end_epoch():
             self._decide()
@@ -290,8 +284,6 @@ class Engine:
         if self.controller.changed or self.exchange.plan.names != self.trainable():
             self.replan()
         self.batch.resize(self.controller.micro_batches())
-
-    # what it knows
 
     @property
     def residual(self) -> Any:
