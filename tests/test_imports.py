@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +82,7 @@ def test_the_package_imports_no_framework():
 @pytest.mark.parametrize(
     "module",
     (
-        "comm.collectives comm.agreement comm.naming comm.launch ops.protocol compression policy.assignment "
+        "comm.collectives comm.agreement comm.naming comm.launch comm.transport ops.protocol compression policy.assignment "
         "policy.batch_size "
         "training.controller training.settings training.reports tracking.mlflow_logger optim.methods optim.training cli "
         "utils.horovod_mirror utils.seeds"
@@ -117,7 +119,16 @@ print(json.dumps([len(names), missing, unlisted, changed, added]))
     count, missing, unlisted, changed, added = in_a_fresh_process(code)
     assert count > 50 and not missing and not unlisted
     ours = {"DistributedOptimizer", "broadcast_optimizer_state", "elastic", "init", "join"}
-    assert set(changed) == ours and set(added) == METHODS
+    assert set(changed) == ours and set(added) == {"GradientExchange", *METHODS}
+
+
+def test_under_torch_few_modules_name_horovod():
+    """The mirrors, the transport, and what takes Horovod's own optimizer over; all others hold a Transport."""
+    root = Path(hvd_accordion.__file__).parent / "torch"
+    imports = re.compile(r"^\s*(import|from) horovod\b", re.MULTILINE)
+    naming = {str(path.relative_to(root)) for path in root.rglob("*.py") if imports.search(path.read_text())}
+    mirrors = {"__init__.py", "elastic/__init__.py", "elastic/state.py"}
+    assert naming == {*mirrors, "horovod_takeover.py", "transport.py"}
 
 
 @needs_torch

@@ -67,3 +67,20 @@ def test_equals_the_simulated_cluster(name):
             assert np.abs(got - expected[k]).max() <= 1e-5 * scale, (name, step, k)
         with optimizer.skip_synchronize():
             optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["powersgd4", "topk", "accordion"])
+def test_a_gradient_exchange_gives_the_means_of_an_optimizer(name):
+    params = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(params.values(), 0.1), params.items(), compression=SPECS[name])
+    exchange = hvd.GradientExchange(SPECS[name], learning_rate=0.1)
+    for step in range(8):
+        generator = torch.Generator().manual_seed(17 * step + hvd.rank())
+        given = {key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
+        for key, p in params.items():
+            (p * given[key]).sum().backward()
+        optimizer.step()
+        means = exchange(given)
+        assert all(torch.equal(means[key], p.grad) for key, p in params.items())
+        optimizer.zero_grad()
+    assert exchange.stats.sent_bytes == optimizer.stats.sent_bytes
