@@ -38,7 +38,7 @@ test: $(STAMP)    ## all tests, on simulated and real ranks
 	$(BIN)/python -m pytest -m "$(ALONE)"
 
 test-fast: $(STAMP) ## the tests of simulated ranks and of pure functions, for the inner loop
-	$(BIN)/python -m pytest $(BESIDE) -m "not ($(ALONE) or slow)"
+	$(BIN)/python -m pytest $(BESIDE) -m "not ($(ALONE))" $(addprefix tests/,comm compression ops optim policy torch training utils)
 
 test-quick: $(STAMP) ## the tests that start no ranks, and one start of ranks of each framework
 	$(BIN)/python -m pytest $(BESIDE) -m "not ($(ALONE))"

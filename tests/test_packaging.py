@@ -66,7 +66,7 @@ def package_files() -> set[str]:
     return {
         str(p.relative_to(ROOT))
         for p in (ROOT / "hvd_accordion").rglob("*")
-        if p.suffix == ".py" or p.name == "py.typed"
+        if p.suffix in (".py", ".pyi") or p.name == "py.typed"
     }
 
 

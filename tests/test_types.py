@@ -20,7 +20,6 @@ HELPERS = set(  # Horovod's own, which it does not hide
 BASICS = PACKAGE / "utils" / "horovod_basics.pyi"
 
 
-@pytest.mark.slow
 def test_scripts_of_users_and_the_ops_modules_pass_mypy():
     pytest.importorskip("mypy")
     done = subprocess.run([sys.executable, "-m", "mypy", "tests/types"], cwd=ROOT, capture_output=True, text=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.launcher import horovodrun
+from tests.parallel.launcher import PYTEST, started
 
 pytest.importorskip("lightning")
 pytestmark = [pytest.mark.parallel, pytest.mark.integrations]
@@ -17,8 +17,7 @@ FILES = [str(WORKERS / f"lightning_{name}.py") for name in ("training", "trainer
 
 @pytest.mark.parametrize(("transport", "only"), [("mpi", ""), ("gloo", "accumulate or callback or collectives")])
 def test_on_two_ranks(transport, only):
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    horovodrun([*command, *FILES, *(["-k", only] * bool(only))], 2, transport, timeout=400)
+    started([*PYTEST, *FILES, *(["-k", only] * bool(only))], 2, transport, timeout=400)
 
 
 def test_the_other_package():

@@ -12,6 +12,8 @@ from typing import IO
 import psutil
 
 WORKERS = Path(__file__).parent / "workers"
+# what warns on a rank is no failure: frameworks and trainers, which are not ours, do
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly"]
 HOROVODRUN = Path(sys.executable).parent / "horovodrun"
 
 
@@ -109,5 +111,4 @@ def marked(mark: str, variable: str = "HVD_ACCORDION_TEST_RUN") -> list[psutil.P
 def worker(name: str, ranks: int, transport: str = "mpi", timeout: float = 120.0, only: str = "", **env: str) -> str:
     """Runs the tests of workers/NAME.py on every rank; `only`: those whose names match, as pytest's -k."""
     file = WORKERS / f"{name}.py"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
-    return started(command + ["-k", only] * bool(only), ranks, transport, timeout, **env)
+    return started([*PYTEST, str(file)] + ["-k", only] * bool(only), ranks, transport, timeout, **env)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.launcher import WORKERS, begin, end, environment_of, launch_command
+from tests.parallel.launcher import PYTEST, WORKERS, begin, end, environment_of, launch_command
 
 LIMITS = {"torch": 120, "tensorflow": 400, "ranks": 10}  # seconds of one test
 
@@ -166,6 +165,7 @@ class Starts:
         """No process of the current start is left."""
         if self.current is not None:
             end(self.current.mark)
+            self.current.process.wait()
             self.current = None
 
     def _start(self, case: Case) -> Start:
@@ -175,7 +175,7 @@ class Starts:
         self.finish()
         cases += [case] * (case not in cases)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+        command = list(PYTEST)
         command += ["-o", f"timeout={LIMITS[case.framework]}", "-o", "timeout_method=thread"]
         command += ["-k", " or ".join(c.selection for c in cases), *(str(WORKERS / c.path) for c in cases)]
         environment = {**environment_of(case.ranks), **self.environment, "RANK_REPORTS": str(folder)}
