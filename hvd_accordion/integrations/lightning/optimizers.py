@@ -26,7 +26,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"unknown argument {unknown[0]!r}: allowed are compression, {', '.join(OPTIONS)}")
 
 
-def named(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yields the optimizer's parameters with their names in the module."""
     known = {id(p): name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):

@@ -50,7 +50,7 @@ def stack(tensor: torch.Tensor, differentiable: bool) -> torch.Tensor:
     """Stacks the ranks' tensors of equal shape to one of shape `(size, *shape)`."""
     if hvd.size() == 1:
         return tensor
-    return Stack.apply(tensor) if differentiable else torch.stack(gather(tensor))
+    return Stack.apply(tensor) if differentiable else torch.stack(gather(tensor))  # type: ignore[no-untyped-call]
 
 
 class Stack(torch.autograd.Function):
@@ -76,7 +76,7 @@ def gather(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
         return [tensor.new_empty(shape) for shape in shapes]
     flat = sendable(tensor.contiguous()).reshape(-1)
     joined = hvd.allgather(flat, name=f"{PREFIX}.gather").view(tensor.dtype)
-    return [part.reshape(shape) for part, shape in zip(joined.split(counts), shapes, strict=True)]
+    return [part.reshape(shape) for part, shape in zip(torch.split(joined, counts), shapes, strict=True)]
 
 
 def refuse_group(group: Any) -> None:

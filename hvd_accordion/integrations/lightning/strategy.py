@@ -101,7 +101,8 @@ class HorovodStrategy(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return self.parallel_devices[0]
+        assert self._parallel_devices is not None  # the Trainer sets them first
+        return self._parallel_devices[0]
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class HorovodAccelerator(Accelerator):
 
     def prepare_data_loader(
         self,
-        data_loader: DataLoader,
+        data_loader: DataLoader[Any],
         device_placement: bool | None = None,
         slice_fn_for_dispatch: Callable[..., Any] | None = None,
     ) -> Any:

@@ -25,7 +25,7 @@ from hvd_accordion.torch.transport import connect
 # variables by which Accelerate detects a launcher; -1 counts as unset
 LAUNCHERS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # prefixes of arguments in which ranks may differ
-OWN = (
+OWN: tuple[str, ...] = (
     "output_dir",
     "run_name",
     "local_rank",
@@ -60,7 +60,7 @@ class HorovodArgumentsMixin:
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        return place(self)  # type: ignore[arg-type]
+        return place(self)
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -29,8 +29,13 @@ from hvd_accordion.training.reports import Logger
 
 SET_BY_TRAINER = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
 
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase  # the mix-in's methods call those of the class beside it
+else:
+    TrainerBase = object
 
-class HorovodTrainerMixin:
+
+class HorovodTrainerMixin(TrainerBase):
     """Mix-in that must precede a Trainer: `class MyTrainer(HorovodTrainerMixin, Trainer)`.
 
     Gradients are compressed and averaged over the ranks once per update, before clipping. Each rank trains on its share of
@@ -47,6 +52,9 @@ class HorovodTrainerMixin:
         ValueError: on all ranks, if an argument is not supported or the ranks' arguments differ.
         TypeError: the mix-in does not precede the Trainer, or the optimizer needs a closure.
     """
+
+    optimizer: Any
+    current_flos: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
