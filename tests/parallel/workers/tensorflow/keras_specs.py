@@ -46,28 +46,6 @@ def test_ranks_are_bit_equal_after_50_steps_and_hold_their_own_residuals(name):
     assert optimizer.stats.sent_bytes < optimizer.stats.dense_bytes or not lossy
 
 
-def test_every_spec_on_a_layer_of_its_own_in_one_model():
-    """The same of one trace, which more ranks have time for."""
-    names = [name for name in SPECS if name not in ("none", "globs")]
-    layers = keras.layers
-    x = inputs = layers.Input((14, 14, 1))
-    x = layers.Dense(40)(layers.Flatten()(x))
-    x = layers.Add()([layers.Dense(40, activation="tanh", name=name)(x) for name in names])
-    net = keras.Model(inputs, layers.Dense(10)(x))
-    net, optimizer = compiled({**{f"{name}/kernel": SPECS[name] for name in names}, "*": None}, net=net)
-    fit(net, epochs=10)
-    assert_ranks_equal(flat(net))
-    for v in [*optimizer._hvd.state.shared(), *optimizer.variables]:
-        assert_ranks_equal(v.numpy().astype(np.float64), v.name)
-    held = residuals(optimizer)
-    assert set(held) == {f"{name}/kernel" for name in names if name not in ("dense", "no-feedback")}
-    for key, residual in held.items():
-        rows = everyone(residual)
-        assert np.isfinite(rows).all(), key
-        assert not rows.any() or not np.array_equal(rows[0], rows[1]), key
-    assert optimizer.stats.sent_bytes < optimizer.stats.dense_bytes
-
-
 class Counting(keras.Sequential):
     """Counts how often its step is traced."""
 
