@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def carry_out(requests: Sequence[Request]) -> list[object]:
-    """The result of one collective for every rank, from what each rank asks for."""
+    """The result of one collective for every rank, from what each rank requests."""
     first = requests[0]
     if any(type(r) is not type(first) for r in requests):
-        raise RuntimeError(f"ranks ask for different collectives: {[type(r).__name__ for r in requests]}")
+        raise RuntimeError(f"ranks request different collectives: {[type(r).__name__ for r in requests]}")
     n = len(requests)
     if isinstance(first, AllReduce):
         columns = zip(*(payload(r) for r in requests), strict=True)
@@ -31,7 +31,7 @@ def carry_out(requests: Sequence[Request]) -> list[object]:
     assert isinstance(first, AllFinite)
     flags = [bool(r.is_finite()) for r in requests if isinstance(r, AllFinite)]
     if len(set(flags)) > 1:
-        raise RuntimeError(f"ranks disagree whether the step was sound: {flags}")
+        raise RuntimeError(f"ranks disagree whether the step was finite: {flags}")
     return [np.array(flags[0])] * n
 
 
@@ -49,7 +49,7 @@ def run(exchanges: Sequence[Rounds[T]]) -> tuple[list[T], float]:
                 results.append(stop.value)
         if results:
             if requests:
-                raise RuntimeError("some ranks ended their exchange while others ask for a collective")
+                raise RuntimeError("some ranks ended their exchange while others request a collective")
             return results, nbytes
         nbytes += sum(sent(type(requests[0]), x.nbytes, len(exchanges)) for x in payload(requests[0]))
         answers = carry_out(requests)

@@ -71,7 +71,7 @@ class Compressed(Reports):
                 if calls > 1 and engine.settings.batch_size is not None:
                     raise ValueError(
                         f"batch_size: {type(self).__name__} calls its closure several times in a step, but a batch's "
-                        "micro-batches are at hand only once; use another optimizer"
+                        "micro-batches are there only once; use another optimizer"
                     )
                 engine.evaluation.begin(further=calls > 1)
                 with torch.enable_grad():

@@ -72,7 +72,7 @@ def DistributedOptimizer(
         groups: as Horovod's; by default runs of layers of up to 16 MiB, in the order of backward.
         steps_per_epoch: calls of `step()` in an epoch; otherwise call `optimizer.end_epoch()` after each. An Accordion
             that counts epochs raises ValueError when it has heard of none in 10,000 steps.
-        logger: told on rank 0 of what happened, such as `MLflowLogger()`.
+        logger: receives on rank 0 what happens, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
         batch_size: an `AccordionBatchSize`. `step()` stays one call a micro-batch and updates with the last of a batch; the

@@ -60,7 +60,7 @@ def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, 
 
 
 def in_flight(optimizer: torch.optim.Optimizer) -> Callable[[], bool]:
-    """Tells whether a backward pass has come to its hooks since its last exchange ended."""
+    """A function that returns whether a backward pass has come to its hooks since its last exchange ended."""
     itself = weakref.ref(optimizer)
     return lambda: bool(itself()._handles)  # type: ignore[union-attr]
 

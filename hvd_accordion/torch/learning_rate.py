@@ -1,4 +1,4 @@
-"""The learning rate of a torch optimizer: as rules are told it, and scaled for one update of a larger batch."""
+"""The learning rate of a torch optimizer: as policies see it, and scaled for one update of a larger batch."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hvd_accordion.torch.exchange import rivals
 
 
 class Hooks:
-    """Of one engine, which is told of each gradient by `on_gradient(name)`. They go with it, or when they are released.
+    """Of one engine, whose `on_gradient(name)` they call. They go with it, or when they are released.
 
     They sit at the nodes that accumulate gradients: hooks of a parameter itself, whenever they are added, have run by then.
     """

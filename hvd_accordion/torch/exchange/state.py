@@ -57,7 +57,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
 
     A residual is its rank's own: saved by another rank, it begins at zero, for ranks plan by which layers have one. After a
     change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of other
-    entries than an Accordion's `norm` asks for now are not taken. Micro-batches under way are taken from whichever rank
+    entries than an Accordion's `norm` needs now are not taken. Micro-batches under way are taken from whichever rank
     saved them: all must have as many.
     """
     params, controller = engine.params, engine.controller
@@ -132,7 +132,7 @@ def _common(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Takes up what `everything` told of it; of what another's `shared` told, beside what is this rank's own."""
+    """Takes up the state that `everything` gave; or another's `shared`, beside what is this rank's own."""
     engine, state = getattr(optimizer, "_hvd", None), dict(state)
     if _plain(engine):
         engine.controller.load_state_dict(state.pop(STATE)["controller"])

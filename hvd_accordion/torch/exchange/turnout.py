@@ -1,4 +1,4 @@
-"""Who comes to an update with how many micro-batches: one small allreduce an update, for which nobody waits beforehand."""
+"""Which ranks come to an update, with how many micro-batches: one small allreduce an update, which nothing waits for."""
 
 from __future__ import annotations
 

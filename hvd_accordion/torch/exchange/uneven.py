@@ -74,7 +74,7 @@ class _Wait:
         return self.turnout is not None and self.turnout.all_wait
 
     def proceed(self) -> bool:
-        """Takes part in an update, if there is one, and tells whether the others said anything; never waits."""
+        """Takes part in an update, if there is one; returns whether the others have sent their parts. Never waits."""
         if self.over or not self.turnouts.ready:
             return False
         self.turnout = self.turnouts.finish()
