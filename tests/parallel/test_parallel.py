@@ -8,7 +8,7 @@ import time
 import pytest
 
 from hvd_accordion.cli import reference_model
-from tests.parallel.launcher import horovodrun, marked
+from tests.parallel.launcher import WORKERS, horovodrun, marked
 from tests.parallel.starts import Case, Starts
 
 pytestmark = pytest.mark.parallel
@@ -41,6 +41,12 @@ CASES = [
     Case("tensorflow/eclk", ranks=4, only="trajectory and eclk-powersgd"),
     Case("tensorflow/keras_specs", ranks=4, only="bit_equal_after or simulated or conserved"),
 ]
+
+
+def test_no_worker_file_is_left_out():
+    files = {f"{file.parent.name}/{file.stem}" for file in WORKERS.glob("t*/*.py") if "\ndef test_" in file.read_text()}
+    assert files - {case.file for case in CASES} == {"torch/logging_stopped"}  # tests/tracking starts it
+    assert {case.file for case in CASES} <= files
 
 
 @pytest.fixture(scope="session")
