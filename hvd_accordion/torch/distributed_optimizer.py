@@ -124,7 +124,18 @@ def DistributedOptimizer(
         batch_size,
         uneven_inputs,
     )
+    return _distributed(optimizer, named_parameters, compression, settings, logger)
 
+
+def _distributed(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None,
+    compression: Any,
+    settings: Settings,
+    logger: Logger | None,
+) -> torch.optim.Optimizer:
+    """Compares the ranks, and makes Horovod's own optimizer or one that compresses."""
+    process_set, batch_size = settings.process_set, settings.batch_size
     elastic.check_process_set(process_set, global_process_set)
     pairs = None if named_parameters is None else list(named_parameters)  # kept: their identities stay theirs
     params = named(pairs, optimizer.param_groups)
@@ -135,13 +146,15 @@ def DistributedOptimizer(
     compression = translated(compression)
     policy = assign(None if horovods else compression, list(params))  # type: ignore[arg-type]
     if not horovods:
-        check_op(op, (Average, Sum), compression, batch_size)
+        check_op(settings.op, (Average, Sum), compression, batch_size)
 
     its_policy, prefix = policy if not horovods else str(compression), Prefix(process_set)
     if process_set.included() and not elastic.active():
         require_equal(described(params, its_policy, settings), str(prefix), transport.connect(process_set))
     size = process_set.size() if process_set.included() else 1
-    controller = Controller(trainable, policy, size, steps_per_epoch, None, min_compress_numel, batch_size)
+    controller = Controller(
+        trainable, policy, size, settings.steps_per_epoch, None, settings.min_compress_numel, batch_size
+    )
     its_name = type(optimizer).__name__
 
     def logged(size: int) -> dict[str, object]:

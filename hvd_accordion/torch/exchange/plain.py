@@ -82,6 +82,36 @@ class PlainEngine:
         self.controller.end_epoch()
 
 
+class Counted(Reports):
+    """What counting adds to the class of the user's optimizer, which comes after it among the bases."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """What Horovod's `step()` calls when gradients are averaged."""
+        engine: PlainEngine | None = getattr(self, "_hvd", None)  # none yet where Adasum steps
+        if engine is None:
+            return super().step(closure)
+        engine.further = engine.synchronized
+
+        def evaluated() -> Any:
+            loss = closure()  # type: ignore[misc]
+            engine.further = engine.synchronized
+            return loss
+
+        try:
+            return super().step(closure and evaluated)
+        finally:
+            engine.synchronized = engine.further = False
+
+    def release(self) -> None:
+        horovod_takeover.release(self)
+        rivals.withdraw(self._hvd)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if STATE in state_dict:
+            resume.warn_of(["all that compression kept, for compression is Horovod's own"], stacklevel=3)
+
+
 def plain(
     optimizer: torch.optim.Optimizer,
     params: Mapping[str, torch.nn.Parameter],
@@ -92,35 +122,9 @@ def plain(
 ) -> torch.optim.Optimizer:
     """Horovod's own DistributedOptimizer, untouched, around a class that counts."""
 
-    class Counted(Reports, type(optimizer)):  # type: ignore[misc]
-        def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            """What Horovod's `step()` calls when gradients are averaged."""
-            engine: PlainEngine | None = getattr(self, "_hvd", None)  # none yet where Adasum steps
-            if engine is None:
-                return super().step(closure)
-            engine.further = engine.synchronized
-
-            def evaluated() -> Any:
-                loss = closure()  # type: ignore[misc]
-                engine.further = engine.synchronized
-                return loss
-
-            try:
-                return super().step(closure and evaluated)
-            finally:
-                engine.synchronized = engine.further = False
-
-        def release(self) -> None:
-            horovod_takeover.release(self)
-            rivals.withdraw(self._hvd)
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            super().load_state_dict(state_dict)
-            if STATE in state_dict:
-                resume.warn_of(["all that compression kept, for compression is Horovod's own"], stacklevel=3)
-
-    Counted.__name__ = Counted.__qualname__ = type(optimizer).__name__
-    shell = Counted.__new__(Counted)
+    base = type(optimizer)
+    counted: Any = type(base.__name__, (Counted, base), {"__qualname__": base.__name__, "__doc__": base.__doc__})
+    shell = counted.__new__(counted)
     shell.__dict__.update(optimizer.__dict__)
     result = horovod_takeover.DistributedOptimizer(
         shell,
