@@ -11,11 +11,8 @@ __all__ = _mirror(_horovod, globals())
 import hvd_accordion.keras.callbacks as callbacks
 import hvd_accordion.keras.elastic as elastic
 from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables
-from hvd_accordion.tensorflow.keras.optimizer import (
-    DistributedOptimizer,
-    PartialDistributedOptimizer,
-    load_model,
-)
+from hvd_accordion.tensorflow.keras.loading import load_model
+from hvd_accordion.tensorflow.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 
 __all__ += [
     "DistributedOptimizer",

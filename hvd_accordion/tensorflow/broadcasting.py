@@ -8,18 +8,12 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.tensorflow.exchange.variables import value_of
-from hvd_accordion.tensorflow.transport import ProcessSet, Transport, broadcast_in_place, global_process_set
-
-# what Horovod can't send, as what it can
-CARRIED_AS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64}
-
-
-def send(value: tf.Tensor, root_rank: int, name: str, transport: Transport) -> tf.Tensor:
-    """The tensor as `root_rank` has it, of any dtype of numbers."""
-    carrier = CARRIED_AS.get(value.dtype)
-    sent = value if carrier is None else tf.bitcast(value, carrier)
-    got = transport.broadcast(sent, name, root_rank)
-    return got if carrier is None else tf.bitcast(got, value.dtype)
+from hvd_accordion.tensorflow.transport import (
+    ProcessSet,
+    broadcast_in_place,
+    connect,
+    global_process_set,
+)
 
 
 def broadcast_variables(
@@ -39,9 +33,10 @@ def broadcast_variables(
         return [broadcast_in_place(v, root_rank, process_set) for v in values] and None
 
     def broadcast() -> list[Any]:
+        transport = connect(process_set)
         names = (f"hvd_accordion.broadcast.{i}" for i in range(len(values)))
         sent = [
-            send(v.read_value(), root_rank, name, Transport(process_set)) for v, name in zip(values, names, strict=True)
+            transport.broadcast_from(v.read_value(), root_rank, name) for v, name in zip(values, names, strict=True)
         ]
         return [v.assign(value) for v, value in zip(values, sent, strict=True)]
 
@@ -59,7 +54,7 @@ def broadcast_object_fn(
 ) -> Callable[[Any], Any]:
     """A function that gives every rank the object that `root_rank` calls it with; Horovod's own needs TensorFlow 1."""
     name = name or "broadcast_object_fn"
-    return lambda obj: Transport(process_set).broadcast_object(obj, name, root_rank, session)
+    return lambda obj: connect(process_set).broadcast_object(obj, root_rank, name, session)
 
 
 def broadcast_global_variables(root_rank: int) -> Any:

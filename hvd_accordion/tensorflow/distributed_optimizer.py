@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
 from hvd_accordion.policy.assignment import Compression
+from hvd_accordion.tensorflow.transport import Average, HorovodOptimizer, ProcessSet, global_process_set
+from hvd_accordion.tensorflow.transport import Compression as HorovodCompression
+from hvd_accordion.training.settings import is_horovods
 
 
 def DistributedOptimizer(
@@ -20,12 +22,12 @@ def DistributedOptimizer(
     compression: Compression | type = None,
     sparse_as_dense: bool = False,
     backward_passes_per_step: int = 1,
-    op: Any = hvd.Average,
+    op: Any = Average,
     gradient_predivide_factor: float = 1.0,
     average_aggregated_gradients: bool = False,
     num_groups: int = 0,
     groups: int | list[list[Any]] | None = None,
-    process_set: hvd.ProcessSet = hvd.global_process_set,
+    process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
     **options: Any,
 ) -> Any:
@@ -55,12 +57,10 @@ def DistributedOptimizer(
         return of_keras(optimizer, compression=compression, **arguments, **options)
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
-    from hvd_accordion.training.settings import is_horovods
-
     if options or not (compression is None or is_horovods(compression)):
         raise TypeError(
             f"compression must be None or one of hvd.Compression for a tf.compat.v1.train.Optimizer, got {compression!r}; "
             "use a Keras optimizer"
         )
-    chosen = compression or hvd.Compression.none
-    return hvd.DistributedOptimizer(optimizer, use_locking=use_locking, compression=chosen, **arguments)
+    chosen = compression or HorovodCompression.none
+    return HorovodOptimizer(optimizer, use_locking=use_locking, compression=chosen, **arguments)

@@ -143,7 +143,7 @@ class TensorFlowKerasState(_State):
         super().__init__(**kwargs)
 
     def _variables(self) -> Sequence[Any]:
-        from hvd_accordion.tensorflow.keras.callbacks import optimizers_of
+        from hvd_accordion.tensorflow.keras.epochs import optimizers_of
 
         found = [*self.model.variables]
         for optimizer in (self.optimizer, *optimizers_of(self.model)):

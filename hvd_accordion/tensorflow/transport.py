@@ -1,4 +1,4 @@
-"""Horovod's collectives in TensorFlow, eager or traced into a graph: all that the exchange of gradients calls of it."""
+"""Horovod's named collectives under TensorFlow, eager or in a graph: the only module that calls them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,34 @@ import horovod.tensorflow as _horovod
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 from horovod.tensorflow import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
+from horovod.tensorflow import DistributedOptimizer as HorovodOptimizer
 
-__all__ = ["Adasum", "Average", "Compression", "HorovodInternalError", "ProcessSet", "Sum", "global_process_set"]
+from hvd_accordion.comm.transport import Reduction
+
+__all__ = [
+    "Adasum",
+    "Average",
+    "Compression",
+    "HorovodInternalError",
+    "HorovodOptimizer",
+    "HorovodTransport",
+    "ProcessSet",
+    "Sum",
+    "connect",
+    "global_process_set",
+]
+
+OPS = {"sum": Sum, "max": _horovod.Max}
+# what Horovod can't broadcast, as what it can
+CARRIED_AS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64}
 
 
-class Transport:
-    """The ranks of a process set and their named collectives.
+class HorovodTransport:
+    """The ranks of a process set and their named collectives; see `hvd_accordion.comm.transport.Transport`.
 
-    Eagerly a call returns when its result is there; in a graph it is a node. A name is equal on all ranks, and no two
-    collectives under way have the same. The number of ranks is that of now: in an elastic job it may change.
+    A collective's handle is its result: eagerly a call returns when that is there, in a graph it is a node. Nothing
+    handed over is written to. The number of ranks is that of now: in an elastic job it may change. A rank outside of the
+    process set is alone: number 0 of 1.
     """
 
     def __init__(self, process_set: ProcessSet) -> None:
@@ -30,7 +49,6 @@ class Transport:
 
     @property
     def rank(self) -> int:
-        """This rank's number among them; 0 of an outsider, which is a set of its own."""
         return int(self.process_set.rank()) if self.included else 0
 
     @property
@@ -38,43 +56,53 @@ class Transport:
         return int(self.process_set.size()) if self.included else 1
 
     @property
-    def root(self) -> int:
-        """The global rank of the first of them."""
-        return int(self.process_set.ranks[0]) if self.process_set.ranks else 0
+    def ranks(self) -> Sequence[int]:
+        return self.process_set.ranks or range(self.process_set.size())
 
     def _where(self, name: str) -> dict[str, Any]:
         return {"name": name, "process_set": self.process_set, "ignore_name_scope": True}
 
     def allreduce(
-        self, tensors: Sequence[tf.Tensor], name: str, before: float = 1.0, after: float = 1.0
+        self,
+        tensors: Sequence[tf.Tensor],
+        name: str,
+        op: Reduction = "sum",
+        scales: tuple[float, float] = (1.0, 1.0),
     ) -> list[tf.Tensor]:
-        """The sums over the ranks, as one message; values are multiplied with `before`, sums with `after`."""
-        factors = {"prescale_factor": before, "postscale_factor": after}
-        return list(_horovod.grouped_allreduce(list(tensors), op=Sum, **factors, **self._where(name)))
+        how = {"op": OPS[op], "prescale_factor": scales[0], "postscale_factor": scales[1]}
+        return list(_horovod.grouped_allreduce(list(tensors), **how, **self._where(name)))
+
+    def allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return _horovod.allgather(tensor, **self._where(name))
+
+    def alltoall(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return _horovod.alltoall(tensor, **self._where(name))
+
+    def broadcast(self, tensor: tf.Tensor, root: int, name: str) -> tf.Tensor:
+        return self.broadcast_from(tensor, self.ranks[root], name)
+
+    def poll(self, handle: Any) -> bool:
+        return True
+
+    def wait(self, handle: Any) -> Any:
+        return handle
+
+    # what only Horovod has
+
+    def broadcast_from(self, tensor: tf.Tensor, global_rank: int, name: str) -> tf.Tensor:
+        """As `broadcast`, from a rank by its number among all ranks of the job; of any dtype of numbers."""
+        carrier = CARRIED_AS.get(tensor.dtype)
+        sent = tensor if carrier is None else tf.bitcast(tensor, carrier)
+        received = _horovod.broadcast(sent, global_rank, **self._where(name))
+        return received if carrier is None else tf.bitcast(received, tensor.dtype)
 
     def mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Horovod's own averages over the ranks, as one message."""
         return list(_horovod.grouped_allreduce(list(tensors), op=Average, **self._where(name)))
 
-    def maximum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """The largest number of each entry."""
-        return _horovod.allreduce(tensor, op=_horovod.Max, **self._where(name))
-
-    def allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """The tensors of all ranks, one behind the other; their first dimensions may differ."""
-        return _horovod.allgather(tensor, **self._where(name))
-
-    def alltoall(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """Row r goes to rank r; row r of the result came from it."""
-        return _horovod.alltoall(tensor, **self._where(name))
-
-    def broadcast(self, tensor: tf.Tensor, name: str, root_rank: int | None = None) -> tf.Tensor:
-        """The tensor as a global rank has it; None: the first of these ranks."""
-        return _horovod.broadcast(tensor, self.root if root_rank is None else root_rank, **self._where(name))
-
-    def broadcast_object(self, value: Any, name: str, root_rank: int, session: Any = None) -> Any:
-        """What pickle can carry, as a global rank has it. Eagerly, or in a session of TensorFlow 1."""
-        return _horovod.broadcast_object(value, root_rank, session, name, self.process_set)
+    def broadcast_object(self, value: Any, global_rank: int, name: str, session: Any = None) -> Any:
+        """What pickle can carry, as a rank of the job has it. Eagerly, or in a session of TensorFlow 1."""
+        return _horovod.broadcast_object(value, global_rank, session, name, self.process_set)
 
     def plain(
         self, grads: Sequence[tf.Tensor], name: str, op: Any, compression: Any, predivide: float, grouped: bool
@@ -86,6 +114,11 @@ class Transport:
             return list(_horovod.grouped_allreduce(list(grads), **how))
         (grad,) = grads
         return [_horovod.allreduce(grad, **how)]
+
+
+def connect(process_set: ProcessSet) -> HorovodTransport:
+    """The transport among the ranks of a process set."""
+    return HorovodTransport(process_set)
 
 
 def is_initialized() -> bool:
@@ -110,9 +143,9 @@ def sum_by_place(tensor: tf.Tensor) -> tf.Tensor:
     return _horovod.allreduce(tensor, op=Sum)
 
 
-def broadcast_in_place(variable: tf.Variable, root_rank: int, process_set: ProcessSet) -> None:
-    """Gives the variable the value that it has on a global rank, without a copy."""
-    _horovod.broadcast_variables([variable], root_rank, process_set, inplace=True)
+def broadcast_in_place(variable: tf.Variable, global_rank: int, process_set: ProcessSet) -> None:
+    """Gives the variable the value that it has on a rank of the job, without a copy."""
+    _horovod.broadcast_variables([variable], global_rank, process_set, inplace=True)
 
 
 def has_failed(error: tf.errors.OpError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import horovod.tensorflow as horovod
 import horovod.tensorflow.keras.callbacks as theirs
 import keras
 import numpy as np
@@ -11,16 +12,14 @@ import tensorflow as tf
 import hvd_accordion.keras as of_keras
 import hvd_accordion.tensorflow.keras as hvd
 from hvd_accordion import Accordion, PowerSGD
-from hvd_accordion.tensorflow.keras import callbacks
 from hvd_accordion.tensorflow.keras.callbacks import (
     EpochCallback,
     LearningRateScheduleCallback,
     LearningRateWarmupCallback,
     MetricAverageCallback,
-    innermost,
-    learning_rate_of,
-    optimizers_of,
 )
+from hvd_accordion.tensorflow.keras.epochs import optimizers_of
+from hvd_accordion.tensorflow.keras.learning_rate import innermost, learning_rate_of
 
 
 def model(optimizer=None) -> keras.Model:
@@ -132,7 +131,7 @@ def test_an_optimizer_without_velocity_keeps_its_moments():
 
 @pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 2, 3), (4, 2, 3), (8, 5, 2)])
 def test_the_warm_up_rises_in_equal_steps_from_a_ranks_share_to_the_whole(size, steps, epochs, monkeypatch):
-    monkeypatch.setattr(callbacks.hvd, "size", lambda: size)
+    monkeypatch.setattr(horovod, "size", lambda: size)
     callback = attached(LearningRateWarmupCallback(0.8, warmup_epochs=epochs), steps=steps)
     found = rates(callback, epochs + 1, steps)
     share = np.arange(1, epochs * steps + 1) / (epochs * steps)
@@ -142,8 +141,8 @@ def test_the_warm_up_rises_in_equal_steps_from_a_ranks_share_to_the_whole(size, 
 
 @pytest.mark.parametrize(("verbose", "rank", "told"), [(1, 0, True), (1, 1, False), (0, 0, False)])
 def test_the_end_of_the_warm_up_is_told_on_rank_0(verbose, rank, told, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks.hvd, "size", lambda: 4)
-    monkeypatch.setattr(callbacks.hvd, "rank", lambda: rank)
+    monkeypatch.setattr(horovod, "size", lambda: 4)
+    monkeypatch.setattr(horovod, "rank", lambda: rank)
     rates(attached(LearningRateWarmupCallback(0.8, 2, verbose=verbose), steps=3), 4, 3)
     line = "\nEpoch 2: finished gradual learning rate warmup to 0.8.\n"
     assert capsys.readouterr().out == (line if told else "")
@@ -213,7 +212,7 @@ def own_step(optimizer):
     ],
 )
 def test_a_training_without_any_exchange_is_warned_of(net, ranks, warned, monkeypatch, caplog):
-    monkeypatch.setattr(callbacks.hvd, "size", lambda: ranks)
+    monkeypatch.setattr(horovod, "size", lambda: ranks)
     attached(EpochCallback(), net())
     assert ("2 ranks train, each for itself" in caplog.text) is warned
 

@@ -107,7 +107,7 @@ def test_copies_of_other_optimizers(optimizer, twins):
 def test_two_optimizers_of_one_class_keep_their_own_settings():
     first, second = (compiled(compression=spec) for spec in (TopK(0.1), Accordion()))
     made = [keras.models.clone_model(net).optimizer for net in (first, second, first)]
-    assert [str(m._hvd._asked.compression) for m in made] == [str(TopK(0.1)), str(Accordion()), str(TopK(0.1))]
+    assert [str(m._hvd.configuration.compression) for m in made] == [str(TopK(0.1)), str(Accordion()), str(TopK(0.1))]
 
 
 def test_local_variables_stay_local_and_groups_are_those_of_the_variables_that_are_gone(twins):

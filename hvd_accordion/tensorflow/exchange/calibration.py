@@ -13,12 +13,12 @@ from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration
 from hvd_accordion.tensorflow.exchange.agreement import from_rank_0
-from hvd_accordion.tensorflow.transport import Transport
+from hvd_accordion.tensorflow.transport import HorovodTransport
 from hvd_accordion.training.calibration import REPEATS, dry_run, measure
 
 
 def measured(
-    layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]], name: str, transport: Transport
+    layers: Sequence[Layer], choices: Mapping[str, Sequence[CompressionSpec]], name: str, transport: HorovodTransport
 ) -> Calibration:
     """The same on all ranks. No backward pass was seen yet: nothing counts as hidden behind it."""
     n = transport.size

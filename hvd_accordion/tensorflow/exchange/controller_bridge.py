@@ -12,7 +12,7 @@ from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.accordion import Regime
 from hvd_accordion.tensorflow.exchange import journal
 from hvd_accordion.tensorflow.exchange.state import State
-from hvd_accordion.tensorflow.transport import Transport
+from hvd_accordion.tensorflow.transport import HorovodTransport
 from hvd_accordion.training import controller as control
 from hvd_accordion.training import resume
 from hvd_accordion.training.controller import Controller
@@ -49,7 +49,7 @@ class ControllerBridge:
         state: State,
         numbers: dict[str, str],
         name: Prefix,
-        transport: Transport,
+        transport: HorovodTransport,
         refit: Callable[[], list[str]],
     ) -> None:
         self.controller, self.state, self.numbers = controller, state, numbers
@@ -119,7 +119,7 @@ class ControllerBridge:
         return [tf.constant(0.0, tf.float64) if x is None else tf.norm(tf.cast(x, tf.float64)) for x in summed]
 
     def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
-        return numbers if self.transport.size == 1 else self.transport.broadcast(numbers, f"{self.name}.norms")
+        return numbers if self.transport.size == 1 else self.transport.broadcast(numbers, 0, f"{self.name}.norms")
 
     def follow(
         self,

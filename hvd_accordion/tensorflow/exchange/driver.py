@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from hvd_accordion.comm.collectives import AllFinite, AllGather, AllReduce, AllToAll, Request, Rounds, payload, sent
+from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression.feedback import ExchangeResult
-from hvd_accordion.tensorflow.transport import Transport
 
 
 class Driven(NamedTuple):
@@ -54,12 +54,13 @@ class Driver:
     def carry_out(self, request: Request, name: str) -> Any:
         """The result of one collective."""
         if isinstance(request, AllReduce):
-            return self.transport.allreduce(request.tensors, name, *self.scales)
+            return self.transport.wait(self.transport.allreduce(request.tensors, name, scales=self.scales))
         if isinstance(request, AllGather):
-            rows = self.transport.allgather(request.tensor, name)
+            rows = self.transport.wait(self.transport.allgather(request.tensor, name))
             return tf.reshape(rows, (self.transport.size, request.tensor.shape[0]))
         assert isinstance(request, AllToAll)
-        return tf.reshape(self.transport.alltoall(request.tensor, name), request.tensor.shape)
+        received = self.transport.wait(self.transport.alltoall(request.tensor, name))
+        return tf.reshape(received, request.tensor.shape)
 
 
 def n_bytes(x: tf.Tensor) -> int:

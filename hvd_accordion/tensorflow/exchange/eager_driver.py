@@ -11,9 +11,9 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.comm.collectives import AllFinite, AllReduce, Request, Rounds, payload, sent
+from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.tensorflow.exchange.driver import Driver, n_bytes
-from hvd_accordion.tensorflow.transport import Transport
 
 Round = tuple[tuple[str, type], ...]  # the names of the collectives, and of which kind they are
 

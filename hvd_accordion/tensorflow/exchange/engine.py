@@ -14,9 +14,10 @@ from hvd_accordion.policy.auto import Advice, advise
 from hvd_accordion.tensorflow.exchange import sparse
 from hvd_accordion.tensorflow.exchange.allocation import Allocation
 from hvd_accordion.tensorflow.exchange.calibration import measured
-from hvd_accordion.tensorflow.exchange.channel import Channel
+from hvd_accordion.tensorflow.exchange.configuration import Configuration
 from hvd_accordion.tensorflow.exchange.controller_bridge import ControllerBridge
 from hvd_accordion.tensorflow.exchange.driver import Driver
+from hvd_accordion.tensorflow.exchange.level_switch import LevelSwitch
 from hvd_accordion.tensorflow.exchange.negotiation import Names, Negotiation
 from hvd_accordion.tensorflow.exchange.norm_sums import NormSums
 from hvd_accordion.tensorflow.exchange.plain import Averaged, alone, plain
@@ -24,7 +25,7 @@ from hvd_accordion.tensorflow.exchange.planning import Kind, Plan
 from hvd_accordion.tensorflow.exchange.rows import Rows
 from hvd_accordion.tensorflow.exchange.state import State, outside
 from hvd_accordion.tensorflow.exchange.traffic import Traffic
-from hvd_accordion.tensorflow.transport import Sum, Transport
+from hvd_accordion.tensorflow.transport import HorovodTransport, Sum
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.settings import Settings, plain_spec
 
@@ -33,20 +34,27 @@ class Engine:
     """Exchanges the gradients of named layers.
 
     Args:
-        plain: Horovod's own compressor where gradients travel uncompressed, else None.
+        compressor: Horovod's own where gradients travel uncompressed, else None.
         prefix: of all names of collectives; unique to an engine, equal on all ranks.
     """
 
-    def __init__(self, controller: Controller, state: State, settings: Settings, plain: Any, prefix: Prefix) -> None:
+    def __init__(
+        self,
+        controller: Controller,
+        state: State,
+        settings: Settings,
+        compressor: Any,
+        transport: HorovodTransport,
+        prefix: Prefix,
+    ) -> None:
         self.controller, self.state, self.settings = controller, state, settings
-        self.compressor, self.prefix = plain, prefix
-        self.transport = Transport(settings.process_set)
-        rows, self._spec = Rows(), None if plain is None else plain_spec(plain)
+        self.compressor, self.transport, self.prefix = compressor, transport, prefix
+        rows, self._spec = Rows(), None if compressor is None else plain_spec(compressor)
         self.plan = Plan(controller, settings)
         self.norms = NormSums(self.plan, state, rows)
         self.allocation = Allocation(self.plan, state, rows, self.norms)
         self.traffic = Traffic(self.plan, state, self._spec)
-        self.channel = Channel(self.plan, state, rows, self.traffic)
+        self.switch = LevelSwitch(self.plan, state, rows, self.traffic)
         self.negotiation = Negotiation(self.plan, self.transport, prefix)
         refit = self.allocation.refit
         self.bridge = ControllerBridge(controller, state, self.plan.numbers, prefix, self.transport, refit)
@@ -59,9 +67,13 @@ class Engine:
             self.allocation.add(layer)
         self.bridge.begin()
 
-    def move(self, logger: Any) -> None:
-        """Among other ranks, at the place that the state knows: all is planned and agreed on anew. Sends nothing."""
-        self.controller.move(self.state.me[1], logger)
+    def move(self, configuration: Configuration, transport: HorovodTransport) -> None:
+        """Among other ranks, as they are now: all is planned and agreed on anew. Sends nothing."""
+        first = self.state.me[0] == 0
+        self.state.move(transport.rank, transport.size)
+        moved = first != (transport.rank == 0)
+        logger = configuration.start_logger(self.controller.policy, transport) if moved else self.controller.logger
+        self.controller.move(transport.size, logger)
         self.plan.kinds.clear()
         self.traffic.clear()
         self.negotiation.clear()
@@ -138,12 +150,12 @@ class Engine:
     def _compressed(self, given: dict[str, Any], steps: Any, prefix: str) -> Averaged:
         plan, size = self.plan, self.plan.size
         self.state.claim()
-        now, driver = self.channel.now(), Driver(prefix, self.transport, self.settings.scales(size))
-        results = [(group, self.channel.run(group, given, now, driver)) for group in plan.groups(given)]
+        now, driver = self.switch.now(), Driver(prefix, self.transport, self.settings.scales(size))
+        results = [(group, self.switch.run(group, given, now, driver)) for group in plan.groups(given)]
         gathered = self._slices(given, prefix)
         parts = [*(done for _, done in results), *gathered.values()]
         ok = tf.reduce_all(tf.stack([tf.constant(True), *(part.ok for part in parts)]))
-        self.channel.keep(results, ok)
+        self.switch.keep(results, ok)
         means = {x.name: mean for group, done in results for x, mean in zip(group.layers, done.mean, strict=True)}
         self.norms.add(means, ok, steps)
         if self.settings.op == Sum:
@@ -160,3 +172,18 @@ class Engine:
             found[name] = sparse.gather(self.plan.layers[name], given[name], at, self.transport, summed)
             self.state.slice_bytes[key].assign(found[name].nbytes)
         return found
+
+
+def assembled(
+    layers: Sequence[Layer],
+    policy: dict[str, Any],
+    configuration: Configuration,
+    transport: HorovodTransport,
+    prefix: Prefix,
+) -> Engine:
+    """An engine for the first layers, with a new state."""
+    settings, logger = configuration.settings, configuration.start_logger(policy, transport)
+    steps, small = settings.steps_per_epoch, settings.min_compress_numel
+    controller = Controller(layers, policy, transport.size, steps, logger, small, settings.batch_size)
+    state = State(transport.rank, transport.size)
+    return Engine(controller, state, settings, configuration.compressor, transport, prefix)

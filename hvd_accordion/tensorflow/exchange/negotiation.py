@@ -9,7 +9,7 @@ from typing import Any
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.tensorflow.exchange.agreement import largest, require_equal
 from hvd_accordion.tensorflow.exchange.planning import Kind, Plan, kind_of
-from hvd_accordion.tensorflow.transport import Transport
+from hvd_accordion.tensorflow.transport import HorovodTransport
 
 Names = tuple[str, ...]
 
@@ -21,7 +21,7 @@ class Negotiation:
         prefix: of all names of collectives.
     """
 
-    def __init__(self, plan: Plan, transport: Transport, prefix: Prefix) -> None:
+    def __init__(self, plan: Plan, transport: HorovodTransport, prefix: Prefix) -> None:
         self.plan, self.transport, self.prefix = plan, transport, prefix
         self._count = itertools.count()
         self._numbers: dict[Names, int] = {}

@@ -1,45 +1,82 @@
-"""Sums over a window of the averaged gradients' sampled entries, in variables."""
+"""Sums over a window of the averaged gradients' sampled entries, in variables that a checkpoint holds."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping
+from functools import partial
+from typing import Any
 
 import tensorflow as tf
 
 from hvd_accordion.ops import tensorflow as ops
-from hvd_accordion.policy import norm_sampling
 from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.rows import Rows
 from hvd_accordion.tensorflow.exchange.state import State, wide_dtype
 from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.norm_window import NormWindow
+
+
+class Sums(MutableMapping[str, tf.Tensor]):
+    """Layer name -> value of its variable, in one of the state's dicts; setting a value assigns it."""
+
+    def __init__(self, plan: Plan, state: State, rows: Rows, kind: str) -> None:
+        self.plan, self.state, self.rows, self.kind = plan, state, rows, kind
+
+    @property
+    def _variables(self) -> dict[str, tf.Variable]:
+        found: dict[str, tf.Variable] = getattr(self.state, self.kind)  # `State.forget` puts another dict there
+        return found
+
+    def __getitem__(self, name: str) -> tf.Tensor:
+        return self.rows.read(self._variables[self.plan.numbers[name]])
+
+    def __setitem__(self, name: str, value: tf.Tensor) -> None:
+        self._variables[self.plan.numbers[name]].assign(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a graph may hold on to the variable: set it to zeros")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, key in self.plan.numbers.items() if key in self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.plan.numbers[name] in self._variables
+
+    def make(self, layer: Layer, value: tf.Tensor) -> None:
+        """A variable for a layer that has none."""
+        self._variables[self.plan.numbers[layer.name]] = self.rows.made(value, wide_dtype(layer.dtype))
 
 
 class NormSums:
-    """Makes the sums and adds to them."""
+    """The windows of all that observe norms: each policy for its layers, the batch for all."""
 
     def __init__(self, plan: Plan, state: State, rows: Rows) -> None:
-        self.plan, self.state, self.rows = plan, state, rows
-        # layer name, number of its entries that are sampled -> which; missing: all
-        self._entries: dict[tuple[str, int], tf.Tensor] = {}
+        self.plan, self.state, controller = plan, state, plan.controller
+        window = partial(NormWindow, ops, seed=plan.settings.seed)
+        self.layers, self.model = (Sums(plan, state, rows, kind) for kind in ("summed", "summed_whole"))
+        self._of_layers = window(sample_size=controller.watched, summed=self.layers)
+        self._of_model = window(sample_size=lambda _, count: controller.watched_of_whole(count), summed=self.model)
 
     @property
     def controller(self) -> Controller:
         return self.plan.controller
 
     def make(self, layer: Layer) -> None:
-        """Variables for a layer whose norm counts, where they are not there yet."""
-        key, state, controller = self.plan.numbers[layer.name], self.state, self.controller
-        if layer in controller.adaptive and key not in state.summed:
-            state.summed[key] = self._made(layer, controller.watched(layer.name, layer.numel))
-        if controller.batch is not None and key not in state.summed_whole:
-            state.summed_whole[key] = self._made(layer, controller.watched_of_whole(layer.numel))
+        """Variables for a layer whose norm counts, where they are not there yet. Eagerly only."""
+        if layer in self.controller.adaptive and layer.name not in self.layers:
+            self._make(layer, self._of_layers, self.layers)
+        if self.controller.batch is not None and layer.name not in self.model:
+            self._make(layer, self._of_model, self.model)
 
-    def _made(self, layer: Layer, size: int) -> tf.Variable:
-        wide = wide_dtype(layer.dtype)
-        summed = self.rows.made(tf.zeros(size, wide), wide)
-        if size < layer.numel and (layer.name, size) not in self._entries:
-            seed, count = self.plan.settings.seed, layer.numel
-            self._entries[layer.name, size] = norm_sampling.entries(ops, layer.name, count, size, seed, summed)
-        return summed
+    @staticmethod
+    def _make(layer: Layer, window: NormWindow, sums: Sums) -> None:
+        # the window keeps which entries it samples: a graph must find them made
+        sample = window.sample(layer.name, tf.zeros(layer.numel, wide_dtype(layer.dtype)))
+        sums.make(layer, tf.zeros_like(sample))
 
     @property
     def counted(self) -> list[str]:
@@ -47,31 +84,24 @@ class NormSums:
         controller = self.controller
         return list(self.plan.layers) if controller.batch is not None else [x.name for x in controller.adaptive]
 
-    def add(self, means: dict[str, tf.Tensor], ok: tf.Tensor, steps: tf.Tensor | int) -> None:
+    def add(self, means: dict[str, tf.Tensor], ok: tf.Tensor, steps: Any) -> None:
         """Adds averaged gradients, as often as each stands for a step, where all ranks' values were finite."""
-        controller, state, numbers = self.controller, self.state, self.plan.numbers
+        controller, state = self.controller, self.state
         measured = state.measured.read_value()
         for i, accordion in enumerate(controller.accordions):
             mine = [x.name for x in controller.adaptive if controller.policy[x.name] is accordion]
-            sums = {name: state.summed[numbers[name]] for name in mine if numbers[name] in state.summed}
-            self._add(sums, means, ok & measured[i], steps)
+            self._add(self._of_layers, mine, means, ok & measured[i], steps)
         if controller.batch is not None:
-            whole = {name: state.summed_whole[numbers[name]] for name in means if numbers[name] in state.summed_whole}
-            self._add(whole, means, ok & state.measures_whole.read_value(), steps)
+            self._add(self._of_model, means, means, ok & state.measures_whole.read_value(), steps)
 
+    @staticmethod
     def _add(
-        self, sums: dict[str, tf.Variable], means: dict[str, tf.Tensor], counts: tf.Tensor, steps: tf.Tensor | int
+        window: NormWindow, names: Iterable[str], means: dict[str, tf.Tensor], counts: tf.Tensor, steps: Any
     ) -> None:
+        mine = {name: means[name] for name in names if name in means and name in window.summed}
+
         def add() -> tf.Tensor:
-            for name, summed in sums.items():
-                if name in means:
-                    seen = tf.cast(self._sampled(name, means[name], self.rows.of(summed)), summed.dtype)
-                    summed.assign_add(seen * tf.cast(steps, summed.dtype))
+            window.add(mine, weight=steps)
             return counts
 
         tf.cond(counts, add, lambda: counts)
-
-    def _sampled(self, name: str, mean: tf.Tensor, size: int) -> tf.Tensor:
-        """The entries of a layer that its norm is estimated from, as a vector."""
-        flat = tf.reshape(mean, (-1,))
-        return ops.take(flat, self._entries[name, size]) if (name, size) in self._entries else flat

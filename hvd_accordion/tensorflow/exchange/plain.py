@@ -8,11 +8,11 @@ import tensorflow as tf
 
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.ops import tensorflow as ops
-from hvd_accordion.tensorflow.exchange.channel import dense_gradient
+from hvd_accordion.tensorflow.exchange.level_switch import dense_gradient
 from hvd_accordion.tensorflow.exchange.norm_sums import NormSums
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.state import State
-from hvd_accordion.tensorflow.transport import Adasum, Transport
+from hvd_accordion.tensorflow.transport import Adasum, HorovodTransport
 
 
 class Averaged(NamedTuple):
@@ -23,7 +23,13 @@ class Averaged(NamedTuple):
 
 
 def plain(
-    plan: Plan, state: State, given: dict[str, Any], compression: Any, spec: CompressionSpec, prefix: str, at: Transport
+    plan: Plan,
+    state: State,
+    given: dict[str, Any],
+    compression: Any,
+    spec: CompressionSpec,
+    prefix: str,
+    transport: HorovodTransport,
 ) -> Averaged:
     """As Horovod itself does it: no state, no compression but a cast. `spec`: with the same cost."""
     settings, means = plan.settings, {}
@@ -32,7 +38,7 @@ def plain(
     for i, run in enumerate(plan.runs(layers) if grouped else [[layer] for layer in layers]):
         grads = [dense_gradient(state, layer, given[layer.name]) for layer in run]
         name = f"{prefix}.{'group' if grouped else 'gradient'}.{i}"
-        done = at.plain(grads, name, settings.op, compression, settings.gradient_predivide_factor, grouped)
+        done = transport.plain(grads, name, settings.op, compression, settings.gradient_predivide_factor, grouped)
         means |= {layer.name: mean for layer, mean in zip(run, done, strict=True)}
     nbytes = sum(spec.bytes_per_step(x.shape, x.dtype, plan.size) for x in layers)
     return Averaged(means, tf.constant(nbytes, tf.float64))

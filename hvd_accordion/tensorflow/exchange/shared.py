@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_accordion.tensorflow.exchange.state import SINGLES, State
+from hvd_accordion.tensorflow.transport import HorovodTransport
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -74,3 +75,23 @@ def kept(state: State, key: str) -> dict[str, tf.Variable]:
     groups = {name: getattr(state, name) for name in ("summed", "summed_whole")}
     found = {name: group[key] for name, group in groups.items() if key in group}
     return {**found, **{f"memory.{part}": v for part, v in state.memory.get(key, {}).items()}}
+
+
+def broadcast(
+    state: State,
+    transport: HorovodTransport,
+    name: str,
+    root_rank: int,
+    count: tf.Variable | None,
+    sums: Sequence[tf.Variable],
+) -> None:
+    """Gives every rank the state of `root_rank`, but for residuals; see `GradientExchange.broadcast`."""
+    for i, v in enumerate(state.shared()):
+        v.assign(transport.broadcast_from(v.read_value(), root_rank, f"{name}.{i}"))
+    theirs = [transport.broadcast_from(v.read_value(), root_rank, f"{name}.sums.{i}") for i, v in enumerate(sums)]
+    if count is not None:
+        waiting = transport.broadcast_from(count.read_value(), root_rank, f"{name}.count")
+        if int(waiting) != int(count):
+            for v, value in zip([count, *sums], [waiting, *theirs], strict=True):
+                v.assign(value)
+    state.journal.assign(transport.broadcast_object(state.journal.numpy(), root_rank, name))

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from hvd_accordion.comm.collectives import AllGather, sent
 from hvd_accordion.policy.assignment import Layer
-from hvd_accordion.tensorflow.transport import Transport
+from hvd_accordion.tensorflow.transport import HorovodTransport
 
 
 class Gathered(NamedTuple):
@@ -19,7 +19,7 @@ class Gathered(NamedTuple):
     nbytes: tf.Tensor
 
 
-def gather(layer: Layer, grad: Any, name: str, transport: Transport, summed: bool) -> Gathered:
+def gather(layer: Layer, grad: Any, name: str, transport: HorovodTransport, summed: bool) -> Gathered:
     """A missing gradient is one without slices."""
     if grad is None:
         values = tf.zeros((0, *layer.shape[1:]), layer.dtype)

@@ -131,6 +131,21 @@ def outside(make: Callable[[], T]) -> T:
         return pool.submit(make).result()
 
 
+def rollback(state: State, more: Sequence[tf.Variable]) -> Callable[[], None]:
+    """A function that gives the state's variables, and `more`, the values of now; residuals as this rank's place is then."""
+    values = {id(v): (v, tf.identity(v.read_value())) for v in [*state.variables, *more]}
+
+    def back() -> None:
+        for v in state.residual.values():
+            if id(v) not in values:  # made since then
+                v.assign(tf.zeros_like(v))
+        for v, value in values.values():
+            v.assign(value)
+        state.scale()
+
+    return back
+
+
 def wide_dtype(dtype: str) -> tf.DType:
     """What residuals and sums of gradients of this dtype are kept in."""
     return tf.float64 if dtype == "float64" else tf.float32

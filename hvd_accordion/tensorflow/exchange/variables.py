@@ -64,6 +64,22 @@ def trainable_of(local_layers: Any) -> list[Any]:
     return [v for layer in layers for v in layer.trainable_weights]
 
 
+def check_gradients(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """ValueError where there are more or fewer than variables, TypeError for those of variables that are no floats."""
+    if len(gradients) != len(variables):
+        raise ValueError(f"gradients must be as many as variables, got {len(gradients)} for {len(variables)}")
+    for g, v in zip(gradients, variables, strict=True):
+        if g is not None and not tf.as_dtype(v.dtype).is_floating:
+            raise TypeError(f"variables must be of a floating dtype to be exchanged, got {tf.as_dtype(v.dtype).name}")
+
+
+def divided(gradient: Any, by: int) -> Any:
+    """A gradient of any kind over a number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values / by, gradient.indices, gradient.dense_shape)
+    return None if gradient is None else gradient / by
+
+
 def check_groups(groups: Any) -> None:
     """ValueError or TypeError unless it is None, an integer >= 0 or a list of lists of variables."""
     if groups is None:

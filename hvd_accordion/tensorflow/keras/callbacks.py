@@ -1,9 +1,8 @@
-"""Horovod's callbacks for Keras, on Keras 3. Each of them tells the optimizer of the epochs."""
+"""Mirrors horovod.tensorflow.keras.callbacks, on Keras 3. Each also tells the optimizer that an epoch is over."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import horovod.tensorflow.keras.callbacks as theirs
@@ -15,9 +14,9 @@ from hvd_accordion.comm import naming
 from hvd_accordion.tensorflow.broadcasting import broadcast_variables
 from hvd_accordion.tensorflow.exchange.agreement import require_equal
 from hvd_accordion.tensorflow.exchange.variables import value_of
-from hvd_accordion.tensorflow.keras.learning_rate import innermost, learning_rate_of
-from hvd_accordion.tensorflow.keras.optimizer import _Distributed
-from hvd_accordion.tensorflow.transport import Transport, global_process_set, world_rank, world_size
+from hvd_accordion.tensorflow.keras.epochs import EpochCallback, optimizers_of
+from hvd_accordion.tensorflow.keras.schedules import LearningRateScheduleCallback, LearningRateWarmupCallback
+from hvd_accordion.tensorflow.transport import connect, global_process_set, world_size
 
 __all__ = [
     "BestModelCheckpoint",
@@ -27,32 +26,6 @@ __all__ = [
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
 ]
-
-log = logging.getLogger("hvd_accordion")
-
-
-class EpochCallback(keras.callbacks.Callback):
-    """Tells every DistributedOptimizer of the model when an epoch is over; the other callbacks of this module do, too."""
-
-    def set_model(self, model: keras.Model) -> None:
-        super().set_model(model)
-        if model is not None and optimizers_of(model) and getattr(model, "jit_compile", False):
-            if tf.config.list_physical_devices("GPU"):  # what Keras makes of "auto" there
-                model.jit_compile = False
-                log.warning("jit_compile is off: Horovod's collectives can't be compiled by XLA")
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        if world_size() > 1 and exchanges_nothing(self.model):
-            log.warning(
-                "%d ranks train, each for itself: the model's optimizer, %r, is no DistributedOptimizer and holds none; "
-                "compile with hvd.DistributedOptimizer(...)",
-                world_size(),
-                self.model.optimizer,
-            )
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        for optimizer in optimizers_of(self.model):
-            optimizer.end_epoch()
 
 
 class BroadcastGlobalVariablesCallback(EpochCallback):
@@ -135,7 +108,7 @@ class MetricAverageCallback(EpochCallback):
         mine = {name: value.astype(np.float64) for name, value in found.items() if value.dtype.kind in "biuf"}
         shapes = {f"metric {name}": value.shape for name, value in mine.items()}
         with tf.device(self.device or None):
-            ranks = Transport(global_process_set)
+            ranks = connect(global_process_set)
             require_equal(shapes, "hvd_accordion.metrics.names", ranks)
             if mine:
                 joined = tf.constant(np.concatenate([value.reshape(-1) for value in mine.values()]))
@@ -149,101 +122,6 @@ def split(joined: np.ndarray, like: Mapping[str, np.ndarray]) -> dict[str, Any]:
     parts = np.split(joined, ends[:-1])
     named = zip(like.items(), parts, strict=True)
     return {name: part.reshape(value.shape) if value.ndim else float(part[0]) for (name, value), part in named}
-
-
-class LearningRateScheduleCallback(EpochCallback):
-    """Sets the learning rate to `initial_lr * multiplier(epoch)` from `start_epoch` up to, not including, `end_epoch`.
-
-    Args:
-        multiplier: a function of the epoch, or a constant c, which stands for c^(epoch - start_epoch).
-        staircase: change it at the beginning of an epoch; otherwise of every batch, and the epoch is a fraction.
-        momentum_correction: scale the optimizer's velocity with the rate (Goyal et al. 2017, arXiv 1706.02677, 3.1).
-        steps_per_epoch: where Keras does not know it and `staircase` is False.
-    """
-
-    def __init__(
-        self,
-        initial_lr: float,
-        multiplier: float | Callable[[float], float],
-        start_epoch: int = 0,
-        end_epoch: int | None = None,
-        staircase: bool = True,
-        momentum_correction: bool = True,
-        steps_per_epoch: int | None = None,
-    ) -> None:
-        super().__init__()
-        if initial_lr is None:
-            raise ValueError("Parameter `initial_lr` is required")
-        self.initial_lr, self.start_epoch, self.end_epoch = initial_lr, start_epoch, end_epoch
-        self.staircase, self.momentum_correction, self.steps_per_epoch = staircase, momentum_correction, steps_per_epoch
-        constant = multiplier
-        self.multiplier = multiplier if callable(multiplier) else lambda epoch: constant ** (epoch - start_epoch)
-        self.current_epoch = 0
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        super().on_train_begin(logs)
-        if not self.staircase and not self.steps_per_epoch:
-            self.steps_per_epoch = self.params.get("steps")
-            if not self.steps_per_epoch:
-                raise ValueError(
-                    "Could not autodetect the number of steps per epoch. Please specify the steps_per_epoch parameter to "
-                    f"the {type(self).__name__}()."
-                )
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.current_epoch = epoch
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self.current_epoch < self.start_epoch or (
-            self.end_epoch is not None and self.current_epoch >= self.end_epoch
-        ):
-            return
-        if not self.staircase:
-            self._adjust(self.current_epoch + batch / self.steps_per_epoch)
-        elif batch == 0:
-            self._adjust(self.current_epoch)
-
-    def _adjust(self, epoch: float) -> None:
-        optimizer = innermost(self.model.optimizer)
-        old, new = learning_rate_of(optimizer), self.initial_lr * self.multiplier(epoch)
-        optimizer.learning_rate = new
-        if self.momentum_correction and old > 0 and getattr(optimizer, "momentum", 0):
-            # Keras's velocity contains the rate: v = momentum v - lr g
-            for velocity in getattr(optimizer, "momentums", None) or getattr(optimizer, "_momentums", []):
-                velocity.assign(velocity * (new / old))
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        super().on_epoch_end(epoch, logs)
-        if logs is not None:
-            logs["lr"] = learning_rate_of(self.model.optimizer)
-
-
-class LearningRateWarmupCallback(LearningRateScheduleCallback):
-    """Raises the learning rate from `initial_lr / size` to `initial_lr` over the first epochs, batch by batch.
-
-    (Goyal et al. 2017, arXiv 1706.02677, 2.2.)
-    """
-
-    def __init__(
-        self,
-        initial_lr: float,
-        warmup_epochs: int = 5,
-        momentum_correction: bool = True,
-        steps_per_epoch: int | None = None,
-        verbose: int = 0,
-    ) -> None:
-        def multiplier(epoch: float) -> float:
-            epoch += 1.0 / self.steps_per_epoch  # round numbers at the ends of epochs
-            return (epoch * (world_size() - 1) / warmup_epochs + 1) / world_size()
-
-        super().__init__(initial_lr, multiplier, 0, warmup_epochs, False, momentum_correction, steps_per_epoch)
-        self.verbose = verbose
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        super().on_epoch_end(epoch, logs)
-        if epoch == self.end_epoch - 1 and self.verbose > 0 and world_rank() == 0:
-            rate = learning_rate_of(self.model.optimizer)
-            print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
 
 
 class BestModelCheckpoint(theirs.BestModelCheckpoint):
@@ -273,32 +151,3 @@ class BestModelCheckpoint(theirs.BestModelCheckpoint):
         if self.filepath is None:
             raise ValueError("filepath must be a path, got None: pass it, or set it before the training")
         super().on_train_begin(logs)
-
-
-def optimizers_of(model: keras.Model) -> list[Any]:
-    """The distributed optimizers of a model, each once: among its attributes, and within optimizers that wrap them."""
-    found: dict[int, Any] = {}
-    seen: set[int] = set()
-    left = list(members_of(model))
-    while left:
-        one = left.pop(0)
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, _Distributed):
-            found[id(one)] = one
-        left += members_of(one)
-    return list(found.values())
-
-
-def members_of(owner: Any) -> Iterator[Any]:
-    """The optimizers among an object's attributes, in lists and dicts too."""
-    for value in vars(owner).values():
-        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        yield from (one for one in several if isinstance(one, keras.optimizers.Optimizer))
-
-
-def exchanges_nothing(model: keras.Model) -> bool:
-    """Whether Keras's own training step will run an optimizer that no DistributedOptimizer is part of."""
-    own_step = type(model).train_step is not keras.Model.train_step
-    return model.optimizer is not None and not own_step and not optimizers_of(model)

@@ -10,7 +10,7 @@ from horovod._keras import elastic as _impl
 
 from hvd_accordion.tensorflow.elastic import TensorFlowKerasState as TensorFlowKerasState
 from hvd_accordion.tensorflow.elastic import run as run
-from hvd_accordion.tensorflow.keras.callbacks import EpochCallback
+from hvd_accordion.tensorflow.keras.epochs import EpochCallback
 
 __all__ = [*_horovod.__all__]
 

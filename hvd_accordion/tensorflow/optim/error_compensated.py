@@ -16,7 +16,7 @@ from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.tensorflow.exchange.agreement import from_rank_0, require_equal
 from hvd_accordion.tensorflow.exchange.eager_driver import EagerDriver
 from hvd_accordion.tensorflow.exchange.variables import names_of, value_of
-from hvd_accordion.tensorflow.transport import ProcessSet, Transport, global_process_set
+from hvd_accordion.tensorflow.transport import ProcessSet, connect, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
 from hvd_accordion.training.vectors import Vectors
@@ -50,7 +50,7 @@ class ErrorCompensated(Reports):
         wide = self._x()
         names = names_of(list(params))
         layers = [factories.layer_of(n, tuple(v.shape), v.dtype.name) for n, v in zip(names, wide, strict=True)]
-        self._transport, self._prefix = Transport(process_set), Prefix(process_set)
+        self._transport, self._prefix = connect(process_set), Prefix(process_set)
         if not process_set.included():
             raise ValueError(
                 f"process_set must include this rank, got {process_set}: only its members make the optimizer"
@@ -186,7 +186,7 @@ def estimate_smoothness(
     def gradient(point: Vectors) -> Vectors:
         place(point)
         _, own = gradients(closure, variables)
-        return Transport(process_set).mean(own, prefix)
+        return connect(process_set).mean(own, prefix)
 
     try:
         return smoothness.estimate(ops, x, gradient, iterations, seed)

@@ -1,4 +1,4 @@
-"""A group's exchange in a traced graph: one branch for each of its specs, with what they keep in variables."""
+"""A group's exchange in a traced graph: one branch for each of its specs, over variables that all of them share."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from hvd_accordion.compression import CompressionSpec, Context, Dense, exchange
+from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Layer, SwitchableGroup
+from hvd_accordion.policy.assignment import Group, Layer, SwitchableGroup
 from hvd_accordion.tensorflow.exchange.driver import Driver
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.rows import Rows
 from hvd_accordion.tensorflow.exchange.state import State
 from hvd_accordion.tensorflow.exchange.traffic import Traffic
+from hvd_accordion.training.channel import Channel
 
 
 class Exchanged(NamedTuple):
@@ -39,8 +40,8 @@ class Now(NamedTuple):
     levels: tf.Tensor
 
 
-class Channel:
-    """Runs exchanges of groups: takes residuals and memory from variables, and puts back what is left."""
+class LevelSwitch:
+    """Runs exchanges of groups, with residuals and memory from the state's variables."""
 
     def __init__(self, plan: Plan, state: State, rows: Rows, traffic: Traffic) -> None:
         self.plan, self.state, self.rows, self.traffic = plan, state, rows, traffic
@@ -50,30 +51,37 @@ class Channel:
 
     def run(self, group: SwitchableGroup, given: dict[str, Any], now: Now, driver: Driver) -> Exchanged:
         """The exchange of a group's gradients under the spec that holds now. Nothing is put back yet."""
-        plan, state = self.plan, self.state
-        rank, size = state.me
-        grads = [dense_gradient(state, layer, given[layer.name]) for layer in group.layers]
-        names = tuple(layer.name for layer in group.layers)
-        context = Context(names, group.layers[0].dtype, now.step, plan.settings.seed, rank, size)
-        branches = [partial(self._under, group, i, grads, context, driver) for i in range(len(group.specs))]
-        if len(branches) == 1:
-            return branches[0]()
-        return tf.switch_case(self._index(group, now), branches)
+        grads = [dense_gradient(self.state, layer, given[layer.name]) for layer in group.layers]
+        branches = [partial(self._under, group, i, grads, now.step, driver) for i in range(len(group.specs))]
+        done: Exchanged = branches[0]() if len(branches) == 1 else tf.switch_case(self._index(group, now), branches)
+        return done
 
     def _under(
-        self, group: SwitchableGroup, index: int, grads: list[tf.Tensor], context: Context, driver: Driver
+        self, group: SwitchableGroup, index: int, grads: list[tf.Tensor], step: tf.Tensor, driver: Driver
     ) -> Exchanged:
         """Under one of the group's specs."""
-        spec, state = group.specs[index], self.state
-        keys = [self.plan.numbers[name] for name in context.names]
-        residual = [state.residual[key].read_value() for key in keys] if group.has_residual else None
-        memory = [{name: self.rows.read(v) for name, v in state.memory.get(key, {}).items()} for key in keys]
-        rounds = exchange(spec, ops, grads, residual, memory, context)
-        done, ok, nbytes = driver.run(rounds, f"{group.name}.{index}.{spec.tag}")
+        spec, names = group.specs[index], [layer.name for layer in group.layers]
+        one = Group(f"{group.name}.{index}.{spec.tag}", spec, group.layers, group.has_residual)
+        channel = self._channel(one)
+        before = dict(channel.memory)
+        done, ok, nbytes = driver.run(channel.exchange(one, grads, step), one.name)
         self.traffic.count(group, spec, nbytes)
+        residual = [channel.residual[name] for name in names] if group.has_residual else []
         # what this spec does not use stays for the others
-        kept = [{name: new.get(name, old[name]) for name in old} for old, new in zip(memory, done.memory, strict=True)]
-        return Exchanged(done.mean, done.residual or [], kept, ok, tf.constant(nbytes, tf.float64))
+        kept = [{part: channel.memory[name].get(part, old) for part, old in before[name].items()} for name in names]
+        return Exchanged(done.mean, residual, kept, ok, tf.constant(nbytes, tf.float64))
+
+    def _channel(self, group: Group) -> Channel:
+        """With the values of the state's variables: what an exchange leaves must get back there."""
+        state, (rank, size) = self.state, self.state.me
+        keys = {layer.name: self.plan.numbers[layer.name] for layer in group.layers}
+        held = keys if group.has_residual else {}
+        residual = {name: state.residual[key].read_value() for name, key in held.items()}
+        memory = {
+            name: {part: self.rows.read(v) for part, v in state.memory.get(key, {}).items()}
+            for name, key in keys.items()
+        }
+        return Channel(ops, self.plan.settings.seed, rank, size, residual, memory)
 
     def _index(self, group: SwitchableGroup, now: Now) -> Any:
         """Which of the group's specs holds now."""
