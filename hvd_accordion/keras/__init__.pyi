@@ -5,9 +5,9 @@ from typing import Any
 from hvd_accordion.keras import callbacks as callbacks
 from hvd_accordion.keras import elastic as elastic
 from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables as broadcast_global_variables
+from hvd_accordion.tensorflow.keras.loading import load_model as load_model
 from hvd_accordion.tensorflow.keras.optimizer import DistributedOptimizer as DistributedOptimizer
 from hvd_accordion.tensorflow.keras.optimizer import PartialDistributedOptimizer as PartialDistributedOptimizer
-from hvd_accordion.tensorflow.keras.optimizer import load_model as load_model
 from hvd_accordion.utils.horovod_basics import *  # noqa: F403
 
 def allgather(value: Any, name: str | None = None) -> Any: ...

@@ -30,7 +30,9 @@ def broadcast_variables(
     """
     values = [value_of(v) for v in variables]
     if inplace:  # one by one: Horovod takes the variables' names, of which two may be the same
-        return [broadcast_in_place(v, root_rank, process_set) for v in values] and None
+        for v in values:
+            broadcast_in_place(v, root_rank, process_set)
+        return None
 
     def broadcast() -> list[Any]:
         transport = connect(process_set)

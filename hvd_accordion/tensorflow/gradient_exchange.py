@@ -111,8 +111,9 @@ class GradientExchange(tf.Module):
 
     def key(self, variable: Any) -> str:
         """Of a variable that it knows, in the names of its state."""
-        assert self._engine is not None
-        return self._engine.plan.numbers[self._known.name(variable)]
+        name = self._known.name(variable)
+        assert self._engine is not None and name is not None
+        return self._engine.plan.numbers[name]
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the state for these variables, tf.Variable or keras.Variable, the same on every rank. Sends nothing.

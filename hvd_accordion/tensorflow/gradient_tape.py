@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -61,7 +61,7 @@ def DistributedGradientTape(
         )
     groups = groups_of(num_groups, groups)
     base = type(gradtape)
-    kind = type(base.__name__, (_Distributed, base), {})
+    kind: Any = type(base.__name__, (Distributed, base), {})
     tape = kind.__new__(kind)
     tape.__dict__.update(gradtape.__dict__)
     tape._hvd_device = device_dense or device_sparse
@@ -81,7 +81,7 @@ def DistributedGradientTape(
             "scale_local_gradients": scale_local_gradients,
             "optimizer": base.__name__,
         }
-        GradientExchange(compression, **arguments)  # what is wrong with the arguments shows here
+        GradientExchange(compression, **arguments)  # errors in the arguments are raised here
         tape._hvd_exchange = lambda sources: exchange_of(sources, compression, arguments)
     return tape
 
@@ -96,8 +96,12 @@ def PartialDistributedGradientTape(
     return tape
 
 
-class _Distributed:
-    """What a tape does more than its own class."""
+class Distributed:
+    """Mixed into the class of the tape that is wrapped, by `DistributedGradientTape`."""
+
+    _hvd_device: str
+    _hvd_local: list[Any]  # sources whose gradients stay the rank's own
+    _hvd_exchange: Callable[[Sequence[Any]], GradientExchange]  # of the sources
 
     @tf.autograph.experimental.do_not_convert
     def gradient(

@@ -51,6 +51,7 @@ def exchange_seconds(layer: Layer, spec: CompressionSpec, world_size: int) -> fl
     @tf.function(autograph=False)
     def run(grad: tf.Tensor, residual: tf.Tensor, memory: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
         step = dry_run(exchange(spec, ops, [grad], [residual], [memory], ctx), ops, world_size)
+        assert step.residual is not None
         return step.mean[0], step.residual[0]
 
     times, residual = [], wide

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Advice, advise
 from hvd_accordion.tensorflow.exchange import sparse
@@ -17,7 +18,7 @@ from hvd_accordion.tensorflow.exchange.calibration import measured
 from hvd_accordion.tensorflow.exchange.configuration import Configuration
 from hvd_accordion.tensorflow.exchange.controller_bridge import ControllerBridge
 from hvd_accordion.tensorflow.exchange.driver import Driver
-from hvd_accordion.tensorflow.exchange.level_switch import LevelSwitch
+from hvd_accordion.tensorflow.exchange.level_switch import Exchanged, LevelSwitch
 from hvd_accordion.tensorflow.exchange.negotiation import Names, Negotiation
 from hvd_accordion.tensorflow.exchange.norm_sums import NormSums
 from hvd_accordion.tensorflow.exchange.plain import Averaged, alone, plain
@@ -135,14 +136,14 @@ class Engine:
         if self.plan.size == 1:
             means, sent = alone(self.plan, self.state, self.norms, given, steps)
         elif self._spec is not None:
-            means, sent = self._plain(given, prefix)
+            means, sent = self._plain(given, self._spec, prefix)
         else:
             means, sent = self._compressed(given, steps, prefix)
         self.bridge.tick(sent, learning_rate, steps)
         return [means.get(name, given.get(name)) for name in names]  # what is empty stays as it is
 
-    def _plain(self, given: dict[str, Any], prefix: str) -> Averaged:
-        done = plain(self.plan, self.state, given, self.compressor, self._spec, prefix, self.transport)
+    def _plain(self, given: dict[str, Any], spec: CompressionSpec, prefix: str) -> Averaged:
+        done = plain(self.plan, self.state, given, self.compressor, spec, prefix, self.transport)
         gathered = self._slices(given, prefix)
         joined = {name: its.slices for name, its in gathered.items()}
         return Averaged({**done.means, **joined}, tf.add_n([done.nbytes, *(its.nbytes for its in gathered.values())]))
@@ -153,7 +154,7 @@ class Engine:
         now, driver = self.switch.now(), Driver(prefix, self.transport, self.settings.scales(size))
         results = [(group, self.switch.run(group, given, now, driver)) for group in plan.groups(given)]
         gathered = self._slices(given, prefix)
-        parts = [*(done for _, done in results), *gathered.values()]
+        parts: list[Exchanged | sparse.Gathered] = [*(done for _, done in results), *gathered.values()]
         ok = tf.reduce_all(tf.stack([tf.constant(True), *(part.ok for part in parts)]))
         self.switch.keep(results, ok)
         means = {x.name: mean for group, done in results for x, mean in zip(group.layers, done.mean, strict=True)}

@@ -32,7 +32,8 @@ def plain(
     transport: HorovodTransport,
 ) -> Averaged:
     """As Horovod itself does it: no state, no compression but a cast. `spec`: with the same cost."""
-    settings, means = plan.settings, {}
+    settings = plan.settings
+    means: dict[str, Any] = {}
     layers = plan.dense(given)
     grouped = bool(settings.groups and settings.op != Adasum)
     for i, run in enumerate(plan.runs(layers) if grouped else [[layer] for layer in layers]):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
 
 from hvd_accordion.tensorflow.exchange.state import outside, variable
+
+
+def zeros(shape: Any, dtype: tf.DType) -> tf.Variable:
+    return variable(tf.zeros(shape, dtype), dtype)
 
 
 class LocalSums(tf.Module):
@@ -30,7 +35,7 @@ class LocalSums(tf.Module):
         if self.passes > 1:
             dtypes = [tf.float64 if tf.as_dtype(v.dtype) == tf.float64 else tf.float32 for v in variables]
             for v, key, dtype in zip(variables, keys, dtypes, strict=True):
-                self.sums[key] = outside(lambda v=v, dtype=dtype: variable(tf.zeros(v.shape, dtype), dtype))
+                self.sums[key] = outside(partial(zeros, v.shape, dtype))
 
     def named(self) -> dict[str, tf.Variable]:
         """For a file: what is under way."""

@@ -33,6 +33,11 @@ class Distributed:
 
     _hvd: GradientExchange
     _hvd_base: type  # the class of the wrapped optimizer
+    _hvd_scale: Any  # of the learning rate, within `scaled_rate`
+    # Keras's own
+    name: str
+    built: bool
+    _trainable_variables: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Called by Keras alone, with what was in a config."""
@@ -67,8 +72,9 @@ class Distributed:
         return super().get_config()  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        rebuild, data = super().__reduce__()  # by a class that can be imported
-        return getattr(self._hvd_base, rebuild.__name__), data
+        reduced: Any = super().__reduce__()
+        rebuild, data = reduced
+        return getattr(self._hvd_base, rebuild.__name__), data  # of a class that can be imported
 
     def build(self, variables: Any) -> None:
         """Makes the optimizer's variables and those of compression. Sends nothing."""
@@ -183,6 +189,8 @@ class Distributed:
 
 class LossScaled(Distributed):
     """Exchanges gradients without their scale, so that residuals don't depend on it; what overflows does so on all ranks."""
+
+    dynamic_scale: Any
 
     def _averaged(self, grads: list[Any], variables: list[Any], count: tf.Tensor | None) -> list[Any]:
         scale = tf.convert_to_tensor(self.dynamic_scale)  # a power of two: nothing is rounded

@@ -131,7 +131,7 @@ def _wrapped(optimizer: Any, wrapping: Wrapping) -> Any:
         average = wrapping.average if theirs.average is None else theirs.average
         wrapping = replace(wrapping, arguments={**given, **theirs.arguments, **kept}, average=average)
         base = base.__mro__[1]
-    kind = distributed(base)
+    kind: Any = distributed(base)
     result = kind.__new__(kind)
     result.__dict__.update(optimizer.__dict__)
     result._hvd_copied = False

@@ -58,6 +58,7 @@ class LearningRateScheduleCallback(EpochCallback):
         ):
             return
         if not self.staircase:
+            assert self.steps_per_epoch is not None  # since on_train_begin
             self._adjust(self.current_epoch + batch / self.steps_per_epoch)
         elif batch == 0:
             self._adjust(self.current_epoch)
@@ -66,7 +67,7 @@ class LearningRateScheduleCallback(EpochCallback):
         optimizer = innermost(self.model.optimizer)
         old, new = learning_rate_of(optimizer), self.initial_lr * self.multiplier(epoch)
         optimizer.learning_rate = new
-        if self.momentum_correction and old > 0 and getattr(optimizer, "momentum", 0):
+        if self.momentum_correction and old > 0 and getattr(optimizer, "momentum", None):
             # Keras's velocity contains the rate: v = momentum v - lr g
             for velocity in getattr(optimizer, "momentums", None) or getattr(optimizer, "_momentums", []):
                 velocity.assign(velocity * (new / old))
@@ -92,6 +93,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         verbose: int = 0,
     ) -> None:
         def multiplier(epoch: float) -> float:
+            assert self.steps_per_epoch is not None
             epoch += 1.0 / self.steps_per_epoch  # round numbers at the ends of epochs
             return (epoch * (world_size() - 1) / warmup_epochs + 1) / world_size()
 
@@ -100,6 +102,6 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if epoch == self.end_epoch - 1 and self.verbose > 0 and world_rank() == 0:
+        if epoch + 1 == self.end_epoch and self.verbose > 0 and world_rank() == 0:
             rate = learning_rate_of(self.model.optimizer)
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
