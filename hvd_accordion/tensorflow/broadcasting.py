@@ -1,4 +1,4 @@
-"""broadcast_variables for tf.Variable and keras.Variable alike; Horovod's own knows only the first."""
+"""broadcast_variables for tf.Variable and keras.Variable alike; Horovod's own takes only the first."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class _State(ObjectState):
         return False
 
     def _exchanges(self) -> list[Any]:
-        """Those that know any of the variables."""
+        """Those that exchange the gradient of any of the variables."""
         variables = self._variables()
         return [exchange for exchange in registry.alive() if exchange.knows_any(variables)]
 
@@ -99,11 +99,13 @@ class _State(ObjectState):
         """Gives every rank what rank 0 has, but for residuals, and saves that."""
         broadcast_variables([v for v in self._variables() if not self._own(v)], 0)
         exchanges = self._exchanges()
-        told = broadcast_object([shared(x) for x in exchanges] if rank() == 0 else None, 0, name="hvd_accordion.state")
+        theirs = broadcast_object(
+            [shared(x) for x in exchanges] if rank() == 0 else None, 0, name="hvd_accordion.state"
+        )
         if rank() != 0:
-            for exchange, its in zip(exchanges, told, strict=False):
+            for exchange, its in zip(exchanges, theirs, strict=False):
                 exchange.take(its)
-        registry.wait(told[len(exchanges) :])
+        registry.wait(theirs[len(exchanges) :])
         self._save()
         super().sync()
 

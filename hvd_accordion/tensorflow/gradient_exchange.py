@@ -1,4 +1,4 @@
-"""GradientExchange: the averaging of gradients in TensorFlow, with all that it remembers from step to step."""
+"""GradientExchange: averages gradients in TensorFlow, and holds their residuals, factors and levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvd_accordion.policy.batch_size import AccordionBatchSize
 from hvd_accordion.tensorflow.exchange import batches, numpy_bridge, registry
 from hvd_accordion.tensorflow.exchange.configuration import configured
 from hvd_accordion.tensorflow.exchange.engine import Engine, assembled
-from hvd_accordion.tensorflow.exchange.known import Known
+from hvd_accordion.tensorflow.exchange.named_variables import NamedVariables
 from hvd_accordion.tensorflow.exchange.shared import Shared, broadcast
 from hvd_accordion.tensorflow.exchange.state import outside, rollback
 from hvd_accordion.tensorflow.exchange.uneven import compresses
@@ -88,11 +88,11 @@ class GradientExchange(tf.Module):
         )
         self.settings = self.configuration.settings
         self.transport = connect(process_set)
-        self._known = Known()
-        self.local_names: frozenset[str] = frozenset()  # variables that are local before anybody can register them
+        self.named = NamedVariables()
+        self.local_names: frozenset[str] = frozenset()  # variables that are local from the start
         self._engine: Engine | None = None
         self._prefix = Prefix(process_set)
-        self._shared: Shared | None = None  # what rank 0 had of layers that this rank may get to know yet
+        self._shared: Shared | None = None  # rank 0's state, also of layers that this rank may add later
         self.waiting: Callable[[], Any] | None = None  # weakly, its optimizer's sums of micro-batches
 
     @property
@@ -102,16 +102,16 @@ class GradientExchange(tf.Module):
 
     def register_local(self, variable: Any) -> None:
         """From now on the variable's gradient stays this rank's own."""
-        self._known.local.add(id(value_of(variable)))
+        self.named.local.add(id(value_of(variable)))
 
     def named_locals(self) -> frozenset[str] | None:
         """Names of the variables whose gradients stay this rank's own; None where one has no name yet."""
-        found = self._known.local_names()
-        return found if len(found) == len(self._known.local) else None
+        found = self.named.local_names()
+        return found if len(found) == len(self.named.local) else None
 
     def key(self, variable: Any) -> str:
-        """Of a variable that it knows, in the names of its state."""
-        name = self._known.name(variable)
+        """The number of the variable's layer in the state."""
+        name = self.named.name(variable)
         assert self._engine is not None and name is not None
         return self._engine.plan.numbers[name]
 
@@ -120,18 +120,18 @@ class GradientExchange(tf.Module):
 
         The first call of the exchange does so by itself. ValueError for a glob of `compression` that matches no name.
         """
-        fresh = [v for v in variables if self._known.name(v) is None and tf.as_dtype(v.dtype).is_floating]
+        fresh = [v for v in variables if self.named.name(v) is None and tf.as_dtype(v.dtype).is_floating]
         if not fresh:
             return
-        names = names_of(fresh, self._known.names())
+        names = names_of(fresh, self.named.names())
         layers = [layer_of(name, v) for name, v in zip(names, fresh, strict=True)]
         policy = assign(self.configuration.policy, names, strict=self._engine is None)
-        self._known.add(names, fresh)
-        self._known.local |= {id(value_of(v)) for name, v in zip(names, fresh, strict=True) if name in self.local_names}
+        self.named.add(names, fresh)
+        self.named.local |= {id(value_of(v)) for name, v in zip(names, fresh, strict=True) if name in self.local_names}
         outside(lambda: self._extend(layers, policy))
 
     def _extend(self, layers: Sequence[Layer], policy: dict[str, Any]) -> None:
-        engine, known = self._engine, len(self.shapes)
+        engine, before = self._engine, len(self.shapes)
         if engine is None:
             engine = self._engine = assembled(layers, policy, self.configuration, self.transport, self._prefix)
             self.state = engine.state
@@ -140,19 +140,19 @@ class GradientExchange(tf.Module):
             engine.controller.adopt(policy)
             engine.controller.set_layers([*engine.controller.layers.values(), *layers])
         if isinstance(self.settings.groups, list):
-            members = {self._known.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
+            members = {self.named.name(v): i for i, group in enumerate(self.settings.groups) for v in group}
             engine.plan.group_of.update({name: i for name, i in members.items() if name is not None})
         engine.add(layers)
-        if known == 0:
+        if before == 0:
             registry.add(self)
         elif self._shared is not None:
-            self._shared.give(self.state, known)
+            self._shared.give(self.state, before)
 
     # among ranks that come and go
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the layers that it knows."""
+        """Shapes of the layers."""
         return () if self._engine is None else tuple(x.shape for x in self._engine.controller.layers.values())
 
     @property
@@ -170,13 +170,13 @@ class GradientExchange(tf.Module):
             self._refuse_join()
 
     def _refuse_join(self) -> None:
-        """Registers that it sends what Horovod's `join` can't stand in for."""
+        """Registers an exchange that `hvd.join` can't take part in."""
         if self.configuration.compressor is None and self.transport.size > 1:
             compresses(self)
 
     def knows_any(self, variables: Sequence[Any]) -> bool:
         """Whether it exchanges the gradient of one of these."""
-        return any(self._known.name(v) is not None for v in variables)
+        return any(self.named.name(v) is not None for v in variables)
 
     def saved(self) -> Callable[[], None]:
         """A function that gives its variables the values of now, at whatever place this process is then."""
@@ -184,7 +184,7 @@ class GradientExchange(tf.Module):
         return rollback(self.state, () if sums is None else sums.variables)
 
     def take(self, shared: Shared) -> None:
-        """Takes up what rank 0 has sent; layers that it gets to know later do so then."""
+        """Takes rank 0's state; layers that are added later take theirs then."""
         self._shared = shared
         shared.give(self.state, 0, self.local_sums)
 
@@ -216,31 +216,28 @@ class GradientExchange(tf.Module):
         if not elastic.active() or tf.executing_eagerly():
             return self._averages(gradients, variables, rate, steps)
         touched = [self.state.step, self.state.step_of_epoch, self.state.passes, self.state.lr_scale]
-        return numpy_bridge.call(
-            lambda grads, rate, steps: self._averages(grads, variables, rate, steps, traced=True),
-            gradients,
-            variables,
-            rate,
-            steps,
-            touched,
-        )
+
+        def averages(grads: list[Any], rate: Any, steps: Any) -> list[Any]:
+            return self._averages(grads, variables, rate, steps, traced=True)
+
+        return numpy_bridge.call(averages, gradients, variables, rate, steps, touched)
 
     def _averages(
         self, gradients: list[Any], variables: list[Any], rate: Any, steps: Any, traced: bool = False
     ) -> list[Any]:
         assert self._engine is not None
-        known, averaged = self._known, list(gradients)
-        shared = {i: name for i, v in enumerate(variables) if (name := known.name(v)) and not known.is_local(v)}
+        named, averaged = self.named, list(gradients)
+        shared = {i: name for i, v in enumerate(variables) if (name := named.name(v)) and not named.is_local(v)}
         if shared:
             names, given = tuple(shared.values()), [gradients[i] for i in shared]
-            self._engine.agree(names, given, lambda: self.configuration.described(known, variables), traced)
+            self._engine.agree(names, given, lambda: self.configuration.described(named, variables), traced)
             for i, mean in zip(shared, self._engine(names, given, rate, steps), strict=True):
                 averaged[i] = mean
         if not self.configuration.scale_local_gradients:
             return averaged
         # Horovod divides the others by the number of ranks: so do those that stay
         size = self.transport.size
-        return [divided(g, size) if known.is_local(v) else g for v, g in zip(variables, averaged, strict=True)]
+        return [divided(g, size) if named.is_local(v) else g for v, g in zip(variables, averaged, strict=True)]
 
     def micro_batches(self) -> tf.Tensor:
         """int64, of which the update to come is made."""
@@ -254,7 +251,7 @@ class GradientExchange(tf.Module):
     # epochs, reports, state
 
     def end_epoch(self) -> None:
-        """An epoch is over: needed where `steps_per_epoch` was not given and no callback tells. The same on every rank.
+        """An epoch is over: needed without `steps_per_epoch` and without a callback of this package. On every rank.
 
         Called a second time without an exchange in between it does nothing.
         """
@@ -279,14 +276,14 @@ class GradientExchange(tf.Module):
 
     @property
     def stats(self) -> Stats:
-        """Running totals of steps and bytes; a graph can't tell the seconds that its exchange takes: they are 0."""
+        """Running totals of steps and bytes; seconds are 0: a graph does not measure its exchanges."""
         if self._engine is None:
             return Stats()
         self._engine.bridge.look()
         return self._engine.controller.stats
 
     def restored(self, left: Sequence[str]) -> None:
-        """Its variables were restored. Warns of what was not taken up: `left`, in words, and more of the kind."""
+        """Its variables were restored. Warns of what was not taken up: `left`, in words, and what no longer fits."""
         if self._engine is not None:
             self._engine.bridge.look(left)
 

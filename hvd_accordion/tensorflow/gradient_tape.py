@@ -15,6 +15,7 @@ from hvd_accordion.tensorflow.transport import Average, ProcessSet, global_proce
 from hvd_accordion.training.settings import groups_of
 
 
+# over 60 lines: Horovod's arguments, and what they mean
 def DistributedGradientTape(
     gradtape: tf.GradientTape,
     device_dense: str = "",
@@ -48,7 +49,7 @@ def DistributedGradientTape(
 
     What compression keeps from step to step belongs to the sources: every tape on the same sources with the same
     arguments continues where the last one ended, as long as the first source lives. To save it, to read its report, or
-    to tell it of epochs, pass a `GradientExchange` instead, and no other arguments.
+    to call `end_epoch`, pass a `GradientExchange` instead, and no other arguments.
 
     Raises ValueError or TypeError as `GradientExchange` does.
     """
@@ -152,12 +153,12 @@ def exchange_of(sources: Sequence[Any], compression: Any, arguments: dict[str, A
     if first not in _exchanges:
         _exchanges[first] = {}
         weakref.finalize(values[0], _exchanges.pop, first, None)
-    told = {**arguments, "op": str(arguments["op"]), "process_set": arguments["process_set"].process_set_id}
-    told["learning_rate"] = None  # a function made anew in every step
+    described = {**arguments, "op": str(arguments["op"]), "process_set": arguments["process_set"].process_set_id}
+    described["learning_rate"] = None  # a function made anew in every step
     groups = arguments["groups"]
     if isinstance(groups, list):
-        told["groups"] = [[id(value_of(v)) for v in group] for group in groups]
-    key = (tuple(map(id, values)), repr(compression), repr(told))
+        described["groups"] = [[id(value_of(v)) for v in group] for group in groups]
+    key = (tuple(map(id, values)), repr(compression), repr(described))
     if key not in _exchanges[first]:
         _exchanges[first][key] = GradientExchange(compression, **arguments)
     return _exchanges[first][key]

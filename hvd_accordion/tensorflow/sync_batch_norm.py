@@ -28,7 +28,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         super().__init__(**options)
 
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
-        """Not public: what Keras's `call` asks for the moments of the batch."""
+        """Keras's `call` takes the moments of the batch from this; it is not public."""
         mean, variance = super()._moments(inputs, mask)
         if world_size() == 1:
             return mean, variance
@@ -49,6 +49,4 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
 
 if not callable(getattr(keras.layers.BatchNormalization, "_moments", None)):
-    raise ImportError(
-        "keras.layers.BatchNormalization has no method _moments: this Keras is newer than the package knows"
-    )
+    raise ImportError("keras.layers.BatchNormalization has no method _moments: this version of Keras is not supported")

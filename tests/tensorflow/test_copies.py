@@ -119,7 +119,7 @@ def test_local_variables_stay_local_and_groups_are_those_of_the_variables_that_a
     made = keras.models.clone_model(net)
     fit(made)
     names = ["first/kernel", "first/bias", "second/kernel", "second/bias"]
-    known = made.optimizer._hvd._known
+    known = made.optimizer._hvd.named
     assert [known.is_local(v) for v in made.trainable_variables] == [False, False, True, True]
     assert [row.name for row in made.optimizer.compression_report()] == names
     assert made.optimizer._hvd.settings.groups is None

@@ -1,4 +1,4 @@
-"""What ranks tell each other outside the graph, before the first exchange."""
+"""Numbers and settings that ranks compare outside of graphs, before the first exchange."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variables that exchanges need: made when a layer is known, dropped when no exchange can use them any more."""
+"""The variables that exchanges need: made with a layer, dropped when no exchange can use them any more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Allocation:
         self.plan, self.state, self.rows, self.norms = plan, state, rows, norms
 
     def add(self, layer: Layer) -> None:
-        """Of a layer that the controller has just got to know."""
+        """Of a layer that was just added."""
         self.state.slice_bytes[self.plan.add(layer)] = variable(0.0, tf.float64)
         self.make(layer)
 

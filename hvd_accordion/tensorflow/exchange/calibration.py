@@ -1,4 +1,4 @@
-"""Times what an Auto must know in TensorFlow, eagerly, before the graph that it decides about is traced."""
+"""Measures the link and the compressors for an Auto, eagerly, before the graph is traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exchange of gradients is configured with: checked, described to the other ranks, told to the logger."""
+"""What an exchange of gradients is configured with: checked, described to the other ranks and to the logger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.policy.assignment import assign
-from hvd_accordion.tensorflow.exchange.known import Known
+from hvd_accordion.tensorflow.exchange.named_variables import NamedVariables
 from hvd_accordion.tensorflow.exchange.variables import check_groups, check_process_set
 from hvd_accordion.tensorflow.transport import Average, Compression, HorovodTransport, Sum, global_process_set
 from hvd_accordion.training.elastic import check_process_set as check_elastic
@@ -44,22 +44,22 @@ class Configuration:
         return self.compressor is not None and self.settings.backward_passes_per_step == 1
 
     def rate(self) -> tf.Tensor:
-        """The learning rate now; 1 if nothing is known of it."""
+        """The learning rate now; 1 if the user gave none."""
         rate = self.learning_rate() if callable(self.learning_rate) else self.learning_rate
         return tf.convert_to_tensor(1.0 if rate is None else rate)
 
-    def described(self, known: Known, variables: Sequence[Any]) -> dict[str, str]:
+    def described(self, named: NamedVariables, variables: Sequence[Any]) -> dict[str, str]:
         """Everything in which ranks must agree, as text."""
         groups = self.settings.groups
         described = self.settings.described("tensorflow", tf.__version__)
         if isinstance(groups, list):
-            groups = [[known.name(v) or "?" for v in group] for group in groups]
+            groups = [[named.name(v) or "?" for v in group] for group in groups]
         described["groups"] = str(groups)
         described["compression"] = repr(self.policy) if self.compressor is None else str(self.compression)
         described["number of variables"] = str(len(variables))
         for i, v in enumerate(variables):
-            local = ", local" if known.is_local(v) else ""
-            described[f"variable {i}"] = f"{known.name(v)} {tuple(v.shape)} {tf.as_dtype(v.dtype).name}{local}"
+            local = ", local" if named.is_local(v) else ""
+            described[f"variable {i}"] = f"{named.name(v)} {tuple(v.shape)} {tf.as_dtype(v.dtype).name}{local}"
         return described
 
     def start_logger(self, policy: Mapping[str, Any], transport: HorovodTransport) -> Logger | None:
@@ -92,7 +92,7 @@ def configured(
     if not plain:
         check_op(settings.op, (Average, Sum), compression, settings.batch_size)
     policy = plain_spec(compression) if plain else translated(compression)
-    assign(policy, [], strict=False)  # a value of a wrong type shows at once
+    assign(policy, [], strict=False)  # raises for a value of a wrong type
     compressor = (compression or Compression.none) if plain else None
     return Configuration(
         settings, compression, compressor, policy, logger, optimizer, scale_local_gradients, learning_rate

@@ -22,7 +22,7 @@ class Driven(NamedTuple):
 
 @dataclass(frozen=True)
 class Driver:
-    """Exchanges know nothing of each other: what they have in common is for TensorFlow's executor to run side by side.
+    """Exchanges are independent nodes of the graph, which TensorFlow's executor runs side by side.
 
     Args:
         prefix: of the names of all collectives; unique to an exchange of gradients, equal on all ranks.

@@ -55,7 +55,7 @@ class EagerDriver:
 
 
 def finished(exchange: Rounds[ExchangeResult], ok: bool) -> ExchangeResult:
-    """What an exchange returns, once it is known whether all ranks' values were finite."""
+    """What an exchange returns, given whether all ranks' values were finite."""
     try:
         exchange.send(ok)
     except StopIteration as stop:

@@ -63,7 +63,7 @@ class Engine:
         self._functions: dict[Names, Any] = {}
 
     def add(self, layers: Sequence[Layer]) -> None:
-        """Makes variables for layers that the controller knows."""
+        """Makes variables for layers that the controller already has."""
         for layer in layers:
             self.allocation.add(layer)
         self.bridge.begin()

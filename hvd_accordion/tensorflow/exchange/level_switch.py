@@ -123,6 +123,6 @@ class LevelSwitch:
 def dense_gradient(state: State, layer: Layer, grad: Any) -> tf.Tensor:
     """Dense; zeros where there is none."""
     if grad is None:
-        # not what TensorFlow could tell to be constant: that it would send once and for all, as it simplifies the graph
+        # nothing that TensorFlow finds to be constant: it would run the collective once, when it optimises the graph
         return tf.fill(layer.shape, tf.cast(state.step.read_value() < 0, layer.dtype))
     return tf.ensure_shape(tf.convert_to_tensor(grad), layer.shape)

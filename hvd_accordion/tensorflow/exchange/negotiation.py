@@ -59,7 +59,7 @@ class Negotiation:
 
         Args:
             described: the settings that must be equal on all ranks.
-            undecided: whether this rank knows of no choice; called once settings are known to be equal.
+            undecided: whether an Auto's choice is missing here; called when settings have been compared.
             traced: the caller is a graph that has no place for a mean where this rank has no gradient.
 
         Raises ValueError, on all ranks alike, where settings differ, or a graph has no place for a mean.

@@ -47,8 +47,8 @@ def call(
     handles = [v.handle for v in (_order[0], *touched)]
     shapes = [tuple(v.shape) for v in variables]
 
-    def run(*told: tf.Tensor) -> list[tf.Tensor]:
-        rate, steps, *values = told[len(handles) :]
+    def run(*arguments: tf.Tensor) -> list[tf.Tensor]:
+        rate, steps, *values = arguments[len(handles) :]
         rest = iter(values)
         grads = [restored([next(rest) for _ in each], shape) for each, shape in zip(given, shapes, strict=True)]
         try:

@@ -28,7 +28,7 @@ def kind_of(grad: Any, sparse_as_dense: bool) -> Kind:
 
 
 class Plan:
-    """The layers of an exchange, as all ranks know them.
+    """The layers of an exchange, equal on all ranks.
 
     Attributes:
         numbers: layer name -> its number in the state, as text.

@@ -14,7 +14,7 @@ _synchronised = False
 
 
 def synchronised() -> bool:
-    """Whether an elastic state has told this rank what the others know."""
+    """Whether an elastic state has synchronised this rank with the others."""
     return _synchronised
 
 
@@ -25,16 +25,16 @@ def alive() -> list[Any]:
 def add(exchange: Any) -> None:
     """It has got state for its first variables."""
     _built[:] = [*map(weakref.ref, alive()), weakref.ref(exchange)]
-    found = next((told for told in _waiting if told.fits(exchange)), None)
+    found = next((its for its in _waiting if its.fits(exchange)), None)
     if found is not None:
         _waiting.remove(found)
         exchange.take(found)
 
 
-def wait(told: Sequence[Shared]) -> None:
-    """Exchanges to come take up what is theirs of this; all others have."""
+def wait(states: Sequence[Shared]) -> None:
+    """Exchanges that are made later take their state from these."""
     global _synchronised
-    _waiting[:], _synchronised = told, True
+    _waiting[:], _synchronised = states, True
 
 
 def move() -> None:

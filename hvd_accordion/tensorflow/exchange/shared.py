@@ -1,4 +1,4 @@
-"""What all ranks have in common of an exchange, in a form that a rank can send to one that has just come."""
+"""The part of an exchange's state that is equal on all ranks, as one rank sends it to others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Shared:
     """By the position of the layers: names that Keras makes up may be others in another process.
 
     shapes: of the layers.
-    singles, journal: counts, levels, and what the controller knows.
+    singles, journal: counts, levels, and the controller's state.
     layers: of each, factors and the sums of its window.
     count, sums: micro-batches that wait for an update.
     """

@@ -19,7 +19,7 @@ SINGLES = (*COUNTS, "passes", "lr_scale", "levels", "measured", "measures_whole"
 
 
 class State(tf.Module):
-    """Variables by the number of their layer, in the order in which the exchange got to know it.
+    """Variables by the number of their layer, in the order in which they were added.
 
     All but `residual` (and its `owner`) are equal on all ranks. A restored residual is a rank's own: taken from another
     rank it is dropped at the next step, after a change of the number of ranks it is scaled by new/old, so that it
@@ -91,7 +91,7 @@ class State(tf.Module):
         return [*counts, *memory, *self.summed.values(), *self.summed_whole.values()]
 
     def arrays(self) -> Arrays:
-        """All of it as numpy arrays, for a file format that knows nothing else."""
+        """All of it as numpy arrays, for a file format that takes nothing else."""
         found = {name: v.numpy() for name, v in self._named().items()}
         return {**found, "journal": np.frombuffer(self.journal.numpy(), np.uint8)}
 

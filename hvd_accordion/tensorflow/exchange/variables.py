@@ -95,7 +95,7 @@ def check_groups(groups: Any) -> None:
 
 
 def check_process_set(process_set: Any) -> None:
-    """TypeError for what is none, ValueError for one that Horovod doesn't know."""
+    """TypeError for anything else, ValueError for one that is not registered with Horovod."""
     if not isinstance(process_set, ProcessSet):
         raise TypeError(f"process_set must be an hvd.ProcessSet, got {process_set!r}")
     if process_set.process_set_id is None and is_initialized():

@@ -1,4 +1,4 @@
-"""Mirrors horovod.tensorflow.keras.callbacks, on Keras 3. Each also tells the optimizer that an epoch is over."""
+"""Mirrors horovod.tensorflow.keras.callbacks, on Keras 3. Each also calls the optimizer's `end_epoch`."""
 
 from __future__ import annotations
 

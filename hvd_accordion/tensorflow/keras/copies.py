@@ -46,7 +46,7 @@ _loading: ContextVar[Wrapping | None] = ContextVar("loading", default=None)
 def register(kind: type, name: str) -> None:
     """Lets Keras find `kind`, the distributed form of one of its own optimizers' classes, where it reads a config.
 
-    The name differs from the class's by its case alone: where nobody has registered it, Keras finds its own class.
+    The name differs from the class's by its case alone: where it is not registered, Keras finds its own class.
     """
     odd = name[0].lower() + name[1:].upper()
     keras.saving.get_custom_objects()[odd] = kind

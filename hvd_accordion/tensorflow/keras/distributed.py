@@ -22,7 +22,7 @@ from hvd_accordion.tensorflow.transport import is_initialized, world_size
 from hvd_accordion.training.reports import CompressionReport, Stats
 
 LOST = (
-    "this optimizer was made from the config of a DistributedOptimizer whose settings this process does not know, so it "
+    "this optimizer was made from the config of a DistributedOptimizer whose settings this process does not have, so it "
     "can't exchange gradients: compile with hvd.DistributedOptimizer(model.optimizer, compression=...), or load the model "
     "by hvd.load_model(file, compression=...)"
 )
@@ -47,7 +47,7 @@ class Distributed:
         self._attach(wrapping or Wrapping(), lost=wrapping is None)
 
     def _attach(self, wrapping: Wrapping, lost: bool = False) -> None:
-        """`lost`: nobody knows what the wrapping was."""
+        """`lost`: the wrapping is not the one that it was saved with."""
         itself = weakref.ref(self)
         self._hvd = GradientExchange(
             learning_rate=lambda: rate_of(itself()), optimizer=type(self).__name__, **wrapping.arguments
@@ -133,7 +133,7 @@ class Distributed:
         sums.clear()
 
     def _averaged_and_applied(self, grads: list[Any], variables: list[Any], count: tf.Tensor | None = None) -> None:
-        """`count`: of micro-batches, where an AccordionBatchSize wants to know."""
+        """`count`: of micro-batches, under an AccordionBatchSize."""
         scale = None if count is None else self._hvd.lr_scale(count)
         means = self._averaged(grads, variables, count)
         with scaled_rate(self, scale):
@@ -148,7 +148,7 @@ class Distributed:
         self._hvd.register_local(var)
 
     def end_epoch(self) -> None:
-        """An epoch is over: needed where no callback of this package, no `steps_per_epoch` tells. On every rank.
+        """An epoch is over: needed without `steps_per_epoch` and without a callback of this package. On every rank.
 
         Micro-batches that wait for others are exchanged and applied.
         """
@@ -179,7 +179,7 @@ class Distributed:
         return self._hvd.stats
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # what LossScaleOptimizer does to the optimizer that it is put around: the only thing that it lets one know
+        # LossScaleOptimizer sets this on the optimizer that it wraps: the only sign of it
         if name == "loss_scale_factor" and "_hvd" in self.__dict__ and called_by_loss_scale_optimizer():
             super().__setattr__("_hvd_loss_scaled", True)
         if name == "learning_rate" and self.__dict__.get("_hvd_scale") is not None and not callable(value):
@@ -218,4 +218,4 @@ def distributed(base: type) -> type:
 
 for _class in [c for c in vars(keras.optimizers).values() if isinstance(c, type)]:
     if issubclass(_class, keras.optimizers.Optimizer):
-        distributed(_class)  # a config that another process wrote is known as a distributed optimizer's
+        distributed(_class)  # a config that another process wrote is found to be a distributed optimizer's

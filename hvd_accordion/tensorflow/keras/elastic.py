@@ -37,7 +37,7 @@ class CommitStateCallback(_impl.CommitStateCallbackImpl, EpochCallback):
         super().__init__(keras.backend, state, batches_per_commit)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        EpochCallback.on_epoch_end(self, epoch, logs)  # what is committed knows that the epoch is over
+        EpochCallback.on_epoch_end(self, epoch, logs)  # before the commit, which then includes the end of the epoch
         super().on_epoch_end(epoch, logs)
 
 

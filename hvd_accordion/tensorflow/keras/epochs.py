@@ -1,4 +1,4 @@
-"""EpochCallback, which tells distributed optimizers that an epoch is over; and where a model's optimizers are found."""
+"""EpochCallback, which calls `end_epoch` of a model's distributed optimizers, and how these are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("hvd_accordion")
 
 
 class EpochCallback(keras.callbacks.Callback):
-    """Tells every DistributedOptimizer of the model when an epoch is over; the other callbacks of this module do, too."""
+    """Calls `end_epoch` of every DistributedOptimizer of the model; the other callbacks of this package do, too."""
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)

@@ -54,7 +54,7 @@ def scaled_rate(optimizer: Any, scale: tf.Tensor | None) -> Iterator[None]:
 
     scaled_now = members(optimizer)
     for one in scaled_now:
-        # what the property `learning_rate` asks; in the object's dict it hides the method of its class
+        # the property `learning_rate` calls it; in the object's dict it hides the method of the class
         one.__dict__["_get_current_learning_rate"] = lambda one=one: scaled(one)
     optimizer.__dict__["_hvd_scale"] = scale
     try:

@@ -20,6 +20,7 @@ from hvd_accordion.training.settings import groups_of
 from hvd_accordion.utils import validation
 
 
+# over 60 lines: Horovod's arguments, and what they mean
 def DistributedOptimizer(
     optimizer: keras.optimizers.Optimizer,
     name: str | None = None,
@@ -64,7 +65,7 @@ def DistributedOptimizer(
         groups: as Horovod's; by default runs of layers of up to 16 MiB, from the last to the first.
         steps_per_epoch: not needed under `fit` with any callback of this package, nor where `end_epoch` is called. An
             Accordion that counts epochs raises ValueError when it has heard of none in 10,000 steps.
-        logger: told on rank 0 of what happened, such as `MLflowLogger()`.
+        logger: gets metrics and regimes on rank 0, such as `MLflowLogger()`.
         seed: of everything random in compression; the global generators are left alone.
         min_compress_numel: tensors of fewer elements travel dense.
         batch_size: an `AccordionBatchSize`. A micro-batch a call, exchanged and applied with the last of a batch; the others

@@ -17,7 +17,7 @@ class LearningRateScheduleCallback(EpochCallback):
         multiplier: a function of the epoch, or a constant c, which stands for c^(epoch - start_epoch).
         staircase: change it at the beginning of an epoch; otherwise of every batch, and the epoch is a fraction.
         momentum_correction: scale the optimizer's velocity with the rate (Goyal et al. 2017, arXiv 1706.02677, 3.1).
-        steps_per_epoch: where Keras does not know it and `staircase` is False.
+        steps_per_epoch: needed if `staircase` is False and Keras does not give it.
     """
 
     def __init__(

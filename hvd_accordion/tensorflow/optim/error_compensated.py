@@ -75,10 +75,10 @@ class ErrorCompensated(Reports):
         driver = self._driver or self._compared(x)
         losses: list[Any] = []
 
-        def gradient(asked: Closure) -> Callable[[Vectors], Vectors]:
+        def gradient(loss_at: Closure) -> Callable[[Vectors], Vectors]:
             def at(point: Vectors) -> Vectors:
                 self._place(point)
-                loss, found = gradients(asked, self.variables)
+                loss, found = gradients(loss_at, self.variables)
                 if point is x:
                     losses.append(loss)
                 return found
@@ -101,7 +101,7 @@ class ErrorCompensated(Reports):
             v.assign(tf.cast(value, v.dtype))
 
     def _compared(self, x: Vectors) -> EagerDriver:
-        """What runs exchanges, once all ranks are known to be alike: settings, and the values of all that they must share."""
+        """The driver, after all ranks have compared settings and the values of all that must be equal."""
         digest = hashlib.blake2b(digest_size=8)
         for v in [*x, *self._training.worker.shared()]:
             digest.update(v.numpy().tobytes())

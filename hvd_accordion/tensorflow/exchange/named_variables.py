@@ -1,4 +1,4 @@
-"""The variables that an exchange knows, by names that all ranks share."""
+"""The variables whose gradients an exchange averages, under names that are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 from hvd_accordion.tensorflow.exchange.variables import value_of
 
 
-class Known:
-    """Names of variables, by the identity of the tf.Variable; keeps none of them alive."""
+class NamedVariables:
+    """Names of variables, by the identity of the tf.Variable; holds weak references only.
+
+    Attributes:
+        local: identities of those whose gradients stay the rank's own.
+    """
 
     def __init__(self) -> None:
         self._names: dict[int, tuple[weakref.ref[Any], str]] = {}
