@@ -12,7 +12,7 @@ from hvd_accordion.policy.assignment import assign
 from hvd_accordion.tensorflow.exchange.named_variables import NamedVariables
 from hvd_accordion.tensorflow.exchange.variables import check_groups, check_process_set
 from hvd_accordion.tensorflow.transport import Average, Compression, HorovodTransport, Sum, global_process_set
-from hvd_accordion.training.elastic import check_process_set as check_elastic
+from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
 from hvd_accordion.training.settings import Settings, check_logger, check_op, is_horovods, plain_spec, translated
 
@@ -83,7 +83,7 @@ def configured(
     """Checks everything. `arguments`: of `Settings`. Raises ValueError or TypeError for what is out of range."""
     check_groups(arguments["groups"])
     check_logger(logger)
-    check_elastic(arguments["process_set"], global_process_set)
+    elastic.check_process_set(arguments["process_set"], global_process_set)
     check_process_set(arguments["process_set"])
     settings = Settings(average=Average, **arguments)
     plain = compression is None or is_horovods(compression)
