@@ -122,13 +122,23 @@ print(json.dumps([len(names), missing, unlisted, changed, added]))
     assert set(changed) == ours and set(added) == {"GradientExchange", *METHODS}
 
 
-def test_under_torch_few_modules_name_horovod():
+@pytest.mark.parametrize(
+    ("framework", "mirrors", "takeover"),
+    [
+        ("torch", {"__init__.py", "elastic/__init__.py", "elastic/state.py"}, {"horovod_takeover.py"}),
+        (
+            "tensorflow",
+            {"__init__.py", "elastic.py", "keras/__init__.py", "keras/callbacks.py", "keras/elastic.py"},
+            set(),
+        ),
+    ],
+)
+def test_few_modules_of_a_front_end_name_horovod(framework, mirrors, takeover):
     """The mirrors, the transport, and what takes Horovod's own optimizer over; all others hold a Transport."""
-    root = Path(hvd_accordion.__file__).parent / "torch"
+    root = Path(hvd_accordion.__file__).parent / framework
     imports = re.compile(r"^\s*(import|from) horovod\b", re.MULTILINE)
     naming = {str(path.relative_to(root)) for path in root.rglob("*.py") if imports.search(path.read_text())}
-    mirrors = {"__init__.py", "elastic/__init__.py", "elastic/state.py"}
-    assert naming == {*mirrors, "horovod_takeover.py", "transport.py"}
+    assert naming == {*mirrors, *takeover, "transport.py"}
 
 
 @needs_torch
