@@ -29,8 +29,9 @@ from torch.nn import functional as F
 from hvd_accordion import Accordion
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.policy import norm_sampling
-from hvd_accordion.policy.accordion import NORM_SAMPLES
-from hvd_accordion.policy.assignment import Layer, adaptive
+from hvd_accordion.policy.assignment import adaptive
+from hvd_accordion.policy.layers import Layer
+from hvd_accordion.policy.window import NORM_SAMPLES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pytorch"))
 

@@ -15,8 +15,10 @@ from models import resnet18
 
 from hvd_accordion import FP16, QSGD, CompressionSpec, Dense, PowerSGD, TopK
 from hvd_accordion.comm import collectives
-from hvd_accordion.policy import assignment
+from hvd_accordion.policy import assignment, grouping
 from hvd_accordion.policy.cost_model import Gamma, Link, Sample, fit, seconds, step_seconds, wire_seconds
+from hvd_accordion.policy.layers import Group, Layer
+from hvd_accordion.policy.protocol import policy_of
 from hvd_accordion.tracking.figures import LINES, MARKERS
 
 UNSHAPED = "unshaped"
@@ -32,14 +34,14 @@ def nominal(link: str) -> float:
     return 0.0 if link == UNSHAPED else float(link[:-4]) * units[link[-4:]] / 8
 
 
-def resnet18_layers() -> list[assignment.Layer]:
-    return [assignment.Layer(name, tuple(p.shape), "float32") for name, p in resnet18().network.named_parameters()]
+def resnet18_layers() -> list[Layer]:
+    return [Layer(name, tuple(p.shape), "float32") for name, p in resnet18().network.named_parameters()]
 
 
-def groups(layers: Sequence[assignment.Layer], spec: CompressionSpec, n: int) -> list[assignment.Group]:
+def groups(layers: Sequence[Layer], spec: CompressionSpec, n: int) -> list[Group]:
     """Groups layers like the engines of the frameworks."""
-    specs = {layer.name: assignment.level(layer, spec, 0, n) for layer in layers}
-    return assignment.grouped([layers[::-1]], specs, (), assignment.BUCKET_BYTES)
+    specs = {layer.name: assignment.level(layer, policy_of(spec), 0, n) for layer in layers}
+    return grouping.grouped([layers[::-1]], specs, (), grouping.BUCKET_BYTES)
 
 
 def samples(part: dict[str, Any]) -> list[Sample]:
@@ -50,7 +52,7 @@ def samples(part: dict[str, Any]) -> list[Sample]:
     ]
 
 
-def gammas(part: dict[str, Any], link: Link, layers: Sequence[assignment.Layer]) -> dict[CompressionSpec, float]:
+def gammas(part: dict[str, Any], link: Link, layers: Sequence[Layer]) -> dict[CompressionSpec, float]:
     """Returns seconds per value: the time of an unshaped exchange beyond its collectives."""
     values, found = sum(layer.numel for layer in layers), {}
     for row, spec in zip(part["exchanges"], SPECS, strict=True):
@@ -113,7 +115,7 @@ def collective_checks(part: dict[str, Any], link: Link) -> list[dict[str, Any]]:
 
 
 def exchange_checks(
-    part: dict[str, Any], link: Link, gamma: Gamma, layers: Sequence[assignment.Layer], cores: int
+    part: dict[str, Any], link: Link, gamma: Gamma, layers: Sequence[Layer], cores: int
 ) -> list[dict[str, Any]]:
     """Predicts without overlap; ranks that share cores compress more slowly."""
     n, values, rows = part["ranks"], sum(layer.numel for layer in layers), []
@@ -130,9 +132,7 @@ def check(part: dict[str, Any], what: str, predicted: float, times: Sequence[flo
     return {**known, "predicted": predicted, "measured": found, "ratio": predicted / found}
 
 
-def steps(
-    name: str, link: Link, gamma: Gamma, compute: float, layers: Sequence[assignment.Layer]
-) -> list[dict[str, Any]]:
+def steps(name: str, link: Link, gamma: Gamma, compute: float, layers: Sequence[Layer]) -> list[dict[str, Any]]:
     rows = []
     gamma = {
         **gamma,

@@ -13,7 +13,8 @@ from hvd_accordion import Dense, RandomK, TopK
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.optim import factories, methods
 from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
+from hvd_accordion.policy.protocol import policy_of
 
 CLASSES = {"ECLK": "ECLK", "L-Katyusha": "LKatyusha", "EC-LSVRG": "ECLSVRG", "EF21": "EF21", "EC-GD": "ECSGD"}
 RATIOS = {"breast": 1 / 30, "mnist": 0.01, "multinomial": 0.01}  # ratio of TopK and RandomK
@@ -161,7 +162,7 @@ class Counted:
 
     def __init__(self, x: Vectors, compression: CompressionSpec, make: factories.Make, seed: int, size: int) -> None:
         layers = [factories.layer_of(str(i), v.shape, "float64") for i, v in enumerate(x)]
-        specs = [assignment.level(layer, compression, 0, size, 1) for layer in layers]
+        specs = [assignment.level(layer, policy_of(compression), 0, size, 1) for layer in layers]
         self.method = make(layers, specs, size)
         self.dense = 32.0 * sum(layer.numel for layer in layers)
         self.compressed = sum(bits(spec, layer, size) for spec, layer in zip(specs, layers, strict=True))

@@ -15,9 +15,9 @@ from hvd_accordion.cli.findings import Finding, Verdict
 from hvd_accordion.cli.reference_model import Choices
 from hvd_accordion.comm.collectives import AllReduce
 from hvd_accordion.comm.launch import available_cores
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration
 from hvd_accordion.policy.cost_model import constant
+from hvd_accordion.policy.layers import Layer
 
 NAME = "hvd_accordion.check"  # prefix of the names of its collectives
 SLOW_COLLECTIVE = 5e-3  # seconds of the smallest collective

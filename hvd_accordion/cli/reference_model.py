@@ -9,8 +9,8 @@ from dataclasses import replace
 from hvd_accordion.cli.findings import Finding, Verdict, table
 from hvd_accordion.compression import CompressionSpec, Dense, PowerSGD, TopK
 from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Advice, Auto, Calibration, advise
+from hvd_accordion.policy.layers import Layer
 
 CANDIDATES = (PowerSGD(4), TopK(0.01))
 PARAMETERS = 11_173_962  # of ResNet-18 on CIFAR-10
@@ -57,7 +57,7 @@ def resnet18(width: int) -> list[Layer]:
 
 def choices(network: Sequence[Layer], world_size: int) -> dict[str, tuple[CompressionSpec, ...]]:
     """Returns the candidates that can compress each layer, by layer name."""
-    found = {x.name: assignment.choices(x, Auto(CANDIDATES), world_size) for x in network}
+    found = {x.name: assignment.auto_specs(x, Auto(CANDIDATES), world_size) for x in network}
     return {name: specs for name, specs in found.items() if specs}
 
 

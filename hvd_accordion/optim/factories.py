@@ -10,7 +10,9 @@ from hvd_accordion.compression.base import size
 from hvd_accordion.optim.iterates import Descent, Katyusha, Regulariser
 from hvd_accordion.optim.method import Method
 from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Compression, Layer, Policy, assign, sides
+from hvd_accordion.policy.assignment import Compression, assign
+from hvd_accordion.policy.layers import Layer
+from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.utils import validation
 
 # builds the method from the layers, their initial specs and the number of ranks
@@ -18,16 +20,16 @@ Make = Callable[[Sequence[Layer], Sequence[CompressionSpec], int], Method]
 PLAIN_CONVEX = 1e-4  # the mu / L1 assumed for the default of theta1 if mu = 0
 
 
-def contraction(policy: Policy) -> Policy:
+def contraction(layer: str, policy: Policy) -> Policy:
     """Returns the policy, if all of its specs are contraction compressors.
 
     Raises:
         TypeError: the policy has something other than specs.
         ValueError: a spec is not a contraction.
     """
-    for spec in sides(policy):
-        if not isinstance(spec, CompressionSpec):
-            raise TypeError(f"compression must be a spec such as TopK(0.03), or an Accordion of specs, got {policy!r}")
+    if policy.candidates:
+        raise TypeError(f"compression must be a spec such as TopK(0.03), or an Accordion of specs, got {policy!r}")
+    for spec in policy.specs(layer):
         if spec.lossy and not spec.error_feedback:
             raise ValueError(
                 f"compression must be a contraction, E||x - Q(x)||^2 <= (1 - delta) ||x||^2 with delta > 0: {spec} is "
@@ -156,4 +158,4 @@ def layer_of(name: str, shape: Sequence[int], dtype: str, device: str = "cpu") -
 
 def policies(compression: Compression, names: Sequence[str]) -> dict[str, Policy]:
     """Assigns a policy to each layer name and checks that all specs are contractions."""
-    return {name: contraction(policy) for name, policy in assign(compression, names).items()}
+    return {name: contraction(name, policy) for name, policy in assign(compression, names).items()}

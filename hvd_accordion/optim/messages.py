@@ -9,7 +9,8 @@ from hvd_accordion.compression import Dense
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.policy import assignment
+from hvd_accordion.policy import grouping
+from hvd_accordion.policy.layers import Group
 from hvd_accordion.training.channel import Channel
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.vectors import Vectors, each
@@ -31,7 +32,7 @@ class Messages:
 
     def __init__(self, kind: str, mode: str, ops: Ops, controller: Controller, seed: int, rank: int, size: int) -> None:
         self.kind, self.mode, self.ops, self.controller = kind, mode, ops, controller
-        self._groups: dict[str, assignment.Group] = {}
+        self._groups: dict[str, Group] = {}
         # seeds depend on kind and index: they differ between kinds, and do not depend on a framework's variable names
         indices = {name: i for i, name in enumerate(controller.layers)}
         self._channel = Channel(
@@ -56,7 +57,7 @@ class Messages:
         """Returns the exchanges of a message by name, to be run concurrently. `vectors` are not modified."""
         layers = self.controller.layers
         specs = dict.fromkeys(layers, Dense()) if self.mode == "dense" else self.controller.specs()
-        groups = assignment.grouped([list(layers.values())], specs, self.residual)
+        groups = grouping.grouped([list(layers.values())], specs, self.residual)
         self._groups = {f"{self.kind}.{group.name}": group for group in groups}
         values = dict(zip(layers, each(lambda v: v * 1, vectors), strict=True))
         return {

@@ -12,7 +12,8 @@ from hvd_accordion.compression.feedback import ExchangeResult
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.optim import factories
 from hvd_accordion.optim.worker import Gradient, Share, Worker
-from hvd_accordion.policy.assignment import Compression, Layer
+from hvd_accordion.policy.assignment import Compression
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.reports import CompressionReport, Logger, Stats
 from hvd_accordion.training.settings import check_logger
@@ -87,8 +88,7 @@ class Training:
 
     def end_epoch(self) -> None:
         """Ends an epoch, if `steps_per_epoch` is not given."""
-        if self.controller.end_epoch():
-            self.worker.decide()
+        self.worker.decide(self.controller.end_epoch())
 
     def report(self) -> CompressionReport:
         """Returns the compression of each layer."""

@@ -14,7 +14,7 @@ from hvd_accordion.optim.iterates import Points
 from hvd_accordion.optim.messages import Messages
 from hvd_accordion.optim.method import Method
 from hvd_accordion.training import resume
-from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.controller import Controller, Due
 from hvd_accordion.training.norm_window import NormWindow
 from hvd_accordion.training.vectors import Vectors, each
 
@@ -58,7 +58,7 @@ class Worker:
         self.moved = True  # whether w has moved since grad f^tau(w) was computed
         self.first_length = 0.0
         self.warned = False
-        self.window, self.share = NormWindow(ops, controller.watched, seed), share
+        self.window, self.share = NormWindow(ops, controller.levels.sample_size, seed), share
         modes = {"fed": "error_feedback", "learnt": "plain", "dense": "dense"}
         self.channels = {kind: Messages(kind, mode, ops, controller, seed, rank, size) for kind, mode in modes.items()}
         self._target: Vectors = []
@@ -129,25 +129,21 @@ class Worker:
             self.shift = each(lambda f, rest: f - rest, self._target, unsent)
             h = h if method.has_residual else self.h  # EF21 uses the new shift
         d = method.direction(sent, h)
-        if self.controller.measured:
+        if self.controller.levels.measured:
             estimate = dict(zip(self.controller.layers, each(lambda v: v / method.iterates.step, d), strict=True))
-            self.window.add({name: estimate[name] for name in self.controller.measured})
+            self.window.add({name: estimate[name] for name in self.controller.levels.measured})
         if self.step % CHECK_INTERVAL == 0 and not self.warned:
             self._check_divergence(d)
         refresh = method.reduced and method.coin(self.step)
         x, self.points = method.iterates.advance(self.ops, x, self.points, d, refresh)
         self.moved = refresh
-        if self.controller.advance(nbytes, seconds):
-            self.controller.end_epoch()
-        self.decide()
+        self.decide(self.controller.after_update(nbytes, seconds))
         return x
 
-    def decide(self) -> None:
-        """Updates the regimes from the norms that are due. Called between steps."""
-        names = self.controller.due()
-        if names:
-            norms = self.share(self.window.norms(names))
-            self.controller.observe(dict(zip(names, norms, strict=True)), 1.0)
+    def decide(self, due: Due) -> None:
+        """Updates the levels from the norms that are due. Called between steps."""
+        norms = self.share(self.window.norms(due.layers)) if due.layers else []
+        self.controller.decide(due, norms=dict(zip(due.layers, norms, strict=True)))
 
     def _receive(self, kind: str, results: Mapping[str, ExchangeResult]) -> tuple[Any, Any]:
         own = {name: result for name, result in results.items() if name.startswith(f"{kind}.")}

@@ -6,18 +6,19 @@ Regime Identification", MLSys 2021, Algorithm 1. Floats in, regimes out: no tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvd_accordion.compression import CompressionSpec, PowerSGD
 from hvd_accordion.policy.auto import Auto
-from hvd_accordion.policy.critical_regime import NORM_SAMPLES, Regime, Rule, change
+from hvd_accordion.policy.critical_regime import Regime, Rule, change, level_of
+from hvd_accordion.policy.protocol import Policy, policy_of
 
-__all__ = ["NORM_SAMPLES", "Accordion", "Regime", "change"]
+__all__ = ["Accordion", "Regime", "change"]
 
 
 @dataclass
-class Accordion(Rule):
+class Accordion(Rule, Policy):
     """Which of two compressions each layer gets, decided anew at every check from the change of its gradient's norm.
 
     A layer whose norm changed by `eta` or more since the last check (either way) is critical, else relaxed. All layers
@@ -60,15 +61,27 @@ class Accordion(Rule):
                     f"{name} must be a compression spec such as PowerSGD(4), TopK(0.01) or Dense(){auto}, "
                     f"got {getattr(self, name)!r}"
                 )
+        self._levels = (policy_of(self.critical), policy_of(self.relaxed))
+        self.candidates = self._levels[-1].candidates
         self._begin()
 
     def __str__(self) -> str:
-        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, {self._told()})"
+        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, {self._shown()})"
 
     def spec(self, layer: str) -> CompressionSpec | Auto:
         return self.critical if self.regime(layer) is Regime.CRITICAL else self.relaxed
 
-    def observe(self, norms: Mapping[str, float], lr: float) -> Mapping[str, Regime]:
+    def specs(self, layer: str) -> Sequence[CompressionSpec]:
+        return tuple(spec for level in self._levels for spec in level.specs(layer))
+
+    def choose(self, layer: str, step: int, epoch: int) -> CompressionSpec:
+        return self._levels[level_of(self.regime(layer), len(self._levels))].choose(layer, step, epoch)
+
+    def resolve(self, chosen: Mapping[str, CompressionSpec]) -> None:
+        for level in self._levels:
+            level.resolve(chosen)
+
+    def observe(self, norms: Mapping[str, float], lr: float) -> Mapping[str, str]:
         """The regime of every layer, from its gradient norm over the window that ends now. Once per check.
 
         Args:
@@ -77,3 +90,7 @@ class Accordion(Rule):
         """
         self._decide(norms, lr)
         return dict(self.regimes)
+
+    def settings(self) -> dict[str, object]:
+        shown: dict[str, object] = {key: getattr(self, key) for key in ("eta", "interval", "unit", "lr_drop", "norm")}
+        return {**shown, "critical": str(self.critical), "relaxed": str(self.relaxed)}

@@ -8,17 +8,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from hvd_accordion.comm.collectives import AllReduce
 from hvd_accordion.compression import CompressionSpec, Dense, PowerSGD
 from hvd_accordion.policy.cost_model import Link, constant, layer_seconds, round_seconds
+from hvd_accordion.policy.protocol import Policy
 
 PROBE_STEPS = 3  # steps that travel dense before the choice; the first warms up, the others time backward
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Policy):
     """For each layer dense or one of `candidates`, whichever is predicted to make the step shorter.
 
     The first three steps travel dense. Then the ranks measure the link (dense allreduces of different sizes) and the
@@ -31,6 +32,7 @@ class Auto:
     """
 
     candidates: tuple[CompressionSpec, ...] = (PowerSGD(4),)
+    _chosen: ClassVar[Mapping[str, CompressionSpec]]  # of an object: layer name -> spec, by resolve()
 
     def __post_init__(self) -> None:
         if isinstance(self.candidates, CompressionSpec):
@@ -41,9 +43,21 @@ class Auto:
             raise TypeError(f"candidates must be compression specs such as PowerSGD(4), got {wrong[0]!r}")
         if not self.candidates:
             raise ValueError("candidates must hold at least one spec such as PowerSGD(4), got ()")
+        object.__setattr__(self, "_chosen", {})
 
     def __str__(self) -> str:
         return f"Auto({', '.join(map(str, self.candidates))})"
+
+    def specs(self, layer: str) -> Sequence[CompressionSpec]:
+        """What was chosen for the layer; Dense() before."""
+        return (self.choose(layer, 0, 0),)
+
+    def choose(self, layer: str, step: int, epoch: int) -> CompressionSpec:
+        del step, epoch
+        return self._chosen.get(layer, Dense())
+
+    def resolve(self, chosen: Mapping[str, CompressionSpec]) -> None:
+        object.__setattr__(self, "_chosen", dict(chosen))
 
 
 class Layer(Protocol):

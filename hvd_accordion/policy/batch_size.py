@@ -66,14 +66,11 @@ class AccordionBatchSize(Rule):
             raise ValueError(f"large must be a multiple of small={self.small} and more than that, got {self.large}")
         self.warmup = validation.integer("warmup", self.warmup, 0)
         self._begin()
+        self.needs_epochs = self.unit == "epochs" or self.warmup > 0
         self.grown = 0  # the epoch in which the batch last grew
 
     def __str__(self) -> str:
-        return f"AccordionBatchSize({self.small}, {self.large}, {self._told()}, warmup={self.warmup})"
-
-    @property
-    def needs_epochs(self) -> bool:
-        return self.unit == "epochs" or self.warmup > 0
+        return f"AccordionBatchSize({self.small}, {self.large}, {self._shown()}, warmup={self.warmup})"
 
     @property
     def factor(self) -> int:
@@ -95,7 +92,7 @@ class AccordionBatchSize(Rule):
         share = min(1.0, max(0, epoch - self.grown) / self.warmup) if self.warmup else 1.0
         return 1.0 + (self.factor - 1) * share
 
-    def observe(self, norm: float, lr: float, epoch: int) -> Regime:
+    def observe(self, norm: float, lr: float, epoch: int) -> str:
         """The regime of the model, from its gradient norm over the window that ends now. Once per check.
 
         Args:

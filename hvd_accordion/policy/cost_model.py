@@ -17,7 +17,7 @@ from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll, Reque
 from hvd_accordion.compression.base import CompressionSpec, Message, size
 
 if TYPE_CHECKING:
-    from hvd_accordion.policy.assignment import Group, Layer
+    from hvd_accordion.policy.layers import Group, Layer
 
 Sample: TypeAlias = tuple[type[Request], float, int, float]  # a collective, bytes of one rank's payload, ranks, seconds
 Gamma: TypeAlias = Mapping[CompressionSpec, float]  # seconds of compression per value

@@ -1,4 +1,4 @@
-"""Accordion's rule: names whose gradient norm changed much are critical, the others relaxed. Floats in, regimes out.
+"""Accordion's rule: the more the norm of a gradient changed, the less it is compressed. Floats in, regimes out.
 
 Agarwal, Wang, Lee, Venkataraman, Papailiopoulos, "Accordion: Adaptive Gradient Communication via Critical Learning
 Regime Identification", MLSys 2021, Algorithm 1.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import enum
 import logging
 import math
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
+from hvd_accordion.policy.window import Window
 from hvd_accordion.utils import validation
 
 log = logging.getLogger("hvd_accordion")
-
-NORM_SAMPLES = (
-    8192  # entries of a layer: with them examples/benchmarks/norm_agreement.py finds 99 of 100 regimes the same
-)
 
 
 class Regime(str, enum.Enum):
@@ -39,6 +38,32 @@ def change(previous: float, now: float) -> float:
     return abs(previous - now) / previous
 
 
+def regime_of(level: int, levels: int) -> str:
+    """The word for level 0 ("critical"), levels - 1 ("relaxed") or one between ("level 1/3"), among `levels` >= 2."""
+    last = levels - 1
+    return Regime.CRITICAL if level == 0 else Regime.RELAXED if level == last else f"level {level}/{last}"
+
+
+def relaxation(regime: str) -> Fraction:
+    """0 of "critical", 1 of "relaxed", i/n of "level i/n". ValueError for any other word."""
+    if regime in set(Regime):
+        return Fraction(int(regime == Regime.RELAXED))
+    found = re.fullmatch(r"level (\d+)/(\d+)", regime)
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError(f"a regime must be critical, relaxed or level i/n, got {regime!r}")
+    return Fraction(int(found[1]), int(found[2]))
+
+
+def level_of(regime: str, levels: int) -> int:
+    """The level that a word stands for; of a word from another number of levels the next one that compresses less."""
+    return math.floor(relaxation(regime) * (levels - 1))
+
+
+def level_for(ratio: float, eta: float, levels: int) -> int:
+    """The least i with ratio >= eta / 2^i, at most levels - 1."""
+    return next((i for i in range(levels - 1) if ratio >= eta / 2**i), levels - 1)
+
+
 class Rule:
     """The settings and the memory of one who decides by the rule; a dataclass below it declares the settings."""
 
@@ -48,43 +73,37 @@ class Rule:
     lr_drop: float
     norm: str
 
+    window: Window | None
+    needs_epochs: bool
+
     # what it has seen: the norms and the rate at the last check, the regimes that follow from them
     norms: dict[str, float]
     ratios: dict[str, float]
-    regimes: dict[str, Regime]
+    regimes: dict[str, str]
     lr: float | None
 
     def _begin(self) -> None:
         """Checks the settings; nothing is seen yet."""
         self.eta = validation.real("eta", self.eta, 0.0)
-        self.interval = validation.integer("interval", self.interval, 1)
-        self.unit = validation.choice("unit", self.unit, ("epochs", "steps"))
+        self.window = window = Window(self.interval, self.unit, self.norm)
+        self.interval, self.unit, self.norm = window.interval, window.unit, window.norm
+        self.needs_epochs = self.unit == "epochs"
         self.lr_drop = validation.real("lr_drop", self.lr_drop, 0.0, 1.0, open_high=True)
-        self.norm = validation.choice("norm", self.norm, ("sampled", "exact"))
         self.norms, self.ratios, self.regimes, self.lr = {}, {}, {}, None
 
-    def _told(self) -> str:
+    def _shown(self) -> str:
         """The settings that matter most, for a line of a report."""
         norm = "" if self.norm == "sampled" else f", {self.norm} norm"
         return f"eta={self.eta:g}, every {self.interval} {self.unit}{norm}"
 
-    @property
-    def needs_epochs(self) -> bool:
-        """Whether it comes to nothing where nobody tells of epochs."""
-        return self.unit == "epochs"
-
-    def regime(self, name: str) -> Regime:
+    def regime(self, name: str) -> str:
         return self.regimes.get(name, Regime.CRITICAL)
 
-    def watched(self, count: int) -> int:
-        """How many of a layer's `count` entries its norm is made of."""
-        return min(count, NORM_SAMPLES) if self.norm == "sampled" else count
+    def change(self, name: str) -> float | None:
+        """The relative change of the norm at the last check; None before the first comparison."""
+        return self.ratios.get(name)
 
-    def measures(self, epoch: int) -> bool:
-        """Whether gradients of this epoch (counted from 0) are summed: with `unit="steps"` always, else before a check."""
-        return self.unit == "steps" or epoch % self.interval == 0
-
-    def _decide(self, norms: Mapping[str, float], lr: float) -> None:
+    def _decide(self, norms: Mapping[str, float], lr: float, levels: int = 2) -> None:
         """A check: new regimes of these names."""
         dropped = self._dropped(lr)
         first = not self.norms
@@ -93,8 +112,8 @@ class Rule:
                 log.warning("Accordion: gradient norm of %s is %s; it counts as critical", name, norm)
             previous = self.norms.get(name)
             ratio = math.inf if previous is None else change(previous, norm)
-            calm = ratio < self.eta and not dropped and not first
-            self.regimes[name] = Regime.RELAXED if calm else Regime.CRITICAL
+            ratio_for_level = math.inf if dropped or first else ratio
+            self.regimes[name] = regime_of(level_for(ratio_for_level, self.eta, levels), levels)
             if previous is not None:
                 self.ratios[name] = ratio
             self.norms[name] = float(norm)
@@ -125,5 +144,9 @@ class Rule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.norms = {name: float(norm) for name, norm in state["norms"].items()}
         self.ratios = {name: float(ratio) for name, ratio in state["ratios"].items()}
-        self.regimes = {name: Regime(regime) for name, regime in state["regimes"].items()}
+        self.regimes = {name: self._known(regime) for name, regime in state["regimes"].items()}
         self.lr = None if state["lr"] is None else float(state["lr"])
+
+    def _known(self, regime: str) -> str:
+        """A saved word as one of its own."""
+        return regime_of(level_of(regime, 2), 2)

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
-from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, Layer, assign
+from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
 from hvd_accordion.policy.auto import Advice, advice_of
 from hvd_accordion.policy.batch_size import AccordionBatchSize
 from hvd_accordion.tensorflow.exchange import batches, numpy_bridge, registry

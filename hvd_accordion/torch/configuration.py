@@ -9,7 +9,7 @@ import torch
 
 from hvd_accordion.compression.base import ITEMSIZE
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.training.settings import Settings
 from hvd_accordion.utils import validation
 

@@ -10,8 +10,8 @@ from hvd_accordion.comm.collectives import T as Result
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.policy import cost_model
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration
+from hvd_accordion.policy.layers import Layer
 
 SIZES = (2**12, 2**18, 2**20, 2**22, 2**24, 2**26)  # bytes of the allreduces
 USUAL = 2**22  # larger ones where this one is too quick to tell, as far as the gradients go

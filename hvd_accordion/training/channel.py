@@ -11,7 +11,7 @@ from hvd_accordion.compression import Context
 from hvd_accordion.compression.base import Memory
 from hvd_accordion.compression.feedback import ExchangeResult, exchange
 from hvd_accordion.ops.protocol import Ops
-from hvd_accordion.policy.assignment import Group
+from hvd_accordion.policy.layers import Group
 
 
 @dataclass

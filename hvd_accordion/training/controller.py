@@ -1,31 +1,55 @@
-"""When what happens in a training: epochs and windows, levels of the layers, totals, what goes to the logger.
+"""The controller: what one training counts, which levels its layers have, how large its batch is.
 
-Floats, names and shapes only. A framework's engine tells it of steps and norms and asks it for levels.
+Floats, names and shapes only. After an update an engine calls `after_update`, which says what is due; from the numbers
+`decide` makes new levels.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-import logging
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.compression.base import dense_bytes
-from hvd_accordion.policy import assignment, norm_sampling
-from hvd_accordion.policy.accordion import Accordion, Regime
-from hvd_accordion.policy.assignment import MIN_NUMEL, Layer, Policy
-from hvd_accordion.policy.batch_size import MODEL, AccordionBatchSize, limits, whole_norm
-from hvd_accordion.policy.critical_regime import Rule
+from hvd_accordion.policy import norm_sampling
+from hvd_accordion.policy.assignment import MIN_NUMEL
+from hvd_accordion.policy.batch_size import MODEL, AccordionBatchSize
+from hvd_accordion.policy.layers import Layer
+from hvd_accordion.policy.protocol import Policy
+from hvd_accordion.policy.window import Window
 from hvd_accordion.training import resume
+from hvd_accordion.training.batch import Batch
+from hvd_accordion.training.counters import Counters
+from hvd_accordion.training.levels import Chosen, Levels
 from hvd_accordion.training.reports import CompressionReport, LayerRecord, LayerReport, Logger, Stats
 
-log = logging.getLogger("hvd_accordion")
+NO_NORMS: Mapping[str, float] = MappingProxyType({})
 
-MAX_STEPS_OF_EPOCH = 10_000  # of a first epoch whose end only end_epoch() can tell
+
+@dataclass(frozen=True)
+class Due:
+    """What `Controller.decide` is to be given after an update.
+
+    Args:
+        layers: names of the layers whose norms are due.
+        model: whether the norms of all layers are due, which make up that of the whole model.
+        lr: whether the learning rate is wanted, norms or not.
+        epoch_ended: whether the update was an epoch's last.
+    """
+
+    layers: tuple[str, ...] = ()
+    model: bool = False
+    lr: bool = False
+    epoch_ended: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.layers) or self.model or self.lr or self.epoch_ended
+
+    @property
+    def needs_lr(self) -> bool:
+        return bool(self.layers) or self.model or self.lr
 
 
 class Controller:
@@ -36,11 +60,11 @@ class Controller:
 
     Args:
         layers: all that are exchanged, in the order of the parameters.
-        policy: layer name -> spec or Accordion. Accordions are copied: their state is this training's.
+        policy: layer name -> policy. Each is copied: its state is this training's.
         world_size: ranks that exchange.
-        steps_per_epoch: steps after which an epoch ends by itself; None: `end_epoch` tells.
+        steps_per_epoch: steps after which an epoch ends by itself; None: `end_epoch` ends it.
         logger: on rank 0, else None.
-        batch_size: decides how many steps make an update; copied like an Accordion.
+        batch_size: decides how many steps make an update; copied like a policy.
     """
 
     def __init__(
@@ -53,340 +77,266 @@ class Controller:
         min_numel: int = MIN_NUMEL,
         batch_size: AccordionBatchSize | None = None,
     ) -> None:
-        if batch_size is not None:
-            batch_size.fits(world_size)
-        self.batch = copy.deepcopy(batch_size)
-        self.policy: dict[str, Policy] = {}
-        self._copies: dict[int, tuple[Accordion, Accordion]] = {}  # by the identity of the user's object
-        self.adopt(policy)
-        self.world_size, self.steps_per_epoch, self.min_numel = world_size, steps_per_epoch, min_numel
+        self.batch = Batch(batch_size)
+        self.batch.check(world_size)
+        self.counters = Counters(steps_per_epoch)
+        self.levels = Levels(policy, world_size, min_numel)
         self.logger = logger
-        self.step = self.epoch = self.step_of_epoch = self.window = 0
-        self.stats, self._epoch_start = Stats(), Stats()
-        self.last_update_steps = 1  # steps of the last update
-        self._due: list[Rule] = []
-        self.chosen: dict[str, CompressionSpec] = {}
         self.set_layers(layers)
-        self._silence = {"steps": 0, "counted": not self._needs_epochs}
-        weakref.finalize(self, _warn_of_no_epochs, self._silence)
+
+    # layers and ranks
 
     def adopt(self, policy: Mapping[str, Policy]) -> None:
         """Takes in policies of layers; to be followed by `set_layers`."""
-        for name, given in policy.items():
-            if isinstance(given, Accordion):
-                _, given = self._copies.setdefault(id(given), (given, copy.deepcopy(given)))
-            self.policy[name] = given
-        self.accordions = [mine for _, mine in self._copies.values()]
-        self.rules: list[Rule] = [*self.accordions, *([self.batch] if self.batch is not None else [])]
-        self._specs = set(itertools.chain.from_iterable(map(assignment.options, self.policy.values())))
+        self.levels.adopt(policy)
 
     def set_layers(self, layers: Sequence[Layer]) -> None:
-        self.layers = {layer.name: layer for layer in layers}
-        self.adaptive = [
-            x for x in layers if assignment.adaptive(x, self.policy[x.name], self.world_size, self.min_numel)
-        ]
-        self.dense_bytes = sum(dense_bytes(x.shape, x.dtype, self.world_size) for x in layers)
-        self._refresh()
+        self.levels.set_layers(layers, self.counters.step, self.counters.epoch)
 
     def move(self, world_size: int, logger: Logger | None) -> None:
         """Among another number of ranks; `logger`: on rank 0, else None.
 
-        ValueError where they can't share a small batch evenly.
+        ValueError if they cannot share a small batch evenly.
         """
-        if self.batch is not None:
-            self.batch.fits(world_size)
-        self.world_size, self.logger = world_size, logger
+        self.batch.check(world_size)
+        self.levels.world_size = world_size
+        self.log_to(logger)
         self.set_layers(list(self.layers.values()))
 
+    def log_to(self, logger: Logger | None) -> None:
+        self.logger = logger
+
     def _refresh(self) -> None:
-        """After a change of levels or of the epoch: what every step would else work out anew."""
-        self.changed = True  # the engine's, to reset when it has followed
-        self.measured = [x.name for x in self.adaptive if self._accordion(x.name).measures(self.epoch)]
-        critical = [x for x in self.adaptive if self.regime(x.name) is Regime.CRITICAL]
-        self._critical_layers = len(critical) / max(1, len(self.adaptive))
-        self._critical_bytes = sum(x.nbytes for x in critical) / max(1, sum(x.nbytes for x in self.adaptive))
+        self.levels.refresh(self.counters.step, self.counters.epoch)
 
     @property
-    def _needs_epochs(self) -> bool:
-        return self.steps_per_epoch is None and any(rule.needs_epochs for rule in self.rules)
+    def layers(self) -> dict[str, Layer]:
+        return self.levels.layers
 
-    # levels
+    @property
+    def policy(self) -> dict[str, Policy]:
+        return self.levels.policy
+
+    @property
+    def world_size(self) -> int:
+        return self.levels.world_size
+
+    @property
+    def step(self) -> int:
+        return self.counters.step
+
+    @property
+    def epoch(self) -> int:
+        return self.counters.epoch
+
+    @property
+    def stats(self) -> Stats:
+        return self.counters.stats
+
+    @property
+    def version(self) -> int:
+        """Another number after each moment at which specs or what is measured may have changed."""
+        return self.levels.version
+
+    @property
+    def windows(self) -> list[Window]:
+        """Of all that observe norms: policies, then the batch."""
+        windows = [*(policy.window for policy in self.levels.observers), self.batch.window]
+        return [window for window in windows if window is not None]
+
+    @property
+    def needs_epochs(self) -> bool:
+        """Whether something waits for ends of epochs that only `end_epoch` can bring."""
+        needed = self.batch.needs_epochs or any(policy.needs_epochs for policy in self.levels.policies)
+        return needed and self.counters.steps_per_epoch is None
 
     def specs(self) -> dict[str, CompressionSpec]:
         """The spec of each layer at the step to come."""
-        return {name: self.spec(layer) for name, layer in self.layers.items()}
+        return dict(self.levels.specs)
 
-    def spec(self, layer: Layer) -> CompressionSpec:
-        return assignment.level(layer, self.policy[layer.name], self.step, self.world_size, self.min_numel, self.chosen)
-
-    def choices(self) -> dict[str, tuple[CompressionSpec, ...]]:
-        """The candidates of each layer that an Auto may compress."""
-        found = {
-            name: assignment.choices(layer, self.policy[name], self.world_size, self.min_numel)
-            for name, layer in self.layers.items()
-        }
-        return {name: specs for name, specs in found.items() if specs}
+    # an Auto's choice
 
     @property
     def undecided(self) -> bool:
         """Whether an Auto has yet to choose."""
-        return any(name not in self.chosen for name in self.choices())
+        return any(name not in self.levels.chosen for name in self.levels.candidates())
 
-    def choose(self, chosen: assignment.Chosen) -> None:
+    def choose(self, chosen: Chosen) -> None:
         """An Auto's choices, the same on all ranks; layers that are not among them stay dense."""
-        self.chosen = {name: chosen.get(name, Dense()) for name in self.choices()}
+        self.levels.resolve({name: chosen.get(name, Dense()) for name in self.levels.candidates()})
         self._refresh()
-
-    def regime(self, name: str) -> Regime | None:
-        policy = self.policy[name]
-        return policy.regime(name) if isinstance(policy, Accordion) else None
-
-    def _accordion(self, name: str) -> Accordion:
-        policy = self.policy[name]
-        assert isinstance(policy, Accordion)
-        return policy
-
-    def watched(self, name: str, count: int) -> int:
-        """How many of a layer's `count` entries an engine adds up."""
-        policy = self.policy[name]
-        return policy.watched(count) if isinstance(policy, Accordion) else 0
 
     # the batch
 
     def limits(self, step: Any, step_of_epoch: Any, passes: Any) -> list[Any]:
         """The update to come is made of as many steps as the least of these; counts may be a framework's integers."""
-        if self.batch is None:
-            return [1]
-        intervals = [rule.interval for rule in self.rules if rule.unit == "steps"]
-        return limits(passes, step, step_of_epoch, self.steps_per_epoch, intervals)
+        return self.batch.limits(step, step_of_epoch, passes, self.counters.steps_per_epoch, self.windows)
 
     def micro_batches(self) -> int:
         """Steps of which the update to come is made."""
-        return int(max(1, min(self.limits(self.step, self.step_of_epoch, self.passes))))
-
-    @property
-    def passes(self) -> int:
-        """Steps of a full batch."""
-        return 1 if self.batch is None else self.batch.passes
+        return int(max(1, min(self.limits(self.counters.step, self.counters.step_of_epoch, self.batch.passes))))
 
     @property
     def lr_scale(self) -> float:
         """What the learning rate is multiplied with for a full batch."""
-        return 1.0 if self.batch is None else self.batch.lr_scale(self.epoch)
+        return self.batch.lr_scale(self.counters.epoch)
 
     @property
-    def measures_whole(self) -> bool:
+    def measures_model(self) -> bool:
         """Whether the gradients of all layers are summed now."""
-        return self.batch is not None and self.batch.measures(self.epoch)
+        return self.batch.window is not None and self.batch.window.is_open(self.counters.epoch)
 
-    def watched_of_whole(self, count: int) -> int:
-        """How many of a layer's `count` entries the whole model's norm is made of."""
-        return 0 if self.batch is None else self.batch.watched(count)
+    # after an update: two calls
 
-    # steps and windows
-
-    def advance(
+    def after_update(
         self,
         sent: float,
         seconds: float,
         steps: int = 1,
         updates: int | None = None,
         last_update_steps: int | None = None,
-    ) -> bool:
-        """Counts steps of which none but the last ends an epoch or window; tells whether that was an epoch's last.
+    ) -> Due:
+        """Counts steps of which none but the last ends an epoch or window; returns what is due for `decide`.
 
         Args:
             sent: bytes.
+            seconds: of the training thread in the exchange.
             steps: of one update, or of several.
-            updates: how many; None: one of all these steps, or one of each where no batch is made of several.
-            of_update: steps of the last.
+            updates: how many; None: one of all these steps, or one of each if no batch is made of several.
+            last_update_steps: steps of the last.
 
-        Raises ValueError where a rule counts in epochs and nothing has told of one for too long.
+        Raises ValueError if a policy counts in epochs and no end of an epoch was signalled for too long.
         """
-        stats = self.stats
-        alone = self.batch is None
-        stats.updates += (steps if alone else 1) if updates is None else updates
-        self.last_update_steps = (1 if alone else steps) if last_update_steps is None else last_update_steps
-        stats.steps += steps
-        stats.sent_bytes += sent
-        stats.dense_bytes += steps * self.dense_bytes
-        stats.exchange_seconds += seconds
-        stats.critical_layers += steps * self._critical_layers
-        stats.critical_bytes += steps * self._critical_bytes
-        self.step += steps
-        self.step_of_epoch += steps
-        if any(spec.active(self.step) != spec.active(self.step - steps) for spec in self._specs):
+        levels, counters, alone = self.levels, self.counters, not self.batch.adapts
+        updates = (steps if alone else 1) if updates is None else updates
+        last_update_steps = (1 if alone else steps) if last_update_steps is None else last_update_steps
+        critical = steps * levels.critical_layers, steps * levels.critical_bytes
+        added = Stats(steps, sent, steps * levels.dense_bytes, seconds, *critical, updates)
+        counters.count(added, last_update_steps, self.needs_epochs)
+        if levels.changes_between(counters.step - steps, counters.step):
             self._refresh()
-        self._silence["steps"] = self.step
-        if self._needs_epochs and self.epoch == 0 and self.step_of_epoch > MAX_STEPS_OF_EPOCH:
-            raise ValueError(
-                f"steps_per_epoch is None and end_epoch() was not called in {MAX_STEPS_OF_EPOCH} steps, but an Accordion "
-                "counts epochs and would leave its first regime, or learning rate, never: pass steps_per_epoch=len(loader), "
-                'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
-            )
-        self._fall_due([rule for rule in self.rules if rule.unit == "steps" and self.step % rule.interval == 0])
-        return self.steps_per_epoch is not None and self.step_of_epoch >= self.steps_per_epoch
+        ended = counters.epoch_is_over
+        lr = any(counters.has_begun(window) for window in self.windows)
+        return self._due(lambda w: counters.ends_with_step(w) or (ended and counters.ends_with_epoch(w)), lr, ended)
 
     def exchanged_again(self, sent: float, seconds: float) -> None:
         """Counts an exchange that is no step of its own, such as a closure's later ones."""
-        self.stats.sent_bytes += sent
-        self.stats.dense_bytes += self.dense_bytes
-        self.stats.exchange_seconds += seconds
+        self.stats.add(Stats(0, sent, self.levels.dense_bytes, seconds))
 
-    def end_epoch(self) -> bool:
-        """Counts an epoch, unless it has just ended by itself; tells whether it counted."""
-        if self.step_of_epoch == 0:
-            return False
-        self._fall_due([rule for rule in self.rules if rule.unit == "epochs" and rule.measures(self.epoch)])
-        done = self.stats.since(self._epoch_start)
-        self._epoch_start = replace(self.stats)
-        if self.logger is not None:
-            batch = {} if self.batch is None else {**self.batch.metrics(self.epoch), "updates": done.updates}
-            self.logger.log_epoch(self.epoch, {**done.metrics(), **batch})
-        self.epoch += 1
-        self.step_of_epoch = 0
-        self._silence["counted"] = True
-        self._refresh()
-        return True
+    def end_epoch(self) -> Due:
+        """What is due if an epoch ends now; nothing if one has just ended. `decide` counts it."""
+        if self.counters.step_of_epoch == 0:
+            return Due()
+        return self._due(self.counters.ends_with_epoch, False, True)
 
-    def _fall_due(self, rules: Sequence[Rule]) -> None:
-        used = {id(self.batch), *(id(self.policy[x.name]) for x in self.adaptive)} - {id(rule) for rule in self._due}
-        self._due += [rule for rule in rules if id(rule) in used]
+    def _due(self, ends: Any, lr: bool, epoch_ended: bool) -> Due:
+        due = [policy for policy in self.levels.observers if ends(policy.window)]
+        layers = [x.name for x in self.levels.adaptive if any(self.policy[x.name] is policy for policy in due)]
+        model = self.batch.window is not None and ends(self.batch.window)
+        return Due(tuple(layers), model, lr, epoch_ended)
 
-    def due(self) -> list[str]:
-        """Layers whose gradient norms `observe` must be told now."""
-        if not self._due:
-            return []
-        return [x.name for x in self.adaptive if any(a is self.policy[x.name] for a in self._due)]
-
-    @property
-    def model_norm_due(self) -> bool:
-        """Whether `observe` must also be told the norms that make up that of the whole model."""
-        return any(rule is self.batch for rule in self._due)
-
-    @property
-    def wants_lr(self) -> bool:
-        """Whether the update that just ended was the first of an epoch or window: the time to see a drop of the rate."""
-        before = self.step - self.last_update_steps
-        return any(
-            (self.step_of_epoch == self.last_update_steps if rule.unit == "epochs" else before % rule.interval == 0)
-            for rule in self.rules
-        )
-
-    def observe(self, norms: Mapping[str, float], lr: float, whole: Mapping[str, float] | None = None) -> None:
-        """A check: new regimes of what is due, from norms of watched entries that all ranks share.
+    def decide(
+        self,
+        due: Due,
+        lr: float = 1.0,
+        norms: Mapping[str, float] = NO_NORMS,
+        model_norms: Mapping[str, float] = NO_NORMS,
+    ) -> None:
+        """New levels and the batch, from numbers that all ranks share.
 
         Args:
-            norms: layer name -> norm, of the layers that are due.
-            lr: the user's learning rate now.
-            whole: layer name -> norm, of all layers of which the whole model's is made, if that is due.
+            lr: the user's learning rate now; needed if `due.needs_lr`.
+            norms: layer name -> norm of the sampled entries, of `due.layers`.
+            model_norms: the same of all layers, if `due.model`.
         """
-        records: dict[str, LayerRecord] = {}
-        counts = {name: self.layers[name].numel for name in norms}
-        norms = {n: norm * norm_sampling.scale(counts[n], self.watched(n, counts[n])) for n, norm in norms.items()}
-        if self.model_norm_due and self.batch is not None:
-            self._observe_whole(self.batch, whole or {}, lr)
-        for accordion in (rule for rule in self._due if isinstance(rule, Accordion)):
-            mine = {name: norm for name, norm in norms.items() if self.policy[name] is accordion}
-            accordion.observe(mine, lr)
-            for name, norm in mine.items():
-                layer, spec = self.layers[name], self.spec(self.layers[name])
-                nbytes = spec.bytes_per_step(layer.shape, layer.dtype, self.world_size)
-                ratio = accordion.ratios.get(name)
-                nbytes = round(nbytes / self.passes)
-                records[name] = LayerRecord(norm, ratio, str(accordion.regime(name)), str(spec), nbytes)
-        if self.model_norm_due and self.batch is not None:
-            records[MODEL] = self._record_of_whole(self.batch)
-        self._due = []
+        if due.lr:
+            dropped = [policy.observe_lr(lr) for policy in self.levels.observers]
+            if any([*dropped, self.batch.observe_lr(lr)]):
+                self._refresh()
+        if due.epoch_ended:
+            self._end_epoch()
+        if due.layers or due.model:
+            self._observe(due, lr, norms, model_norms)
+
+    def _end_epoch(self) -> None:
+        epoch = self.counters.epoch
+        done = self.counters.end_epoch()
+        if self.logger is not None:
+            self.logger.log_epoch(epoch, {**done.metrics(), **self.batch.metrics(epoch, done.updates)})
         self._refresh()
-        if self.logger is not None and records:
-            self.logger.log_window(self.window, records)
-        self.window += 1
 
-    def _observe_whole(self, batch: AccordionBatchSize, norms: Mapping[str, float], lr: float) -> None:
+    def _observe(self, due: Due, lr: float, norms: Mapping[str, float], model_norms: Mapping[str, float]) -> None:
         counts = {name: self.layers[name].numel for name in norms}
-        scaled = (norm * norm_sampling.scale(counts[n], batch.watched(counts[n])) for n, norm in norms.items())
-        batch.observe(whole_norm(scaled), lr, self.epoch)
+        sizes = {name: self.levels.sample_size(name, count) for name, count in counts.items()}
+        norms = {name: norm * norm_sampling.scale(counts[name], sizes[name]) for name, norm in norms.items()}
+        if due.model:
+            self.batch.observe(model_norms, lr, self.counters.epoch, self.layers)
+        for policy in self.levels.observers:
+            mine = {name: norm for name, norm in norms.items() if self.policy[name] is policy}
+            if mine:
+                policy.observe(mine, lr)
+        self._refresh()
+        if self.logger is not None:
+            self.logger.log_window(self.counters.window, self._records(due, norms))
+        self.counters.window += 1
 
-    def _record_of_whole(self, batch: AccordionBatchSize) -> LayerRecord:
-        specs = self.specs()
-        sent = sum(specs[n].bytes_per_step(x.shape, x.dtype, self.world_size) for n, x in self.layers.items())
-        norm, ratio, regime = batch.norms[MODEL], batch.ratios.get(MODEL), str(batch.regime(MODEL))
-        return LayerRecord(norm, ratio, regime, f"batches of {batch.small * batch.passes}", round(sent / batch.passes))
+    def _records(self, due: Due, norms: Mapping[str, float]) -> dict[str, LayerRecord]:
+        specs, sent = self.levels.specs, self._sent()
+        records = {}
+        for name, norm in norms.items():
+            policy, nbytes = self.policy[name], round(sent[name] / self.batch.passes)
+            regime = str(policy.regime(name) or "-")
+            records[name] = LayerRecord(norm, policy.change(name), regime, str(specs[name]), nbytes)
+        of_model = self.batch.record(sum(sent.values())) if due.model else None
+        return records if of_model is None else {**records, MODEL: of_model}
 
-    def observe_lr(self, lr: float) -> bool:
-        """Tells whether a drop of the learning rate made layers critical, or the batch small."""
-        dropped = any([rule.observe_lr(lr) for rule in self.rules])
-        if dropped:
-            self._refresh()
-        return dropped
+    def _sent(self) -> dict[str, float]:
+        """Bytes of each layer in an exchange, as its spec has it."""
+        specs = self.levels.specs
+        return {n: specs[n].bytes_per_step(x.shape, x.dtype, self.world_size) for n, x in self.layers.items()}
 
     # reports and state
 
     def report(self, sent: Mapping[str, float]) -> CompressionReport:
         """`sent`: bytes of each layer in an exchange at the levels of now."""
-        sent = {name: nbytes / self.passes for name, nbytes in sent.items()}
-        specs, total = self.specs(), sum(sent.values())
+        sent = {name: nbytes / self.batch.passes for name, nbytes in sent.items()}
+        specs, total = self.levels.specs, sum(sent.values())
         rows = []
         for name, layer in self.layers.items():
-            regime = self.regime(name) if layer in self.adaptive else None
+            regime = self.levels.regime(name) if layer in self.levels.adaptive else None
             dense = dense_bytes(layer.shape, layer.dtype, self.world_size)
             share = sent[name] / total if total else 0.0
             spec = str(specs[name])
             rows.append(LayerReport(name, layer.shape, spec, regime and str(regime), sent[name], dense, share))
-        return CompressionReport(tuple(rows), "" if self.batch is None else self.batch.line(self.epoch))
+        return CompressionReport(tuple(rows), self.batch.line(self.counters.epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        counters = {key: getattr(self, key) for key in ("step", "epoch", "step_of_epoch", "window")}
-        totals = {"stats": dict(vars(self.stats)), "epoch_start": dict(vars(self._epoch_start))}
-        chosen = {name: str(spec) for name, spec in self.chosen.items()}
-        rules = {"accordions": [a.state_dict() for a in self.accordions]}
-        batch = None if self.batch is None else self.batch.state_dict()
-        return {**counters, **totals, **rules, "chosen": chosen, "batch_size": batch}
+        return {
+            **self.counters.state_dict(),
+            "policies": self.levels.state_dict(),
+            "chosen": {name: str(spec) for name, spec in self.levels.chosen.items()},
+            "batch_size": self.batch.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Takes up what fits of a saved training, and starts the rest anew; all or nothing, should `state` be broken.
 
         Returns what was saved and does not fit, or is needed and was not saved, in words: see `resume.warn_of`.
         """
-        counters = {key: int(state[key]) for key in ("step", "epoch", "step_of_epoch", "window")}
-        stats, epoch_start = Stats(**state["stats"]), Stats(**state["epoch_start"])
-        decides = [[name for name, p in self.policy.items() if p is a] for a in self.accordions]
-        states, left = resume.accordion_states(state["accordions"], decides)
-        batch = state.get("batch_size")
-        if (batch is None) != (self.batch is None):
-            left.append("an AccordionBatchSize" + (", which starts anew" if batch is None else ": batch_size is None"))
-        if self.batch is not None:
-            states.append(resume.NOTHING if batch is None else batch)
-        fresh = copy.deepcopy(self.rules)
-        for rule, its in zip(fresh, states, strict=True):
-            rule.load_state_dict(its)
-        chosen, lost = self._known_choices(state["chosen"])
+        counters = Counters(self.counters.steps_per_epoch)
+        counters.load_state_dict(state)
+        states, left = resume.policy_states(resume.saved_policies(state), self.levels.kept())
+        policies = self.levels.loaded(states)
+        saved = state.get("batch_size")
+        if (saved is None) == self.batch.adapts:
+            left.append("an AccordionBatchSize" + (", which starts anew" if saved is None else ": batch_size is None"))
+        rule = self.batch.loaded(saved)
+        chosen, lost = self.levels.known_choices(state["chosen"])
         left += [f"what an Auto chose for {resume.in_words(lost)}"] if lost else []
 
-        vars(self).update(counters)
-        self.stats, self._epoch_start, self.chosen, self._due = stats, epoch_start, chosen, []
-        for rule, loaded in zip(self.rules, fresh, strict=True):
-            vars(rule).update(vars(loaded))
+        self.counters.load_state_dict(state)
+        self.levels.take(policies)
+        self.levels.resolve(chosen)
+        self.batch.take(rule)
         self._refresh()
-        self._silence["counted"] = self._silence["counted"] or self.epoch > 0
         return left
-
-    def _known_choices(self, saved: Mapping[str, str]) -> tuple[dict[str, CompressionSpec], list[str]]:
-        """Saved choices that the Autos of now may make, and the names of the layers whose choice is none of them."""
-        known = {
-            n: {str(s): s for s in (Dense(), *assignment.options(p))}
-            for n, p in self.policy.items()
-            if assignment.has_auto(p)
-        }
-        chosen = {name: known[name][s] for name, s in saved.items() if s in known.get(name, ())}
-        return chosen, [name for name in saved if name not in chosen]
-
-
-def _warn_of_no_epochs(silence: Mapping[str, Any]) -> None:
-    if silence["steps"] and not silence["counted"]:
-        log.warning(
-            "An Accordion counts epochs, but in %d steps neither steps_per_epoch nor end_epoch() told of one: it never left "
-            "its first regime, or learning rate",
-            silence["steps"],
-        )

@@ -28,7 +28,7 @@ class Membership:
         self.agreed = True
         if rank != 0 or self._logger is None:
             return
-        controller.logger = self._logger
+        controller.log_to(self._logger)
         if not self._told:
             self._logger.start(self._logged(size))
             self._told = True

@@ -13,7 +13,7 @@ class LayerRecord:
 
     norm: float  # of the accumulated gradient
     ratio: float | None  # relative change of the norm, None where there is nothing to compare with
-    regime: str  # "critical" or "relaxed"
+    regime: str  # "critical", "relaxed", "level 1/3" between them, "-" of a policy that has no such word
     spec: str  # the compression in use
     bytes_per_step: int  # sent by each rank
 
@@ -55,6 +55,10 @@ class Stats:
     def critical_fraction(self) -> float:
         """Mean share of the adaptive layers that were critical; 0 where none adapts."""
         return self.critical_layers / self.steps if self.steps else 0.0
+
+    def add(self, more: Stats) -> None:
+        for key, value in vars(more).items():
+            setattr(self, key, getattr(self, key) + value)
 
     def since(self, earlier: Stats) -> Stats:
         mine, theirs = asdict(self), asdict(earlier)

@@ -4,50 +4,83 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
-State = Mapping[str, Any]
-NOTHING: State = MappingProxyType(
-    {"norms": {}, "ratios": {}, "regimes": {}, "lr": None, "grown": 0}
-)  # a rule's at the start
+State = Mapping[str, Any]  # of a policy: dicts by the names of layers, and values that are of all its layers
 SHOWN = 5  # names in a message
 
 
-def accordion_states(saved: Sequence[State], layers: Sequence[Collection[str]]) -> tuple[list[State], list[str]]:
-    """What each of today's Accordions takes up of the saved ones, by the layers' names, and what is left, in words.
+@dataclass(frozen=True)
+class Kept:
+    """The state of a policy of one kind; of a policy of today, its state at the start and the layers that it decides."""
 
-    Args:
-        saved: `Rule.state_dict` of each saved Accordion.
-        layers: names of the layers that each Accordion of today decides.
+    kind: str
+    state: State
+    layers: tuple[str, ...] = ()
 
-    An Accordion of whose layers nothing was saved takes up `NOTHING`.
+    def knows(self, names: Collection[str]) -> bool:
+        """Whether there is something of one of these layers."""
+        return any(name in names for name in self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all layers of which there is something."""
+        return list(dict.fromkeys(name for part in self.state.values() if isinstance(part, Mapping) for name in part))
+
+
+def saved_policies(state: State) -> list[Kept]:
+    """Those of `Controller.state_dict`, also as older versions wrote it."""
+    if "accordions" in state:
+        return [Kept("Accordion", mine) for mine in state["accordions"]]
+    return [Kept(mine["kind"], mine["state"]) for mine in state["policies"]]
+
+
+def policy_states(saved: Sequence[Kept], today: Sequence[Kept]) -> tuple[list[State], list[str]]:
+    """What each of today's policies takes up of the saved ones, by the layers' names, and what is left, in words.
+
+    A policy takes up what policies of its kind had saved of its layers; if there is nothing, it starts anew.
     """
-    taken: list[State] = []
-    for i, names in enumerate(map(frozenset, layers)):
-        sources = [s for s in saved if any(name in names for name in s["norms"])]
-        if not sources and len(saved) == len(layers) and not saved[i]["norms"]:
-            sources = [saved[i]]  # it had not checked yet
-        taken.append(_merged(sources, names) if sources else NOTHING)
-    decided = {name for names in layers for name in names}
-    lost = [name for s in saved for name in s["norms"] if name not in decided]
-    left = [f"regimes of layers that no Accordion decides now: {in_words(lost)}"] if lost else []
-    if saved and not layers and not lost:
-        left.append("an Accordion: compression holds none")
-    left += [
-        f"an Accordion starts anew, for no regimes were saved of {in_words(names)}"
-        for names, state in zip(layers, taken, strict=True)
-        if state is NOTHING
-    ]
-    return taken, left
+    taken: dict[int, State] = {}
+    left: list[str] = []
+    for kind in dict.fromkeys(mine.kind for mine in (*saved, *today)):
+        theirs, ours = ([x for x in kept if x.kind == kind] for kept in (saved, today))
+        found = [_sources(theirs, ours, i) for i in range(len(ours))]
+        taken |= {id(mine): _merged(f, mine.layers) if f else mine.state for mine, f in zip(ours, found, strict=True)}
+        left += _left(kind, theirs, ours, [mine for mine, f in zip(ours, found, strict=True) if not f])
+    return [taken[id(mine)] for mine in today], left
 
 
-def _merged(sources: Sequence[State], names: Collection[str]) -> State:
-    kept = {
-        key: {name: x for s in sources for name, x in s[key].items() if name in names}
-        for key in ("norms", "ratios", "regimes")
-    }
-    return {**kept, "lr": next((s["lr"] for s in sources if s["lr"] is not None), None)}
+def _sources(saved: Sequence[Kept], today: Sequence[Kept], i: int) -> list[Kept]:
+    sources = [theirs for theirs in saved if theirs.knows(today[i].layers)]
+    if not sources and len(saved) == len(today) and not saved[i].names:
+        return [saved[i]]  # it had observed nothing yet
+    return sources
+
+
+def _merged(sources: Sequence[Kept], names: Collection[str]) -> State:
+    """Dicts with all entries of these names; of other values the first that is not None."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for mine in sources for key in mine.state):
+        parts = [mine.state[key] for mine in sources]
+        if all(isinstance(part, Mapping) for part in parts):
+            merged[key] = {name: x for part in parts for name, x in part.items() if name in names}
+        else:
+            merged[key] = next((part for part in parts if part is not None), None)
+    return merged
+
+
+def _left(kind: str, saved: Sequence[Kept], today: Sequence[Kept], anew: Sequence[Kept]) -> list[str]:
+    accordion = kind == "Accordion"
+    policy, what = (kind if accordion else f"policy {kind}"), ("regimes" if accordion else "state")
+    one = f"{'an' if accordion else 'a'} {policy}"
+    decided = {name for mine in today for name in mine.layers}
+    lost = [name for mine in saved for name in mine.names if name not in decided]
+    left = [f"{what} of layers that no {policy} decides now: {in_words(lost)}"] if lost else []
+    if saved and not today and not lost:
+        left.append(f"{one}: compression holds none")
+    was = "were" if accordion else "was"
+    return left + [f"{one} starts anew, for no {what} {was} saved of {in_words(mine.layers)}" for mine in anew]
 
 
 def in_words(names: Iterable[str]) -> str:

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from typing import Any
 
 from hvd_accordion.compression import FP16, CompressionSpec, Dense
-from hvd_accordion.policy.accordion import Accordion
 from hvd_accordion.policy.assignment import MIN_NUMEL
 from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.utils import validation
 
 
@@ -74,7 +74,13 @@ class Settings:
         return {"versions": versions, **plain, "batch_size": repr(self.batch_size)}
 
     def logged(
-        self, optimizer: str, compression: Any, policy: Mapping[str, Any], size: int, framework: str, its_version: str
+        self,
+        optimizer: str,
+        compression: Any,
+        policy: Mapping[str, Policy],
+        size: int,
+        framework: str,
+        its_version: str,
     ) -> dict[str, object]:
         """The parameters of a run, for the logger."""
         logged: dict[str, object] = {
@@ -88,10 +94,7 @@ class Settings:
             "version.horovod": version("horovod"),
             f"version.{framework}": its_version,
         }
-        accordion = next((p for p in policy.values() if isinstance(p, Accordion)), None)
-        if accordion is not None:
-            logged |= {key: getattr(accordion, key) for key in ("eta", "interval", "unit", "lr_drop", "norm")}
-            logged |= {"critical": str(accordion.critical), "relaxed": str(accordion.relaxed)}
+        logged |= next((p.settings() for p in policy.values() if p.settings()), {})
         if self.batch_size is not None:
             own = ("small", "large", "eta", "interval", "unit", "lr_drop", "norm", "warmup")
             logged |= {f"batch_size.{key}": getattr(self.batch_size, key) for key in own}

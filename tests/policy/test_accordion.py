@@ -172,7 +172,7 @@ def test_a_cosine_schedule_does_not_stay_critical():
         lr = 0.05 * (1 + math.cos(math.pi * epoch / epochs))
         accordion.observe_lr(lr)
         seen.append(accordion.regime("w"))
-        if accordion.measures(epoch):
+        if accordion.window.is_open(epoch):
             accordion.observe({"w": 1.0}, lr)
     assert set(seen[:11]) == {CRITICAL}
     assert set(seen[11:160]) == {RELAXED}  # towards its end a cosine does halve within ten epochs
@@ -182,12 +182,12 @@ def test_a_cosine_schedule_does_not_stay_critical():
 
 
 def test_epochs_are_measured_at_the_first_and_then_every_interval():
-    assert [e for e in range(12) if Accordion(interval=5).measures(e)] == [0, 5, 10]
-    assert all(Accordion(interval=1).measures(e) for e in range(5))
+    assert [e for e in range(12) if Accordion(interval=5).window.is_open(e)] == [0, 5, 10]
+    assert all(Accordion(interval=1).window.is_open(e) for e in range(5))
 
 
 def test_steps_are_always_measured():
-    assert all(Accordion(interval=5, unit="steps").measures(e) for e in range(12))
+    assert all(Accordion(interval=5, unit="steps").window.is_open(e) for e in range(12))
 
 
 # state

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hvd_accordion import QSGD, Accordion, Auto, Dense, PowerSGD, TopK
 from hvd_accordion.comm.collectives import AllReduce
 from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration, advice_of, advise, choose, cost, predicted
 from hvd_accordion.policy.cost_model import Link, layer_seconds, round_seconds
+from hvd_accordion.policy.layers import Layer
 
 LARGE, SMALL, BIAS = (
     Layer("large", (512, 512), "float32"),
@@ -29,7 +29,7 @@ DEFAULT = Auto()
 
 
 def choices(auto: Auto, layers=LAYERS, world_size: int = 2) -> dict:
-    found = {x.name: assignment.choices(x, auto, world_size) for x in layers}
+    found = {x.name: assignment.auto_specs(x, auto, world_size) for x in layers}
     return {name: specs for name, specs in found.items() if specs}
 
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_accordion import Accordion, AccordionBatchSize, Regime, TopK
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.assignment import assign
 from hvd_accordion.policy.batch_size import limits, whole_norm
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.policy.norm_sampling import scale
-from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.controller import Controller, Due
 
 CRITICAL, RELAXED = Regime.CRITICAL, Regime.RELAXED
 A, B = Layer("a", (64, 64), "float32"), Layer("b", (300, 100), "float32")
@@ -125,20 +126,15 @@ def test_the_norm_of_the_whole_is_that_of_all_entries(parts):
 
 
 def make(batch, layers=(A, B), policy=None, **settings) -> Controller:
-    return Controller(layers, policy or {x.name: TopK(0.1) for x in layers}, 2, batch_size=batch, **settings)
+    policies = assign(policy or TopK(0.1), [x.name for x in layers])
+    return Controller(layers, policies, 2, batch_size=batch, **settings)
 
 
 def update(control: Controller, whole=1.0, lr=0.1, steps=None) -> int:
     """An update as an engine makes it; returns of how many steps."""
     steps = steps or control.micro_batches()
-    ended = control.advance(100.0, 0.0, steps)
-    if control.wants_lr:
-        control.observe_lr(lr)
-    if ended:
-        control.end_epoch()
-    if control.due() or control.model_norm_due:
-        norms = dict.fromkeys(control.layers, whole)
-        control.observe({name: whole for name in control.due()}, lr, norms if control.model_norm_due else {})
+    due = control.after_update(100.0, 0.0, steps)
+    control.decide(due, lr, dict.fromkeys(due.layers, whole), dict.fromkeys(control.layers, whole) if due.model else {})
     return steps
 
 
@@ -146,7 +142,7 @@ def test_an_update_never_goes_beyond_an_epoch():
     control = make(rule(interval=1), steps_per_epoch=11)
     assert [update(control) for _ in range(22 + 4)] == [1] * 22 + [8, 3] * 2
     assert (control.epoch, control.step, control.stats.updates, control.stats.steps) == (4, 44, 26, 44)
-    assert control.stats.dense_bytes == 44 * control.dense_bytes
+    assert control.stats.dense_bytes == 44 * control.levels.dense_bytes
 
 
 def test_nor_beyond_a_window_of_steps_its_own_or_an_accordions():
@@ -155,7 +151,7 @@ def test_nor_beyond_a_window_of_steps_its_own_or_an_accordions():
     sizes = [update(control) for _ in range(24 + 8)]
     assert sizes[:24] == [1] * 24
     assert sizes[24:] == [1, 5, 5, 1, 4, 5, 3, 2]  # windows end at 25, 30, 35, 36, 40, 45, 48 and 50
-    assert control.window == 50 // 5 + 48 // 12
+    assert control.counters.window == 50 // 5 + 48 // 12
 
 
 @given(st.integers(1, 9), st.integers(1, 30), st.lists(st.integers(1, 12), max_size=3))
@@ -176,29 +172,28 @@ def test_the_rate_is_looked_at_after_the_first_update_of_an_epoch():
     for _ in range(32):
         update(control)
     assert control.micro_batches() == 8
-    control.advance(1.0, 0.0, 8)
-    assert control.wants_lr
-    control.advance(1.0, 0.0, 7)
-    assert not control.wants_lr
-    assert control.observe_lr(0.04) and control.micro_batches() == 1 and control.lr_scale == 1.0
+    assert control.after_update(1.0, 0.0, 8).lr
+    assert not control.after_update(1.0, 0.0, 7).lr
+    control.decide(Due(lr=True), 0.04)
+    assert control.micro_batches() == 1 and control.lr_scale == 1.0
 
 
 def test_the_norm_of_the_whole_is_estimated_from_watched_entries():
     control = make(rule(interval=1), steps_per_epoch=1)
-    assert [control.watched_of_whole(x.numel) for x in (A, B)] == [4096, 8192]
+    assert [control.batch.sample_size(x.numel) for x in (A, B)] == [4096, 8192]
     update(control, whole=3.0)
-    assert control.batch.norms == {"whole model": pytest.approx(math.hypot(3.0, 3.0 * scale(30_000, 8192)))}
+    assert control.batch.rule.norms == {"whole model": pytest.approx(math.hypot(3.0, 3.0 * scale(30_000, 8192)))}
 
 
 def test_epochs_before_a_check_alone_are_measured():
     control = make(rule(interval=3), steps_per_epoch=2)
     measured = []
     for epoch in range(6):
-        measured.append(control.measures_whole)
+        measured.append(control.measures_model)
         while control.epoch == epoch:
             update(control)
     assert measured == [True, False, False, True, False, False]
-    assert not make(None).measures_whole
+    assert not make(None).measures_model
 
 
 def test_the_report_shows_what_large_batches_save():
@@ -228,7 +223,7 @@ def test_its_state_goes_with_the_controllers_and_the_users_object_is_left_alone(
 
 
 def test_nobody_who_tells_of_epochs_is_an_error(monkeypatch):
-    monkeypatch.setattr("hvd_accordion.training.controller.MAX_STEPS_OF_EPOCH", 3)
+    monkeypatch.setattr("hvd_accordion.training.counters.MAX_STEPS_OF_EPOCH", 3)
     for batch in (rule(), rule(unit="steps")):  # the warm-up counts epochs in any case
         control = make(batch)
         with pytest.raises(ValueError, match="steps_per_epoch is None and end_epoch"):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
 from hvd_accordion.comm.collectives import AllFinite, AllGather, AllReduce, AllToAll
-from hvd_accordion.policy.assignment import Group, Layer
 from hvd_accordion.policy.cost_model import (
     Link,
     exchange_seconds,
@@ -24,6 +23,7 @@ from hvd_accordion.policy.cost_model import (
     step_seconds,
     wire_seconds,
 )
+from hvd_accordion.policy.layers import Group, Layer
 
 LINK = Link(latency=0.001, bandwidth=1e6, overhead=0.01)
 FREE = Link(0.0, math.inf)

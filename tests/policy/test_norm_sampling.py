@@ -10,7 +10,7 @@ import pytest
 from hvd_accordion import Accordion
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.policy import norm_sampling
-from hvd_accordion.policy.accordion import NORM_SAMPLES
+from hvd_accordion.policy.window import NORM_SAMPLES
 
 LIKE = np.zeros(1, np.float32)
 
@@ -81,14 +81,14 @@ def test_the_standard_error_is_that_of_the_docstring(degrees):
 
 @pytest.mark.parametrize("count", [0, 1, 1000, NORM_SAMPLES])
 def test_small_layers_are_measured_exactly(count):
-    assert Accordion().watched(count) == count
+    assert Accordion().window.sample_size(count) == count
     x = np.random.default_rng(0).standard_normal(count)
     assert estimate(x, count) == pytest.approx(np.linalg.norm(x), rel=1e-12)
 
 
 def test_large_ones_only_where_asked():
-    assert Accordion().watched(10 * NORM_SAMPLES) == NORM_SAMPLES
-    assert Accordion(norm="exact").watched(10 * NORM_SAMPLES) == 10 * NORM_SAMPLES
+    assert Accordion().window.sample_size(10 * NORM_SAMPLES) == NORM_SAMPLES
+    assert Accordion(norm="exact").window.sample_size(10 * NORM_SAMPLES) == 10 * NORM_SAMPLES
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])

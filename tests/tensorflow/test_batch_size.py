@@ -179,7 +179,7 @@ def test_norms_weigh_each_update_by_its_micro_batches():
 
     def note(*_):
         optimizer.compression_report()
-        norms.append(optimizer._hvd._engine.controller.batch.norms["whole model"])
+        norms.append(optimizer._hvd._engine.controller.batch.rule.norms["whole model"])
 
     fit(net, 3, [keras.callbacks.LambdaCallback(on_epoch_end=note)])
     gradients = gradients_of(network())

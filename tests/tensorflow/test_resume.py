@@ -134,7 +134,7 @@ def test_what_fits_is_taken_up_and_training_goes_on(case, way, twins, tmp_path):
         assert other.optimizer.stats.steps == before + 5
     assert all(np.isfinite(w).all() for w in other.get_weights())
     controller = other.optimizer._hvd._engine.controller
-    assert len(other.optimizer._hvd.state.levels.numpy()) == len(controller.adaptive)
+    assert len(other.optimizer._hvd.state.levels.numpy()) == len(controller.levels.adaptive)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -161,7 +161,7 @@ def test_layers_of_other_names_keep_regimes_and_norms(twins, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert other.optimizer.stats.steps == 5
-    ours, theirs = (x.optimizer._hvd._engine.controller.accordions[0] for x in (other, net))
+    ours, theirs = (x.optimizer._hvd._engine.controller.levels.observers[0] for x in (other, net))
     assert ours.norms == {
         "dense_1/kernel": theirs.norms["dense/kernel"],
         "dense_3/kernel": theirs.norms["dense_1/kernel"],
@@ -187,12 +187,16 @@ def test_a_journal_is_read_under_the_names_of_today():
     accordion = {"norms": {"w0": 1.0, "w1": 2.0}, "ratios": {"w1": 0.5}, "regimes": {"w0": "relaxed"}, "lr": 0.1}
     state = {"step": 3, "accordions": [accordion], "chosen": {"w1": "Dense()"}}
     text = journal.written(state, layers_of((2, 3), (3,)))
-    assert journal.read(text, layers_of((2, 3), (3,))) == state
+    rest = {"step": 3, "chosen": {"w1": "Dense()"}}
+    assert journal.read(text, layers_of((2, 3), (3,))) == {
+        **rest,
+        "policies": [{"kind": "Accordion", "state": accordion}],
+    }
     renamed = journal.read(text, layers_of((2, 3), (3,), prefix="x"))
-    assert renamed["accordions"] == [
+    assert [mine["state"] for mine in renamed["policies"]] == [
         {"norms": {"x0": 1.0, "x1": 2.0}, "ratios": {"x1": 0.5}, "regimes": {"x0": "relaxed"}, "lr": 0.1}
     ]
     assert renamed["chosen"] == {"x1": "Dense()"} and renamed["step"] == 3
     other = journal.read(text, layers_of((2, 4), (3,)))
-    assert set(other["accordions"][0]["norms"]) == {"w0 (as saved)", "w1"}
+    assert set(other["policies"][0]["state"]["norms"]) == {"w0 (as saved)", "w1"}
     assert journal.read(json.dumps(state).encode(), layers_of((2, 3), prefix="x")) == state, "of an older version"

@@ -252,7 +252,7 @@ def test_norms_weigh_each_update_by_its_micro_batches():
     """With a rate of 0 all epochs have the same summed gradient, whatever the batches."""
     net = network()
     optimizer = made(net, rule(norm="exact"), torch.optim.SGD(net.parameters(), lr=0.0), steps_per_epoch=STEPS)
-    batch, norms = optimizer._hvd.controller.batch, []
+    batch, norms = optimizer._hvd.controller.batch.rule, []
     for _ in range(3):
         for step in range(STEPS):
             optimizer.zero_grad()

@@ -140,7 +140,7 @@ def test_sums_of_other_entries_are_not_taken_up(saved, loaded):
     assert list(other._hvd.norms.layers.summed) == (["weight"] if saved == loaded else [])
     step(other)
     step(other)
-    assert other._hvd.controller.window == 1
+    assert other._hvd.controller.counters.window == 1
 
 
 def test_state_dict_round_trip_is_weights_only(tmp_path):

@@ -14,7 +14,7 @@ from hvd_accordion.compression import Context, exchange
 from hvd_accordion.compression.positions import Shuffle
 from hvd_accordion.compression.sharded_sparse_allreduce import slice_size
 from hvd_accordion.ops import numpy as ops
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.training.calibration import QUICK, REPEATS, SIZES, TINY, USUAL, as_hidden, dry_run, measure
 
 SHAPES = {"a": (24, 36), "b": (40, 3, 3, 5)}

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from hvd_accordion import FP16, Accordion, AccordionBatchSize, Dense, MLflowLogger, PowerSGD, TopK
+from hvd_accordion.policy.assignment import assign
 from hvd_accordion.training import settings as module
 from hvd_accordion.training.settings import Settings, check_logger, is_horovods, plain_spec, translated
 
@@ -109,7 +110,9 @@ def test_whatever_differs_shows_under_its_own_name(other):
 
 
 def test_logged_without_an_accordion():
-    logged = make(backward_passes_per_step=2, seed=5).logged("Adam", TopK(0.1), {"w": TopK(0.1)}, 4, "torch", "2.99")
+    logged = make(backward_passes_per_step=2, seed=5).logged(
+        "Adam", TopK(0.1), assign(TopK(0.1), ["w"]), 4, "torch", "2.99"
+    )
     assert logged == {
         "optimizer": "Adam",
         "compression": "TopK(ratio=0.1)",
@@ -125,7 +128,7 @@ def test_logged_without_an_accordion():
 
 def test_logged_with_an_accordion_has_its_settings():
     accordion = Accordion(PowerSGD(8), TopK(0.01), eta=0.3, interval=7, unit="steps", lr_drop=0.25)
-    policy = {"bias": Dense(), "w": accordion}
+    policy = assign({"bias": Dense(), "w": accordion}, ["bias", "w"])
     logged = make().logged("SGD", {"w": accordion}, policy, 2, "tensorflow", "2.99")
     plain = make().logged("SGD", {"w": accordion}, {"bias": Dense()}, 2, "tensorflow", "2.99")
     assert {key: logged[key] for key in logged.keys() - plain.keys()} == {

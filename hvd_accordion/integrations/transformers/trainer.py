@@ -130,7 +130,7 @@ class HorovodTrainerMixin(TrainerBase):
             raise ValueError(
                 "compression, logger and distributed must be None with a DistributedOptimizer in optimizers"
             )
-        elif getattr(optimizer._hvd.controller, "batch", None) is not None:
+        elif optimizer._hvd.controller.batch.adapts:
             raise ValueError("optimizers: batch_size of DistributedOptimizer must be None under a Trainer")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         not_optimized = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from hvd_accordion.compression import CompressionSpec
-from hvd_accordion.policy.assignment import Layer, SwitchableGroup
+from hvd_accordion.policy.layers import Layer, SwitchableGroup
 from hvd_accordion.tensorflow.exchange.norm_sums import NormSums
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.rows import Rows, initial_memory
@@ -57,7 +57,7 @@ class Allocation:
     def prune(self, traced: bool) -> None:
         """Keeps what layers need under what their Auto chose, and nothing else; everything if a graph was `traced`."""
         plan, state = self.plan, self.state
-        for name in plan.controller.chosen:
+        for name in plan.controller.levels.chosen:
             if plan.is_sparse(name):
                 continue
             layer, key = plan.layers[name], plan.numbers[name]

@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from hvd_accordion.compression import CompressionSpec, Context, exchange
 from hvd_accordion.ops import tensorflow as ops
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Calibration
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.exchange.agreement import from_rank_0
 from hvd_accordion.tensorflow.transport import HorovodTransport
 from hvd_accordion.training.calibration import REPEATS, dry_run, measure

@@ -9,13 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
-from hvd_accordion.policy.accordion import Regime
+from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.tensorflow.exchange import journal
 from hvd_accordion.tensorflow.exchange.state import State
 from hvd_accordion.tensorflow.transport import HorovodTransport
-from hvd_accordion.training import controller as control
-from hvd_accordion.training import resume
-from hvd_accordion.training.controller import Controller
+from hvd_accordion.training import counters, resume
+from hvd_accordion.training.controller import Controller, Due
 
 Told = tuple[np.ndarray, ...]
 # type and rank of what Python tells the graph, as `Clock.follow` takes it
@@ -27,6 +26,7 @@ TOLD = (
     (tf.bool, 1),
     (tf.int64, 0),
     (tf.float64, 0),
+    (tf.int64, 0),
     (tf.string, 0),
 )
 
@@ -58,16 +58,16 @@ class ControllerBridge:
 
     @property
     def adaptive(self) -> list[str]:
-        return [layer.name for layer in self.controller.adaptive]
+        return [layer.name for layer in self.controller.levels.adaptive]
 
     @property
     def _all(self) -> list[str]:
         """Layers that make up the whole model's norm, if that counts."""
-        return [] if self.controller.batch is None else list(self.controller.layers)
+        return list(self.controller.layers) if self.controller.batch.adapts else []
 
-    def summed(self, accordion: Any) -> dict[str, tf.Variable]:
-        """Layer name -> sum of its averaged gradients, of the layers that this Accordion decides."""
-        mine = [name for name in self.adaptive if self.controller.policy[name] is accordion]
+    def summed(self, policy: Policy) -> dict[str, tf.Variable]:
+        """Layer name -> sum of its averaged gradients, of the layers that this policy decides."""
+        mine = [name for name in self.adaptive if self.controller.policy[name] is policy]
         return {name: self.state.summed[self.numbers[name]] for name in mine if self.numbers[name] in self.state.summed}
 
     def position(self, name: str) -> int:
@@ -100,16 +100,18 @@ class ControllerBridge:
 
     def _wakes(self, step: tf.Tensor, of_epoch: tf.Tensor, steps: tf.Tensor) -> list[tf.Tensor]:
         """When there may be something to decide: at a window's end, and after its first update, for the learning rate."""
-        controller, wakes, most = self.controller, [], control.MAX_STEPS_OF_EPOCH
-        for rule in controller.rules:
-            if rule.unit == "epochs":
+        controller, wakes, most = self.controller, [], counters.MAX_STEPS_OF_EPOCH
+        for window in controller.windows:
+            if window.unit == "epochs":
                 wakes.append(tf.equal(of_epoch, steps))
             else:
-                wakes += [tf.equal(step % rule.interval, 0), tf.equal((step - steps) % rule.interval, 0)]
-            if rule.needs_epochs and controller.steps_per_epoch is None:  # to complain that nobody counts
-                wakes.append((of_epoch > most) & (of_epoch - steps <= most))
-        if controller.steps_per_epoch is not None:
-            wakes.append(of_epoch >= controller.steps_per_epoch)
+                wakes += [tf.equal(step % window.interval, 0), tf.equal((step - steps) % window.interval, 0)]
+        if controller.needs_epochs:  # to raise if nobody signals an end
+            wakes.append((of_epoch > most) & (of_epoch - steps <= most))
+        if controller.levels.scheduled:
+            wakes.append(step >= self.state.next_change)
+        if controller.counters.steps_per_epoch is not None:
+            wakes.append(of_epoch >= controller.counters.steps_per_epoch)
         return wakes
 
     def _norms(self) -> list[tf.Tensor]:
@@ -130,6 +132,7 @@ class ControllerBridge:
         emptied: Any,
         passes: Any,
         lr_scale: Any,
+        next_change: Any,
         journal: Any,
     ) -> None:
         """Writes what the controller told into the variables."""
@@ -140,8 +143,9 @@ class ControllerBridge:
         state.measures_whole.assign(measures_whole)
         state.passes.assign(passes)
         state.lr_scale.assign(lr_scale)
+        state.next_change.assign(next_change)
         state.journal.assign(journal)
-        for i, sums in enumerate([*map(self.summed, self.controller.accordions), state.summed_whole]):
+        for i, sums in enumerate([*map(self.summed, self.controller.levels.observers), state.summed_whole]):
 
             def empty(sums: dict[str, tf.Variable] = sums) -> tf.Tensor:
                 for x in sums.values():
@@ -155,7 +159,7 @@ class ControllerBridge:
     def begin(self) -> None:
         """After the state has got its variables, which a checkpoint may have filled at once."""
         self.look()
-        self.follow(*self.told([]))
+        self.follow(*self.told(Due()))
 
     def _woken(
         self, step: int, updates: int, sent: float, saved: bytes, last_update_steps: int, numbers: np.ndarray
@@ -164,12 +168,9 @@ class ControllerBridge:
         *norms, learning_rate = map(float, numbers)
         if self._is_another(saved, int(step)):
             resume.warn_of(self._take_up(saved))
-        ended = self._count(int(step), int(updates), float(sent), int(last_update_steps))
-        if self.controller.wants_lr:
-            self.controller.observe_lr(learning_rate)
-        if ended:
-            self.controller.end_epoch()
-        return self.told(self._observe(norms, learning_rate))
+        due = self._count(int(step), int(updates), float(sent), int(last_update_steps))
+        self._decide(due, norms, learning_rate)
+        return self.told(due)
 
     def look(self, left: Sequence[str] = ()) -> None:
         """Makes the controller know what the variables do. `left`: what of a saved state was not taken up, in words."""
@@ -180,15 +181,16 @@ class ControllerBridge:
         resume.warn_of(left, stacklevel=3)
         self._count(step, updates, sent)
         if restored:  # under other settings variables hold something else
-            self.follow(*self.told([]))
+            self.follow(*self.told(Due()))
 
     def end_epoch(self, learning_rate: float) -> None:
         """Ends an epoch from outside of the graph, unless it has ended by itself; on all ranks."""
         self.look()
-        if self.controller.end_epoch():
+        if due := self.controller.end_epoch():
             numbers = [*self._norms(), tf.constant(learning_rate, tf.float64)]
             *norms, learning_rate = self._from_rank_0(tf.stack(numbers)).numpy().tolist()
-            self.follow(*self.told(self._observe(norms, learning_rate)))
+            self._decide(due, norms, learning_rate)
+            self.follow(*self.told(due))
 
     def _is_another(self, saved: bytes, step: int) -> bool:
         """Whether a journal is not its own: variables were restored."""
@@ -199,38 +201,37 @@ class ControllerBridge:
         self._journal = saved
         return self.controller.load_state_dict(journal.read(saved, list(self.controller.layers.values())))
 
-    def _count(self, step: int, updates: int, sent: float, last_update_steps: int = 1) -> bool:
-        """Catches up with the counts; tells whether an epoch has ended by its number of steps."""
+    def _count(self, step: int, updates: int, sent: float, last_update_steps: int = 1) -> Due:
+        """Catches up with the counts; returns what is due."""
         stats, steps = self.controller.stats, step - self.controller.step
         if steps <= 0:
-            return False
-        return self.controller.advance(sent - stats.sent_bytes, 0.0, steps, updates - stats.updates, last_update_steps)
+            return Due()
+        return self.controller.after_update(
+            sent - stats.sent_bytes, 0.0, steps, updates - stats.updates, last_update_steps
+        )
 
-    def _observe(self, norms: Sequence[float], learning_rate: float) -> list[Any]:
-        """A check, if one is due. Returns the rules whose sums were looked at."""
-        controller, adaptive = self.controller, self.adaptive
-        due, model_norm_due = controller.due(), controller.model_norm_due
-        looked = {id(controller.policy[name]) for name in due} | ({id(controller.batch)} if model_norm_due else set())
-        if due or model_norm_due:
-            found = dict(zip(adaptive, norms, strict=False))
-            whole = dict(zip(self._all, norms[len(adaptive) :], strict=True))
-            controller.observe({name: found[name] for name in due}, learning_rate, whole)
-        return [rule for rule in controller.rules if id(rule) in looked]
+    def _decide(self, due: Due, norms: Sequence[float], learning_rate: float) -> None:
+        """`norms`: of all layers that any policy decides, then of all that make up the whole model's."""
+        found = dict(zip(self.adaptive, norms, strict=False))
+        of_model = dict(zip(self._all, norms[len(self.adaptive) :], strict=True))
+        self.controller.decide(due, learning_rate, {name: found[name] for name in due.layers}, of_model)
 
-    def told(self, looked: Sequence[Any]) -> Told:
-        """What the variables are to hold now."""
-        controller = self.controller
-        levels = [controller.regime(name) is not Regime.CRITICAL for name in self.adaptive]
-        measured = [a.measures(controller.epoch) for a in controller.accordions]
-        emptied = [any(rule is other for other in looked) for rule in [*controller.accordions, controller.batch]]
+    def told(self, due: Due) -> Told:
+        """What the variables are to hold now; the sums of windows that were due start anew."""
+        controller, levels, epoch = self.controller, self.controller.levels, self.controller.counters.epoch
+        chosen = [levels.index(name, controller.step, epoch) for name in self.adaptive]
+        measured = [levels.measures(policy, epoch) for policy in levels.observers]
+        used = [any(levels.policy[name] is policy for name in due.layers) for policy in levels.observers]
+        never = np.iinfo(np.int64).max
         self._journal = journal.written(controller.state_dict(), list(controller.layers.values()))
         return (
-            np.array(controller.step_of_epoch, np.int64),
-            np.array(levels, np.int32),
+            np.array(controller.counters.step_of_epoch, np.int64),
+            np.array(chosen, np.int32),
             np.array(measured, bool),
-            np.array(controller.measures_whole, bool),
-            np.array(emptied, bool),
-            np.array(controller.passes, np.int64),
+            np.array(controller.measures_model, bool),
+            np.array([*used, due.model], bool),
+            np.array(controller.batch.passes, np.int64),
             np.array(controller.lr_scale, np.float64),
+            np.array(never if levels.next_change is None else levels.next_change, np.int64),
             np.array(self._journal, object),
         )

@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.compression import CompressionSpec
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import Advice, advise
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.exchange import sparse
 from hvd_accordion.tensorflow.exchange.allocation import Allocation
 from hvd_accordion.tensorflow.exchange.calibration import measured
@@ -108,7 +108,7 @@ class Engine:
     def _choose(self) -> None:
         """An Auto decides, on all ranks alike."""
         layers = [x for name, x in self.plan.layers.items() if not self.plan.is_sparse(name)]
-        choices = self.controller.choices()
+        choices = self.controller.levels.candidates()
         self.advice = advise(layers, choices, measured(layers, choices, str(self.prefix), self.transport))
         self.controller.choose({layer.name: layer.chosen for layer in self.advice})
         self.bridge.begin()

@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hvd_accordion.policy.assignment import Layer
-
-NAMED = ("norms", "ratios", "regimes")  # of an Accordion, by the layers' names
+from hvd_accordion.policy.layers import Layer
+from hvd_accordion.training import resume
 
 
 def written(state: Mapping[str, Any], layers: Sequence[Layer]) -> bytes:
@@ -38,5 +37,9 @@ def renamed(state: Mapping[str, Any], name_of: Callable[[str], str]) -> dict[str
     def keys(named: Mapping[str, Any]) -> dict[str, Any]:
         return {name_of(name): value for name, value in named.items()}
 
-    accordions = [{**rule, **{part: keys(rule[part]) for part in NAMED}} for rule in state["accordions"]]
-    return {**state, "accordions": accordions, "chosen": keys(state["chosen"])}
+    def policy(saved: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: keys(part) if isinstance(part, dict) else part for key, part in saved.items()}
+
+    policies = [{"kind": mine.kind, "state": policy(mine.state)} for mine in resume.saved_policies(state)]
+    rest = {key: part for key, part in state.items() if key != "accordions"}
+    return {**rest, "policies": policies, "chosen": keys(state["chosen"])}

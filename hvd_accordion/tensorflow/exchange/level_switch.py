@@ -10,7 +10,7 @@ import tensorflow as tf
 from hvd_accordion.compression import CompressionSpec, Dense
 from hvd_accordion.ops import tensorflow as ops
 from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Group, Layer, SwitchableGroup
+from hvd_accordion.policy.layers import Group, Layer, SwitchableGroup
 from hvd_accordion.tensorflow.exchange.driver import Driver
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.rows import Rows
@@ -90,17 +90,16 @@ class LevelSwitch:
         dense = group.specs.index(Dense()) if Dense() in group.specs else 0
 
         def number(spec: CompressionSpec) -> Any:
-            if not assignment.allowed(layer, spec, plan.size, small):
+            if not assignment.is_compressible(layer, spec, plan.size, small):
                 return dense
             index = group.specs.index(spec)
             return index if spec.active(0) else tf.where(spec.active(now.step), index, dense)
 
-        sides = assignment.sides(controller.policy[layer.name])
-        numbers = [number(assignment.settled(layer, side, controller.chosen)) for side in sides]
+        numbers = [number(spec) for spec in controller.policy[layer.name].specs(layer.name)]
         if len(numbers) == 1:
             return numbers[0]
-        position = [x.name for x in controller.adaptive].index(layer.name)
-        return tf.where(tf.equal(now.levels[position], 0), *numbers)
+        position = [x.name for x in controller.levels.adaptive].index(layer.name)
+        return tf.gather(tf.stack(numbers), now.levels[position])
 
     def keep(self, results: list[tuple[SwitchableGroup, Exchanged]], ok: tf.Tensor) -> None:
         """Puts residuals and memory into their variables, if all values were finite: else the step leaves no trace."""

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.ops import tensorflow as ops
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.rows import Rows
 from hvd_accordion.tensorflow.exchange.state import State, wide_dtype
@@ -58,8 +58,8 @@ class NormSums:
         self.plan, self.state, controller = plan, state, plan.controller
         window = partial(NormWindow, ops, seed=plan.settings.seed)
         self.layers, self.model = (Sums(plan, state, rows, kind) for kind in ("summed", "summed_whole"))
-        self._of_layers = window(sample_size=controller.watched, summed=self.layers)
-        self._of_model = window(sample_size=lambda _, count: controller.watched_of_whole(count), summed=self.model)
+        self._of_layers = window(sample_size=controller.levels.sample_size, summed=self.layers)
+        self._of_model = window(sample_size=lambda _, count: controller.batch.sample_size(count), summed=self.model)
 
     @property
     def controller(self) -> Controller:
@@ -67,9 +67,9 @@ class NormSums:
 
     def make(self, layer: Layer) -> None:
         """Variables for a layer whose norm counts, where they are not there yet. Eagerly only."""
-        if layer in self.controller.adaptive and layer.name not in self.layers:
+        if layer in self.controller.levels.adaptive and layer.name not in self.layers:
             self._make(layer, self._of_layers, self.layers)
-        if self.controller.batch is not None and layer.name not in self.model:
+        if self.controller.batch.adapts and layer.name not in self.model:
             self._make(layer, self._of_model, self.model)
 
     @staticmethod
@@ -82,16 +82,16 @@ class NormSums:
     def counted(self) -> list[str]:
         """Layers whose norms may count."""
         controller = self.controller
-        return list(self.plan.layers) if controller.batch is not None else [x.name for x in controller.adaptive]
+        return list(self.plan.layers) if controller.batch.adapts else [x.name for x in controller.levels.adaptive]
 
     def add(self, means: dict[str, tf.Tensor], ok: tf.Tensor, steps: Any) -> None:
         """Adds averaged gradients, as often as each stands for a step, where all ranks' values were finite."""
         controller, state = self.controller, self.state
         measured = state.measured.read_value()
-        for i, accordion in enumerate(controller.accordions):
-            mine = [x.name for x in controller.adaptive if controller.policy[x.name] is accordion]
+        for i, policy in enumerate(controller.levels.observers):
+            mine = [x.name for x in controller.levels.adaptive if controller.policy[x.name] is policy]
             self._add(self._of_layers, mine, means, ok & measured[i], steps)
-        if controller.batch is not None:
+        if controller.batch.adapts:
             self._add(self._of_model, means, means, ok & state.measures_whole.read_value(), steps)
 
     @staticmethod

@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_accordion.compression import CompressionSpec
-from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Layer, SwitchableGroup
+from hvd_accordion.policy import assignment, grouping
+from hvd_accordion.policy.layers import Layer, SwitchableGroup
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.settings import Settings
 
@@ -73,7 +73,7 @@ class Plan:
         """The layers cut up as the user's `groups` say; in one run by default."""
         groups = self.settings.groups
         if isinstance(groups, int) and groups > 0:
-            return assignment.split(layers, groups)
+            return grouping.split(layers, groups)
         if isinstance(groups, list):
             runs: dict[Any, list[Layer]] = {}
             for layer in layers:
@@ -84,20 +84,20 @@ class Plan:
     def groups(self, names: Iterable[str]) -> list[SwitchableGroup]:
         """The groups in which these layers' dense gradients travel."""
         controller, small = self.controller, self.settings.min_compress_numel
-        limit = None if self.settings.groups else assignment.BUCKET_BYTES
+        limit = None if self.settings.groups else grouping.BUCKET_BYTES
         runs = self.runs(self.dense(names))
-        return assignment.parts(runs, controller.policy, self.size, small, limit, controller.chosen)
+        return grouping.parts(runs, controller.policy, self.size, small, limit)
 
     def reachable_specs(self, layer: Layer) -> tuple[CompressionSpec, ...]:
         """All that the layer may travel under, as its Auto has chosen."""
         policy, small = self.controller.policy[layer.name], self.settings.min_compress_numel
-        return tuple(assignment.candidates(layer, policy, self.size, small, self.controller.chosen))
+        return tuple(assignment.reachable_specs(layer, policy, self.size, small))
 
     def all_specs(self, layer: Layer) -> tuple[CompressionSpec, ...]:
         """All that the layer may travel under, whatever its Auto will choose."""
         policy, small = self.controller.policy[layer.name], self.settings.min_compress_numel
-        found = assignment.candidates(layer, policy, self.size, small)
-        return tuple(dict.fromkeys([*found, *assignment.choices(layer, policy, self.size, small)]))
+        found = assignment.reachable_specs(layer, policy, self.size, small)
+        return tuple(dict.fromkeys([*found, *assignment.auto_specs(layer, policy, self.size, small)]))
 
     def check(self, layer: Layer, grad: Any) -> None:
         """ValueError unless the gradient is what its layer was planned for."""

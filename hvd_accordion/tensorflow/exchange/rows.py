@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from hvd_accordion.compression import CompressionSpec
 from hvd_accordion.ops import tensorflow as ops
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.exchange.state import State, variable
 from hvd_accordion.training import resume
 

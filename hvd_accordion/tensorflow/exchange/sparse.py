@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from hvd_accordion.comm.collectives import AllGather, sent
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.transport import HorovodTransport
 
 

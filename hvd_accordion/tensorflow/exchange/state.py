@@ -15,7 +15,7 @@ Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 COUNTS = ("step", "step_of_epoch", "updates", "sent_bytes")
-SINGLES = (*COUNTS, "passes", "lr_scale", "levels", "measured", "measures_whole")  # equal on all ranks
+SINGLES = (*COUNTS, "passes", "lr_scale", "next_change", "levels", "measured", "measures_whole")  # equal on all ranks
 
 
 class State(tf.Module):
@@ -36,8 +36,13 @@ class State(tf.Module):
         self.sent_bytes = variable(0.0, tf.float64)
         self.passes = variable(1, tf.int64)  # micro-batches of a full batch, and what its learning rate is scaled by
         self.lr_scale = variable(1.0, tf.float64)
-        self.levels = variable(np.zeros(0), tf.int32, [None])  # of each adaptive layer: 0 critical, 1 relaxed
-        self.measured = variable(np.zeros(0), tf.bool, [None])  # whether each Accordion's gradients are summed now
+        self.next_change = variable(np.iinfo(np.int64).max, tf.int64)  # the step at which a policy may choose anew
+        self.levels = variable(
+            np.zeros(0), tf.int32, [None]
+        )  # of each adaptive layer: its place among the specs of its policy
+        self.measured = variable(
+            np.zeros(0), tf.bool, [None]
+        )  # whether the gradients of each policy that observes norms are summed now
         self.measures_whole = variable(False, tf.bool)  # whether those of all layers are
         self.journal = variable("", tf.string)  # what the controller knows, as JSON
         self.residual: dict[str, tf.Variable] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvd_accordion.compression import CompressionSpec
-from hvd_accordion.policy.assignment import SwitchableGroup
+from hvd_accordion.policy.layers import SwitchableGroup
 from hvd_accordion.tensorflow.exchange.planning import Plan
 from hvd_accordion.tensorflow.exchange.state import State
 

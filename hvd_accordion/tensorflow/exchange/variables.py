@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.transport import ProcessSet, is_initialized
 from hvd_accordion.utils import validation
 

@@ -11,8 +11,8 @@ from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression import CompressionSpec, Context, exchange
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.policy.assignment import Layer
 from hvd_accordion.policy.auto import PROBE_STEPS, Advice, Calibration, advise
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.torch.exchange.agreement import from_rank_0
 from hvd_accordion.training.calibration import REPEATS, dry_run, measure
 from hvd_accordion.training.controller import Controller
@@ -86,7 +86,7 @@ class AutoChoice:
         if self.probe is None or not self.probe.complete:
             return
         layers = [layer for name, layer in controller.layers.items() if name not in sparse]
-        choices = controller.choices()
+        choices = controller.levels.candidates()
         self.advice = advise(layers, choices, self.probe.measure(layers, choices))
         controller.choose({layer.name: layer.chosen for layer in self.advice})
 

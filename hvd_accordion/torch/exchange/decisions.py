@@ -8,7 +8,7 @@ from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.comm.transport import Transport
 from hvd_accordion.torch.exchange.agreement import from_rank_0
 from hvd_accordion.torch.exchange.norms import GradientNorms
-from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.controller import Controller, Due
 
 
 class Decisions:
@@ -22,21 +22,13 @@ class Decisions:
     def __init__(self, controller: Controller, lr: Callable[[], float], norms: GradientNorms, prefix: Prefix) -> None:
         self.controller, self.lr, self.norms, self.prefix = controller, lr, norms, prefix
 
-    def count(self, transport: Transport, sent: float, seconds: float, steps: int, source: int) -> None:
-        """Counts an update of so many steps, and an epoch that ends with it. `source`: the rank whose rate counts."""
-        ended = self.controller.advance(sent, seconds, steps)
-        if self.controller.wants_lr:
-            (lr,) = from_rank_0([self.lr()], f"{self.prefix}.lr", transport, source)
-            self.controller.observe_lr(lr)
-        if ended:
-            self.controller.end_epoch()
-
-    def decide(self, transport: Transport, source: int) -> None:
-        """Between steps: new levels from the norms that are due. `source`: the rank whose norms count."""
-        names = self.controller.due()
-        all_names = list(self.controller.layers) if self.controller.model_norm_due else []
-        if names or all_names:
-            mine = [*self.norms.take(names, all_names), self.lr()]
-            *shared, lr = from_rank_0(mine, f"{self.prefix}.norms", transport, source)
-            norms = dict(zip(names, shared, strict=False))
-            self.controller.observe(norms, lr, dict(zip(all_names, shared[len(names) :], strict=True)))
+    def decide(self, due: Due, transport: Transport, source: int) -> None:
+        """Between steps: new levels from the numbers that are due. `source`: the rank whose numbers count."""
+        names, all_names = due.layers, list(self.controller.layers) if due.model else []
+        if not due.needs_lr:
+            self.controller.decide(due)
+            return
+        mine = [*self.norms.take(names, all_names), self.lr()]
+        *shared, lr = from_rank_0(mine, f"{self.prefix}.norms", transport, source)
+        norms = dict(zip(names, shared, strict=False))
+        self.controller.decide(due, lr, norms, dict(zip(all_names, shared[len(names) :], strict=True)))

@@ -10,8 +10,8 @@ import torch
 
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.policy.assignment import Policy
 from hvd_accordion.policy.auto import Advice
+from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.torch import transport
 from hvd_accordion.torch.configuration import described, layer_of
 from hvd_accordion.torch.exchange import rivals
@@ -27,7 +27,7 @@ from hvd_accordion.torch.exchange.turnout import Turnout
 from hvd_accordion.torch.exchange.update import apply_alone, average
 from hvd_accordion.torch.exchange.update_exchange import UpdateExchange
 from hvd_accordion.training.channel import Channel
-from hvd_accordion.training.controller import Controller
+from hvd_accordion.training.controller import Controller, Due
 from hvd_accordion.training.membership import Membership
 from hvd_accordion.training.settings import Settings
 
@@ -248,9 +248,9 @@ class Engine:
             self.reset()
             return
         steps, source = self.participation.steps_and_source
-        self.decisions.count(self.transport, sent, self.seconds, steps, source)
+        due = self.controller.after_update(sent, self.seconds, steps)
         self.reset()
-        self._decide(source)
+        self._decide(due, source)
 
     def _begin(self) -> None:
         """What comes now belongs to another update."""
@@ -274,14 +274,14 @@ class Engine:
         self.reset()
 
     def end_epoch(self) -> None:
-        if self.active and self.controller.end_epoch():
-            self._decide()
+        if self.active:
+            self._decide(self.controller.end_epoch())
 
-    def _decide(self, source: int = 0) -> None:
+    def _decide(self, due: Due, source: int = 0) -> None:
         """Between steps: new levels from the norms that are due, and the plan that follows from them."""
-        self.decisions.decide(self.transport, source)
+        self.decisions.decide(due, self.transport, source)
         self.auto.choose(self.controller, self.exchange.sparse.dims)
-        if self.controller.changed or self.exchange.plan.names != self.trainable():
+        if self.exchange.version != self.controller.version or self.exchange.plan.names != self.trainable():
             self.replan()
         self.batch.resize(self.controller.micro_batches())
 

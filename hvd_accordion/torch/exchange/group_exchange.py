@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_accordion.compression.feedback import ExchangeResult
-from hvd_accordion.policy.assignment import Group
+from hvd_accordion.policy.layers import Group
 from hvd_accordion.torch.exchange.driver import Driver
 from hvd_accordion.training.channel import Channel
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from hvd_accordion.ops import torch as ops
-from hvd_accordion.policy.assignment import Layer
+from hvd_accordion.policy.layers import Layer
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 

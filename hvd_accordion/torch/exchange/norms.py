@@ -16,13 +16,13 @@ class GradientNorms:
 
     def __init__(self, controller: Controller, seed: int) -> None:
         self.controller = controller
-        self.layers = NormWindow(ops, controller.watched, seed)
-        self.model = NormWindow(ops, lambda _, count: controller.watched_of_whole(count), seed)
+        self.layers = NormWindow(ops, controller.levels.sample_size, seed)
+        self.model = NormWindow(ops, lambda _, count: controller.batch.sample_size(count), seed)
         self.begin()
 
     def begin(self) -> None:
         """Before an update: what is measured now."""
-        self.measured, self.measures_model = set(self.controller.measured), self.controller.measures_whole
+        self.measured, self.measures_model = set(self.controller.levels.measured), self.controller.measures_model
         self.measuring = self.measures_model or bool(self.measured)
 
     def add(self, means: Mapping[str, torch.Tensor], is_finite: torch.Tensor, weight: float) -> None:

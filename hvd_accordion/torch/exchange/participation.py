@@ -55,7 +55,7 @@ class Participation:
         if self.settings.batch_size is None:
             return 1.0
         mean = self.last_update_steps = self.turnout.mean
-        self.lr_scale = self.controller.lr_scale * (mean / self.controller.passes)
+        self.lr_scale = self.controller.lr_scale * (mean / self.controller.batch.passes)
         return self.size * divisor / self.turnout.total
 
     @property

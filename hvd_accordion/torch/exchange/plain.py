@@ -75,11 +75,11 @@ class PlainEngine:
         self.synchronized = True
         if counted:
             self.controller.exchanged_again(self._sent, time.perf_counter() - begin)
-        elif self.controller.advance(self._sent, time.perf_counter() - begin):
-            self.controller.end_epoch()
+        else:
+            self.controller.decide(self.controller.after_update(self._sent, time.perf_counter() - begin))
 
     def end_epoch(self) -> None:
-        self.controller.end_epoch()
+        self.controller.decide(self.controller.end_epoch())
 
 
 class Counted(Reports):

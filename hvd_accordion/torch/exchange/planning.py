@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hvd_accordion.compression import CompressionSpec
-from hvd_accordion.policy import assignment
-from hvd_accordion.policy.assignment import Group, Layer
+from hvd_accordion.policy import grouping
+from hvd_accordion.policy.layers import Group, Layer
 from hvd_accordion.torch.exchange.micro_batches import Kind, kind
 
 
@@ -55,14 +55,14 @@ def plan(
         residual: layers that hold one.
         groups: as Horovod's.
     """
-    limit = None if groups else assignment.BUCKET_BYTES
-    grouped = assignment.grouped(_runs(dense, params, groups), specs, residual, limit)
+    limit = None if groups else grouping.BUCKET_BYTES
+    grouped = grouping.grouped(_runs(dense, params, groups), specs, residual, limit)
     return Plan(tuple(names), tuple(grouped), {x.name: kind(params[x.name]) for x in dense})
 
 
 def _runs(layers: Sequence[Layer], params: Mapping[str, torch.Tensor], groups: Any) -> list[list[Layer]]:
     if isinstance(groups, int) and groups > 0:
-        return assignment.split(layers, groups)
+        return grouping.split(layers, groups)
     if isinstance(groups, list):
         by_id = {id(params[x.name]): x for x in layers}
         runs = [[by_id.pop(id(p)) for p in group if id(p) in by_id] for group in groups]

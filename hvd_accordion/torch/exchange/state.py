@@ -75,7 +75,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
         left.append(f"what was kept of {resume.in_words(sorted(set(unknown)))}: no such parameters")
     if forgotten:
         left.append(f"memory of {resume.in_words(forgotten)}, which their compression does not need")
-    if controller.batch is None and accumulated["count"]:
+    if not controller.batch.adapts and accumulated["count"]:
         left.append(f"{accumulated['count']} micro-batches of an incomplete batch")
         accumulated = NO_MICRO_BATCHES
 
@@ -108,7 +108,7 @@ def _memory(
 ) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """What the specs that a layer may get can use of its saved memory, and the names of layers that lose some."""
     kept = {
-        name: {key: x for key, x in memory.items() if key in assignment.memory_keys(controller.policy[name])}
+        name: {key: x for key, x in memory.items() if key in assignment.memory_keys(name, controller.policy[name])}
         for name, memory in saved.items()
     }
     return kept, [name for name, memory in saved.items() if len(kept[name]) < len(memory)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hvd_accordion.compression import CompressionSpec, Dense
-from hvd_accordion.policy.assignment import Group, Layer
+from hvd_accordion.policy.layers import Group, Layer
 
 
 class Traffic:

@@ -9,7 +9,7 @@ import torch
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression.feedback import ExchangeResult
-from hvd_accordion.policy.assignment import Group, Layer
+from hvd_accordion.policy.layers import Group, Layer
 from hvd_accordion.torch.configuration import layer_of
 from hvd_accordion.torch.exchange.driver import Driver
 from hvd_accordion.torch.exchange.group_exchange import GroupExchange
@@ -57,7 +57,7 @@ class UpdateExchange:
         layers = [layer_of(name, self.params[name]) for name in names]
         self.controller.set_layers(layers)
         self.plan = self._plan(names, [x for x in layers if not self.sparse.compared or self.sparse.is_dense(x.name)])
-        self.controller.changed = False
+        self.version = self.controller.version
         self.traffic.replan()
         self.begin()
 
@@ -113,7 +113,6 @@ class UpdateExchange:
         if layers:  # every rank sees so, and they go in groups of their own; the next plan has them with the others
             self.controller.set_layers([*({x.name: x for x in [*self.controller.layers.values(), *layers]}.values())])
             self.plan = self.plan.extended(self._plan(late, layers))
-            self.controller.changed = True
         self._start_known()
         return [name for name in unseen if name not in self.sparse.known]
 

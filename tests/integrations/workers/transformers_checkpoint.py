@@ -41,7 +41,7 @@ def test_resume_is_exact(compression, sampling, shared):
             ours, theirs = ours["hvd_accordion"], theirs["hvd_accordion"]
             assert ours["residual"] and ours["residual"].keys() == theirs["residual"].keys()
             assert all(torch.equal(ours["residual"][name], theirs["residual"][name]) for name in ours["residual"])
-            assert ours["controller"]["accordions"] == theirs["controller"]["accordions"]
+            assert ours["controller"]["policies"] == theirs["controller"]["policies"]
             assert ours["controller"]["epoch"] == theirs["controller"]["epoch"] == 4
         hvd.barrier()
     mine = f"hvd_accordion_{hvd.rank()}.pt"

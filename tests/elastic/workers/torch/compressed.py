@@ -108,7 +108,7 @@ def train(state):
             state.sampler.set_epoch(state.sampler.epoch + 1)
     report = optimizers["accordion"].compression_report()
     regimes = sorted({row.regime for row in report if row.regime})
-    record(state, regimes=regimes, passes=optimizers["batch"]._hvd.controller.passes, losses=losses, over=True)
+    record(state, regimes=regimes, passes=optimizers["batch"]._hvd.controller.batch.passes, losses=losses, over=True)
 
 
 def check(state, expected):

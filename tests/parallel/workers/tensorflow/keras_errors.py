@@ -185,9 +185,9 @@ def test_auto_jit_compile_is_turned_off_where_keras_would_turn_it_on(monkeypatch
 
 
 def test_epochs_that_nobody_counts(monkeypatch):
-    from hvd_accordion.training import controller
+    from hvd_accordion.training import counters
 
-    monkeypatch.setattr(controller, "MAX_STEPS_OF_EPOCH", 3)
+    monkeypatch.setattr(counters, "MAX_STEPS_OF_EPOCH", 3)
     net, _ = compiled(Accordion())
     x, y = data()
     with pytest.raises(tf.errors.OpError, match="steps_per_epoch"):

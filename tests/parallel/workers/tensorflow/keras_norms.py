@@ -32,7 +32,7 @@ def test_norms_are_numpys(critical, norm):
             for name, mean in zip(SHAPES, means, strict=True):
                 total[name] += 0 if bad else mean.numpy()
         averaging.compression_report()
-        found = averaging._engine.controller.accordions[0].norms
+        found = averaging._engine.controller.levels.observers[0].norms
         for name, x in total.items():
             size = accordion.watched(x.size)
             picked = norm_sampling.entries(ops, name, x.size, size, 5, x)

@@ -108,7 +108,7 @@ def test_norms_and_regimes_are_the_same_on_all_ranks():
     net = model()
     optimizer = made(net, rule(eta=0.2))
     train(net, optimizer, range(4 * STEPS))
-    batch = optimizer._hvd.controller.batch
+    batch = optimizer._hvd.controller.batch.rule
     assert batch.norms["whole model"] > 0
     mine = [
         batch.norms["whole model"],

@@ -32,7 +32,7 @@ def test_resume_is_exact(name):
         assert torch.equal(ours["residual"][key], theirs["residual"][key])
     for key in ours["memory"]:
         assert torch.equal(ours["memory"][key]["q"], theirs["memory"][key]["q"])
-    assert ours["controller"]["accordions"] == theirs["controller"]["accordions"]
+    assert ours["controller"]["policies"] == theirs["controller"]["policies"]
     assert ours["controller"]["stats"]["sent_bytes"] == theirs["controller"]["stats"]["sent_bytes"]
 
 

@@ -155,9 +155,9 @@ def test_bad_names():
 
 
 def test_epochs_that_nobody_counts(monkeypatch):
-    from hvd_accordion.training import controller
+    from hvd_accordion.training import counters
 
-    monkeypatch.setattr(controller, "MAX_STEPS_OF_EPOCH", 3)
+    monkeypatch.setattr(counters, "MAX_STEPS_OF_EPOCH", 3)
     net = model()
     optimizer = build(net, compression=Accordion())
     for _ in range(3):

@@ -34,7 +34,7 @@ def test_norms_are_numpys(critical, norm, op):
     net = model()
     accordion = Accordion(critical, TopK(0.02), interval=STEPS, unit="steps", norm=norm)
     optimizer = hvd.DistributedOptimizer(sgd(net), net.named_parameters(), compression=accordion, op=op, seed=5)
-    mine = optimizer._hvd.controller.accordions[0]
+    mine = optimizer._hvd.controller.levels.observers[0]
     layers = [row.name for row in optimizer.compression_report() if row.regime]
     assert LARGE in layers
     for window in range(2):
@@ -86,5 +86,5 @@ def test_a_window_goes_on_after_a_restart():
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(net, optimizer, range(2, 4))
     train(other, resumed, range(2, 4))
-    ours, theirs = (x._hvd.controller.accordions[0].norms for x in (optimizer, resumed))
+    ours, theirs = (x._hvd.controller.levels.observers[0].norms for x in (optimizer, resumed))
     assert ours and ours == theirs and torch.equal(flat(net), flat(other))

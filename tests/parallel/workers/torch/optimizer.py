@@ -509,8 +509,8 @@ def test_broadcast_optimizer_state():
     residual = {k: v.clone() for k, v in optimizer._hvd.residual.items()}
     if hvd.rank() != 0:
         optimizer._hvd.channel.memory.clear()
-        optimizer._hvd.controller.accordions[0].regimes.clear()
-        optimizer._hvd.controller.step = 0
+        optimizer._hvd.controller.levels.observers[0].regimes.clear()
+        optimizer._hvd.controller.counters.step = 0
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     assert optimizer._hvd.controller.step == 5
     assert all(torch.equal(residual[k], v) for k, v in optimizer._hvd.residual.items())

@@ -6,6 +6,7 @@ import torch
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import PowerSGD, TopK
+from hvd_accordion.policy.assignment import assign
 from tests.parallel.reference import SHAPES, simulated
 from tests.parallel.workers.torch.common import SPECS, assert_ranks_equal, flat, model, sgd, train
 
@@ -34,9 +35,7 @@ def test_a_gradient_is_conserved():
     controller = optimizer._hvd.controller
     given = torch.zeros(shape, dtype=torch.float64)
     for step in range(50):
-        from hvd_accordion import Dense
-
-        controller.adopt({"w": levels[step // 10] or Dense()})
+        controller.adopt(assign(levels[step // 10], ["w"]))
         controller.set_layers(list(controller.layers.values()))
         optimizer._hvd._decide()
         g = torch.randn(shape, generator=torch.Generator().manual_seed(31 * step + hvd.rank()))

@@ -141,7 +141,7 @@ def batched(net, compression, inner=None):
     for _ in range(2):  # then batches grow
         train(net, optimizer, range(2))
         optimizer.end_epoch()
-    assert optimizer._hvd.controller.passes == 4
+    assert optimizer._hvd.controller.batch.passes == 4
     return optimizer
 
 
