@@ -130,7 +130,7 @@ def test_logged_with_an_accordion_has_its_settings():
     accordion = Accordion(PowerSGD(8), TopK(0.01), eta=0.3, interval=7, unit="steps", lr_drop=0.25)
     policy = assign({"bias": Dense(), "w": accordion}, ["bias", "w"])
     logged = make().logged("SGD", {"w": accordion}, policy, 2, "tensorflow", "2.99")
-    plain = make().logged("SGD", {"w": accordion}, {"bias": Dense()}, 2, "tensorflow", "2.99")
+    plain = make().logged("SGD", {"w": accordion}, assign(Dense(), ["bias"]), 2, "tensorflow", "2.99")
     assert {key: logged[key] for key in logged.keys() - plain.keys()} == {
         "eta": 0.3,
         "interval": 7,
