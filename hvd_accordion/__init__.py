@@ -4,6 +4,9 @@ from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, 
 from hvd_accordion.policy.accordion import Accordion, Regime
 from hvd_accordion.policy.auto import Auto
 from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.policy.protocol import Policy
+from hvd_accordion.policy.warmup import Warmup
+from hvd_accordion.policy.window import Window
 from hvd_accordion.tracking.mlflow_logger import MLflowLogger
 
 __version__ = "0.1.0"
@@ -18,8 +21,11 @@ __all__ = [
     "CompressionSpec",
     "Dense",
     "MLflowLogger",
+    "Policy",
     "PowerSGD",
     "RandomK",
     "Regime",
     "TopK",
+    "Warmup",
+    "Window",
 ]

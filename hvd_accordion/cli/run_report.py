@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from hvd_accordion.cli.findings import table
+from hvd_accordion.tracking.metrics import regimes_of
 from hvd_accordion.training.reports import LayerRecord
 
 MISSING = "report needs mlflow and matplotlib: pip install hvd_accordion[mlflow]"
@@ -241,10 +242,9 @@ def draw(run: Run, out: Path) -> Sequence[Path]:
     if steps := sorted(set(sent) & set(dense)):
         both = ([series[step] / 1e6 for step in steps] for series in (sent, dense))
         drawn["compression.png"] = figures.sent_figure(steps, *both)
-    if any(run.windows.values()):
-        order = sorted(run.windows)
-        regimes = [{name: record.regime for name, record in run.windows[window].items()} for window in order]
-        drawn["regimes.png"] = figures.regimes_figure(regimes, [str(window) for window in order])
+    regimes = regimes_of(run.windows)
+    if any(regimes.values()):
+        drawn["regimes.png"] = figures.regimes_figure(list(regimes.values()), list(map(str, regimes)))
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figure.savefig(out / name, dpi=120)

@@ -1,4 +1,4 @@
-"""Accordion: little compression in critical regimes, strong compression elsewhere, per layer.
+"""Accordion: the more a layer's gradient norm changes, the less the layer is compressed.
 
 Agarwal, Wang, Lee, Venkataraman, Papailiopoulos, "Accordion: Adaptive Gradient Communication via Critical Learning
 Regime Identification", MLSys 2021, Algorithm 1. Floats in, regimes out: no tensors, no framework.
@@ -19,10 +19,16 @@ __all__ = ["Accordion", "Regime", "change"]
 
 @dataclass
 class Accordion(Rule, Policy):
-    """Which of two compressions each layer gets, decided anew at every check from the change of its gradient's norm.
+    """Which of two or more compressions each layer gets, decided at every check from the change of its gradient's norm.
 
     A layer whose norm changed by `eta` or more since the last check (either way) is critical, else relaxed. All layers
     are critical up to the first comparison, and again from a drop of the learning rate until the next check.
+
+    With L `levels` the thresholds are eta, eta / 2, ..., eta / 2^(L - 2): level i, the first one with
+    change >= eta / 2^i, holds; below all thresholds the last. Level 0 is "critical", the last "relaxed", level i between
+    them "level i/(L - 1)". For L = 2 this is the paper's rule. More levels only refine its relaxed regime: no layer is
+    ever compressed more than by `Accordion(levels[0], levels[-1])`. The thresholds are geometric because the change is a
+    ratio, and so are the levels' sizes.
 
     The norm is that of the sum of the averaged gradients over one epoch (`unit="epochs"`: checks after epoch 1,
     1 + interval, 1 + 2 interval, ..., as in the authors' code) or over `interval` steps (`unit="steps"`).
@@ -38,6 +44,8 @@ class Accordion(Rule, Policy):
         critical: compression in the critical regime; little of it (`PowerSGD(rank=4)`).
         relaxed: compression elsewhere; strong (`PowerSGD(rank=1)`). Any two specs, also of different kinds, or an `Auto`
             here, which compresses only where that pays.
+        levels: instead of these two, at least two specs from the least compression to the strongest; the last may be an
+            `Auto`.
         eta: threshold on the relative change, > 0; higher means less often critical.
         interval: distance of two checks, >= 1.
         unit: what `interval` counts, "epochs" or "steps".
@@ -52,30 +60,53 @@ class Accordion(Rule, Policy):
     unit: str = "epochs"
     lr_drop: float = 0.5
     norm: str = "sampled"
+    levels: Sequence[CompressionSpec | Auto] | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("critical", CompressionSpec), ("relaxed", CompressionSpec | Auto)):
-            if not isinstance(getattr(self, name), allowed):
-                auto = ", or Auto()" if name == "relaxed" else ""
+        if self.levels is not None:
+            self._take(self.levels)
+        given = self.levels or (self.critical, self.relaxed)
+        names = ["critical", "relaxed"] if self.levels is None else [f"levels[{i}]" for i in range(len(given))]
+        for name, level in zip(names, given, strict=True):
+            if not isinstance(level, CompressionSpec | Auto if name == names[-1] else CompressionSpec):
+                auto = ", or Auto()" if name == names[-1] else ""
                 raise TypeError(
-                    f"{name} must be a compression spec such as PowerSGD(4), TopK(0.01) or Dense(){auto}, "
-                    f"got {getattr(self, name)!r}"
+                    f"{name} must be a compression spec such as PowerSGD(4), TopK(0.01) or Dense(){auto}, got {level!r}"
                 )
-        self._levels = (policy_of(self.critical), policy_of(self.relaxed))
+        self._levels = tuple(map(policy_of, given))
         self.candidates = self._levels[-1].candidates
-        self._begin()
+        self._begin(len(given))
+
+    def _take(self, levels: Sequence[CompressionSpec | Auto]) -> None:
+        """Makes the first of them the critical level, and the last the relaxed one."""
+        if isinstance(levels, CompressionSpec | Policy) or len(levels) < 2:
+            raise ValueError(f"levels must hold at least two compression specs, got {levels!r}")
+        self.levels = tuple(levels)
+        ends = self.levels[0], self.levels[-1]
+        if (self.critical, self.relaxed) not in (ends, (PowerSGD(rank=4), PowerSGD(rank=1))):
+            raise ValueError(
+                "levels takes the place of critical and relaxed: pass it alone, "
+                f"got critical={self.critical!r}, relaxed={self.relaxed!r}, levels={levels!r}"
+            )
+        self.critical, self.relaxed = ends  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, {self._shown()})"
+        if self.levels is None:
+            return f"Accordion(critical={self.critical}, relaxed={self.relaxed}, {self._shown()})"
+        return f"Accordion(levels=[{', '.join(map(str, self.levels))}], {self._shown()})"
 
     def spec(self, layer: str) -> CompressionSpec | Auto:
-        return self.critical if self.regime(layer) is Regime.CRITICAL else self.relaxed
+        return (self.levels or (self.critical, self.relaxed))[self.level(layer)]
+
+    def level(self, layer: str) -> int:
+        """The layer's level now: 0 is critical."""
+        return level_of(self.regime(layer), len(self._levels))
 
     def specs(self, layer: str) -> Sequence[CompressionSpec]:
         return tuple(spec for level in self._levels for spec in level.specs(layer))
 
     def choose(self, layer: str, step: int, epoch: int) -> CompressionSpec:
-        return self._levels[level_of(self.regime(layer), len(self._levels))].choose(layer, step, epoch)
+        return self._levels[self.level(layer)].choose(layer, step, epoch)
 
     def resolve(self, chosen: Mapping[str, CompressionSpec]) -> None:
         for level in self._levels:
@@ -93,4 +124,5 @@ class Accordion(Rule, Policy):
 
     def settings(self) -> dict[str, object]:
         shown: dict[str, object] = {key: getattr(self, key) for key in ("eta", "interval", "unit", "lr_drop", "norm")}
-        return {**shown, "critical": str(self.critical), "relaxed": str(self.relaxed)}
+        shown |= {"critical": str(self.critical), "relaxed": str(self.relaxed)}
+        return shown if self.levels is None else {**shown, "levels": ", ".join(map(str, self.levels))}

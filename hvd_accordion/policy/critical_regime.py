@@ -82,8 +82,9 @@ class Rule:
     regimes: dict[str, str]
     lr: float | None
 
-    def _begin(self) -> None:
-        """Checks the settings; nothing is seen yet."""
+    def _begin(self, count: int = 2) -> None:
+        """Checks the settings; nothing is seen yet. `count`: of levels."""
+        self.count = count
         self.eta = validation.real("eta", self.eta, 0.0)
         self.window = window = Window(self.interval, self.unit, self.norm)
         self.interval, self.unit, self.norm = window.interval, window.unit, window.norm
@@ -103,7 +104,7 @@ class Rule:
         """The relative change of the norm at the last check; None before the first comparison."""
         return self.ratios.get(name)
 
-    def _decide(self, norms: Mapping[str, float], lr: float, levels: int = 2) -> None:
+    def _decide(self, norms: Mapping[str, float], lr: float) -> None:
         """A check: new regimes of these names."""
         dropped = self._dropped(lr)
         first = not self.norms
@@ -113,7 +114,7 @@ class Rule:
             previous = self.norms.get(name)
             ratio = math.inf if previous is None else change(previous, norm)
             ratio_for_level = math.inf if dropped or first else ratio
-            self.regimes[name] = regime_of(level_for(ratio_for_level, self.eta, levels), levels)
+            self.regimes[name] = regime_of(level_for(ratio_for_level, self.eta, self.count), self.count)
             if previous is not None:
                 self.ratios[name] = ratio
             self.norms[name] = float(norm)
@@ -149,4 +150,4 @@ class Rule:
 
     def _known(self, regime: str) -> str:
         """A saved word as one of its own."""
-        return regime_of(level_of(regime, 2), 2)
+        return regime_of(level_of(regime, self.count), self.count)

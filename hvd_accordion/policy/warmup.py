@@ -53,7 +53,9 @@ class Warmup(Policy):
             raise ValueError(f"levels must be at most steps={self.steps}, got {self.levels}")
         names = {f.name for f in fields(self.spec)}
         if self.levels and not names & {"ratio", "rank"}:
-            raise ValueError(f"levels must be 0 for a spec with neither ratio nor rank, got {self.levels} for {self.spec}")
+            raise ValueError(
+                f"levels must be 0 for a spec with neither ratio nor rank, got {self.levels} for {self.spec}"
+            )
         if self.levels and "ratio" in names and self._number("ratio") >= self.start:
             raise ValueError(f"start must be more than the ratio of {self.spec}, got {self.start}")
 

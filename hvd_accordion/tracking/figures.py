@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from hvd_accordion.policy.critical_regime import relaxation
 
 # Okabe-Ito colours: told apart with any kind of colour blindness. In grey print critical is the darker one.
 CRITICAL, RELAXED = "#D55E00", "#9CCDEB"
 SENT, DENSE = "#0072B2", "#8C8C8C"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-REGIMES = {"relaxed": 0.0, "critical": 1.0}
 
 
 def sent_figure(epochs: Sequence[int], sent: Sequence[float], dense: Sequence[float]) -> Figure:
@@ -55,7 +56,7 @@ def regimes_figure(windows: Sequence[Mapping[str, str]], labels: Sequence[str] |
     """Heat map of regimes: a row for each layer, a column for each detection window.
 
     Args:
-        windows: for each window, the regime ("critical" or "relaxed") by layer name. Rows keep this order; a
+        windows: for each window, the regime ("critical", "relaxed" or "level i/n") by layer name. Rows keep this order; a
             layer missing from a window stays white.
         labels: names of the windows, by default 0, 1, 2...
     """
@@ -67,7 +68,7 @@ def regimes_figure(windows: Sequence[Mapping[str, str]], labels: Sequence[str] |
     axes = figure.add_subplot()
     _draw_regimes(axes, layers, grid, labels, rows=80, columns=24)
     axes.set_xlabel("detection window")
-    figure.legend(handles=_regime_patches(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(handles=_regime_patches(windows), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -84,15 +85,18 @@ def short_name(name: str, limit: int = 32) -> str:
 
 
 def _grid(windows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[float]]]:
-    """Layer names in order of appearance, and for each layer 1 (critical), 0 (relaxed) or NaN by window."""
+    """Layer names in order of appearance, and for each layer 1 (critical) to 0 (relaxed), or NaN, by window."""
     layers = list(dict.fromkeys(name for window in windows for name in window))
     if not layers:
         raise ValueError("windows must hold at least one layer, got none")
     for window in windows:
         for name, regime in window.items():
-            if regime not in REGIMES:
-                raise ValueError(f"regime of {name!r} must be one of {sorted(REGIMES)}, got {regime!r}")
-    return layers, [[REGIMES[w[name]] if name in w else math.nan for w in windows] for name in layers]
+            try:
+                relaxation(regime)
+            except ValueError:
+                allowed = "'critical', 'relaxed' or 'level i/n'"
+                raise ValueError(f"regime of {name!r} must be {allowed}, got {regime!r}") from None
+    return layers, [[float(1 - relaxation(w[name])) if name in w else math.nan for w in windows] for name in layers]
 
 
 def _draw_regimes(
@@ -105,7 +109,7 @@ def _draw_regimes(
 ) -> None:
     """Draw the heat map with at most `rows` and `columns` tick labels, so that they never touch."""
     n_rows, n_columns = len(grid), len(grid[0])
-    colours = ListedColormap([RELAXED, CRITICAL])
+    colours = LinearSegmentedColormap.from_list("regimes", [RELAXED, CRITICAL])
     axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if n_columns <= 120 and n_rows <= 120:  # white lines between cells, as long as cells are wider than lines
         axes.xaxis.set_minor_locator(FixedLocator([i + 0.5 for i in range(n_columns - 1)]))
@@ -140,8 +144,11 @@ def _step(count: int, room: int) -> int:
     return next(step for step in steps if math.ceil(count / step) <= room)
 
 
-def _regime_patches() -> list[Patch]:
-    return [Patch(color=CRITICAL, label="critical"), Patch(color=RELAXED, label="relaxed")]
+def _regime_patches(windows: Iterable[Mapping[str, str]]) -> list[Patch]:
+    """For the legend: critical, levels between that occur, relaxed."""
+    words = {"critical", "relaxed", *(regime for window in windows for regime in window.values())}
+    colours = LinearSegmentedColormap.from_list("regimes", [RELAXED, CRITICAL])
+    return [Patch(color=colours(float(1 - relaxation(word))), label=word) for word in sorted(words, key=relaxation)]
 
 
 def _clean(axes: Axes) -> None:

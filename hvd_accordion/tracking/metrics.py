@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from hvd_accordion.training.reports import LayerRecord
+from hvd_accordion.policy.critical_regime import relaxation
+from hvd_accordion.training.reports import NO_REGIME, LayerRecord
 
 MAX_KEY_LENGTH = 250  # of a metric's name, MLflow's limit
 
@@ -54,15 +55,27 @@ def metric_values(metrics: Mapping[str, Any], step: int, timestamp: int) -> tupl
 
 
 def layer_metrics(layers: Mapping[str, LayerRecord]) -> dict[str, float]:
-    """`layer/<name>/norm`, `/ratio` and `/critical` for each layer."""
+    """`layer/<name>/norm`, `/ratio` and `/critical` for each layer.
+
+    The last is 1 for a critical layer, 0 for a relaxed one, and 1 - i/n for "level i/n".
+    """
     metrics = {}
     for name, record in layers.items():
         prefix = "layer/" + metric_key(name, MAX_KEY_LENGTH - len("layer//critical"))
         metrics[f"{prefix}/norm"] = record.norm
         if record.ratio is not None:
             metrics[f"{prefix}/ratio"] = record.ratio
-        metrics[f"{prefix}/critical"] = float(record.regime == "critical")
+        if record.regime != NO_REGIME:
+            metrics[f"{prefix}/critical"] = float(1 - relaxation(record.regime))
     return metrics
+
+
+def regimes_of(windows: Mapping[int, Mapping[str, LayerRecord]]) -> dict[int, dict[str, str]]:
+    """By window and layer, in the order of the windows; without layers whose policy has no word for a regime."""
+    return {
+        window: {name: str(x.regime) for name, x in windows[window].items() if x.regime != NO_REGIME}
+        for window in sorted(windows)
+    }
 
 
 def windows_json(windows: Mapping[int, Mapping[str, LayerRecord]]) -> str:
@@ -97,9 +110,8 @@ def save_artifacts(
         path = os.path.join(folder, "compression.png")
         figures.sent_figure(steps, sent, dense).savefig(path, dpi=120)
         yield path
-    if any(windows.values()):
-        steps = sorted(windows)
-        regimes = [{name: str(record.regime) for name, record in windows[step].items()} for step in steps]
+    regimes = regimes_of(windows)
+    if any(regimes.values()):
         path = os.path.join(folder, "regimes.png")
-        figures.regimes_figure(regimes, [str(step) for step in steps]).savefig(path, dpi=120)
+        figures.regimes_figure(list(regimes.values()), list(map(str, regimes))).savefig(path, dpi=120)
         yield path

@@ -23,7 +23,7 @@ from hvd_accordion.training import resume
 from hvd_accordion.training.batch import Batch
 from hvd_accordion.training.counters import Counters
 from hvd_accordion.training.levels import Chosen, Levels
-from hvd_accordion.training.reports import CompressionReport, LayerRecord, LayerReport, Logger, Stats
+from hvd_accordion.training.reports import NO_REGIME, CompressionReport, LayerRecord, LayerReport, Logger, Stats
 
 NO_NORMS: Mapping[str, float] = MappingProxyType({})
 
@@ -285,7 +285,7 @@ class Controller:
         records = {}
         for name, norm in norms.items():
             policy, nbytes = self.policy[name], round(sent[name] / self.batch.passes)
-            regime = str(policy.regime(name) or "-")
+            regime = str(policy.regime(name) or NO_REGIME)
             records[name] = LayerRecord(norm, policy.change(name), regime, str(specs[name]), nbytes)
         of_model = self.batch.record(sum(sent.values())) if due.model else None
         return records if of_model is None else {**records, MODEL: of_model}

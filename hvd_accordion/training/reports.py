@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+NO_REGIME = "-"  # of a layer whose policy has no word for how it treats the layer
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -13,7 +15,7 @@ class LayerRecord:
 
     norm: float  # of the accumulated gradient
     ratio: float | None  # relative change of the norm, None where there is nothing to compare with
-    regime: str  # "critical", "relaxed", "level 1/3" between them, "-" of a policy that has no such word
+    regime: str  # "critical", "relaxed", "level 1/3" between them, or NO_REGIME
     spec: str  # the compression in use
     bytes_per_step: int  # sent by each rank
 
@@ -126,7 +128,7 @@ class CompressionReport(Sequence[LayerReport]):
                     r.name,
                     shape,
                     r.spec,
-                    r.regime or "-",
+                    r.regime or NO_REGIME,
                     f"{r.sent_bytes:,.0f}",
                     f"{r.dense_bytes:,.0f}",
                     f"{r.share:.1%}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_accordion import Accordion, Dense, PowerSGD, Regime, TopK
+from hvd_accordion import Accordion, Auto, Dense, PowerSGD, Regime, TopK
 from hvd_accordion.policy.accordion import change
 
 CRITICAL, RELAXED = Regime.CRITICAL, Regime.RELAXED
@@ -276,3 +277,113 @@ def test_numbers_of_other_libraries_are_numbers():
     accordion = Accordion(eta=numpy.float32(0.25), interval=numpy.int64(3))
     assert (accordion.eta, accordion.interval) == (0.25, 3)
     assert type(accordion.eta) is float and type(accordion.interval) is int
+
+
+# more than two levels
+
+LADDER = (PowerSGD(8), PowerSGD(4), PowerSGD(1))
+
+
+def level_after(ratio: float, count: int, **settings) -> int:
+    """The level of a layer whose norm has changed by this share; of `count` levels."""
+    accordion = Accordion(levels=[TopK(0.5 / 2**i) for i in range(count)], **settings)
+    for norm in (1.0, 1.0 + ratio):
+        accordion.observe({"w": norm}, 0.1)
+    return accordion.level("w")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "level"), [(9.0, 0), (0.5, 0), (0.49, 1), (0.25, 1), (0.24, 2), (0.125, 2), (0.12, 3), (0.0, 3)]
+)
+def test_thresholds_are_halves_of_eta(ratio, level):
+    assert level_after(ratio, 4, eta=0.5) == level
+
+
+@settings(deadline=None)
+@given(st.lists(positive, min_size=2, max_size=12), st.integers(2, 6), st.floats(0.05, 4))
+def test_levels_follow_the_documented_rule(norms, count, eta):
+    """The oracle counts the thresholds above the change; two levels are an Accordion of the first and the last."""
+    levels = [TopK(0.5 / 2**i) for i in range(count)]
+    many, two = Accordion(levels=levels, eta=eta), Accordion(levels[0], levels[-1], eta=eta)
+    thresholds = [eta / 2**i for i in range(count - 1)]
+    for before, now in zip([None, *norms], norms, strict=False):
+        many.observe({"w": now}, 0.1)
+        two.observe({"w": now}, 0.1)
+        change = math.inf if before is None else abs(before - now) / before
+        assert many.level("w") == sum(change < threshold for threshold in thresholds)
+        assert many.spec("w") == many.choose("w", 0, 0) == levels[many.level("w")]
+        if two.regime("w") is CRITICAL:
+            assert many.regime("w") is CRITICAL
+        assert levels.index(many.spec("w")) <= levels.index(two.spec("w"))  # never compressed more
+
+
+@settings(deadline=None)
+@given(st.floats(0, 3), st.floats(0, 3), st.integers(2, 6))
+def test_a_larger_change_is_never_compressed_more(one, other, count):
+    small, large = sorted((one, other))
+    assert level_after(small, count) >= level_after(large, count)
+
+
+def test_two_levels_are_critical_and_relaxed():
+    for ratio in (0.0, 0.4, 0.5, 1.0):
+        accordion = Accordion(levels=[PowerSGD(4), PowerSGD(1)])
+        for norm in (1.0, 1.0 + ratio):
+            accordion.observe({"w": norm}, 0.1)
+        assert accordion.regime("w") is after(1.0, 1.0 + ratio)
+
+
+def test_regimes_of_three_levels_have_names_and_all_are_critical_at_first_and_after_a_drop():
+    accordion = Accordion(levels=LADDER)
+    assert accordion.specs("w") == LADDER and accordion.choose("w", 0, 0) == PowerSGD(8)
+    assert set(accordion.observe({"a": 1.0, "b": 1.0, "c": 1.0}, 0.1).values()) == {CRITICAL}
+    assert accordion.observe({"a": 1.0, "b": 1.3, "c": 2.0}, 0.1) == {"a": RELAXED, "b": "level 1/2", "c": CRITICAL}
+    assert [accordion.choose(name, 0, 0) for name in "abc"] == [PowerSGD(1), PowerSGD(4), PowerSGD(8)]
+    assert accordion.observe_lr(0.01) and set(accordion.regimes.values()) == {CRITICAL}
+    accordion.observe({"a": 1.0, "b": 1.3, "c": 2.0}, 0.01)
+    assert set(accordion.observe({"a": 1.0, "b": 1.3, "c": 2.0}, 0.001).values()) == {CRITICAL}  # a drop at the check
+
+
+def test_a_ladders_state_fits_another_number_of_levels():
+    ladder = Accordion(levels=LADDER)
+    for norms in ({"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 1.0, "b": 1.3, "c": 2.0}):
+        ladder.observe(norms, 0.1)
+    state = json.loads(json.dumps(ladder.state_dict()))
+    same, two, five = Accordion(levels=LADDER), Accordion(), Accordion(levels=[TopK(0.5 / 2**i) for i in range(5)])
+    for other in (same, two, five):
+        other.load_state_dict(state)
+    assert same.regimes == ladder.regimes
+    assert two.regimes == {"a": RELAXED, "b": CRITICAL, "c": CRITICAL}  # the next that compresses less
+    assert five.regimes == {"a": RELAXED, "b": "level 2/4", "c": CRITICAL}
+    for word in ("tepid", "level 0/2", "level 2/2"):
+        with pytest.raises(ValueError, match="regime"):
+            same.load_state_dict({**state, "regimes": {"a": word}})
+
+
+def test_a_ladder_is_text_and_ends_with_an_auto_if_wanted():
+    assert str(Accordion(levels=LADDER)).startswith(
+        "Accordion(levels=[PowerSGD(rank=8), PowerSGD(rank=4), PowerSGD(rank=1)]"
+    )
+    assert (
+        Accordion(levels=LADDER) == dataclasses.replace(Accordion(levels=LADDER)) != Accordion(PowerSGD(8), PowerSGD(1))
+    )
+    ladder = Accordion(levels=[Dense(), TopK(0.1), Auto(TopK(0.01))])
+    assert ladder.candidates == (TopK(0.01),)
+    ladder.resolve({"w": TopK(0.01)})
+    assert ladder.specs("w") == (Dense(), TopK(0.1), TopK(0.01)) and ladder.specs("v")[-1] == Dense()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"levels": [PowerSGD(4)]}, ValueError, "levels must hold at least two compression specs"),
+        ({"levels": PowerSGD(4)}, ValueError, "levels must hold at least two compression specs"),
+        ({"levels": [PowerSGD(4), 1]}, TypeError, r"levels\[1\] must be a compression spec"),
+        ({"levels": [Auto(), PowerSGD(4)]}, TypeError, r"levels\[0\] must be a compression spec"),
+        ({"levels": LADDER, "critical": TopK(0.1)}, ValueError, "levels takes the place of critical and relaxed"),
+        ({"levels": LADDER, "relaxed": TopK(0.1)}, ValueError, "levels takes the place of critical and relaxed"),
+    ],
+    ids=str,
+)
+def test_levels_that_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Accordion(**arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -51,8 +52,10 @@ def test_levels_tighten_and_changes_are_announced(steps, levels, ratio):
     levels = min(steps, levels)
     warmup = Warmup(TopK(ratio), steps, levels)
     specs = chosen(warmup, steps + 3)
-    assert [specs.index(spec) for spec in warmup.specs("w")] == [math.ceil(i * steps / levels) for i in range(levels + 1)]
-    assert all(a.ratio >= b.ratio for a, b in zip(specs, specs[1:], strict=False))
+    assert [specs.index(spec) for spec in warmup.specs("w")] == [
+        math.ceil(i * steps / levels) for i in range(levels + 1)
+    ]
+    assert all(a.ratio >= b.ratio for a, b in itertools.pairwise(specs))
     for step in range(steps + 2):
         change = warmup.next_change(step)
         if specs[step + 1] != specs[step]:
@@ -63,7 +66,13 @@ def test_levels_tighten_and_changes_are_announced(steps, levels, ratio):
 
 def test_a_layer_travels_dense_under_a_level_that_does_not_shrink_it():
     policy, tall = Warmup(PowerSGD(2), steps=4, levels=4), Layer("w", (40, 40), "float32")
-    assert [level(tall, policy, step, 2) for step in range(5)] == [Dense(), Dense(), PowerSGD(8), PowerSGD(4), PowerSGD(2)]
+    assert [level(tall, policy, step, 2) for step in range(5)] == [
+        Dense(),
+        Dense(),
+        PowerSGD(8),
+        PowerSGD(4),
+        PowerSGD(2),
+    ]
     assert reachable_specs(tall, policy, 2) == [Dense(), PowerSGD(8), PowerSGD(4), PowerSGD(2)]
     assert adaptive(tall, policy, 2) and not adaptive(Layer("b", (40,), "float32"), policy, 2)
 
@@ -76,7 +85,7 @@ def test_the_controller_follows_even_where_several_steps_make_an_update():
         versions.append(control.version)
         assert not control.after_update(0, 0, steps)
     assert seen == pytest.approx([0.25, 0.25, 0.25, 0.05, 0.01])
-    assert [a != b for a, b in zip(versions, versions[1:], strict=False)] == [False, False, True, True]
+    assert [a != b for a, b in itertools.pairwise(versions)] == [False, False, True, True]
     assert [row.regime for row in control.report({"w": 1.0})] == [None]
     resumed = Controller([LARGE], assign(Warmup(TopK(0.01), steps=6, levels=2), ["w"]), 2)
     assert resumed.load_state_dict(control.state_dict()) == [] and resumed.specs()["w"] == TopK(0.01)
