@@ -7,7 +7,8 @@ import tensorflow as tf
 
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
-from hvd_accordion import QSGD, Accordion, PowerSGD, TopK
+from hvd_accordion import QSGD, Accordion, PowerSGD, TopK, Warmup
+from tests.parallel import user_policy
 from tests.parallel.workers.tensorflow.keras_common import (
     BATCH,
     assert_ranks_equal,
@@ -441,3 +442,35 @@ def test_a_process_set_exchanges_for_itself(others):
     assert averaging.stats.steps == (6 if others.included() else 0)
     everybody = hvd.GradientExchange(TopK(0.1))
     assert_ranks_equal(everybody([tf.ones((64, 32))], [v])[0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (user_policy.Staircase(first=3), user_policy.EXPECTED),
+        (Warmup(PowerSGD(1), steps=4, levels=2), [PowerSGD(r) for r in (4, 4, 2, 2, 1, 1, 1, 1)]),
+        (
+            Accordion(levels=[PowerSGD(4), PowerSGD(2), PowerSGD(1)], interval=1, unit="steps", eta=1e9),
+            [PowerSGD(4)] * 2 + [PowerSGD(1)] * 6,
+        ),
+    ],
+    ids=["users", "warmup", "levels"],
+)
+def test_other_policies_in_a_graph_that_is_traced_once(policy, expected):
+    exchange, w, traces, specs = hvd.GradientExchange(policy), tf.Variable(tf.zeros((60, 50))), [], []
+    noise = tf.random.stateless_normal((8, 60, 50), [hvd.rank(), 1])
+
+    @tf.function
+    def step(gradient):
+        traces.append(None)
+        w.assign_sub(exchange([gradient], [w])[0])
+
+    for i in range(8):
+        specs += [row.spec for row in exchange.compression_report()] or [
+            str(expected[0])
+        ]  # built by the first exchange
+        step(noise[i])
+    assert specs == [str(spec) for spec in expected] and len(traces) == 1
+    levels = [list(dict.fromkeys(expected)).index(spec) for spec in expected]
+    assert exchange.state.levels.numpy().tolist() == levels[-1:]
+    assert_ranks_equal(w.numpy().ravel())

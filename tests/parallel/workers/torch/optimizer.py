@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import BF16, Accordion, Dense, PowerSGD, TopK
+from hvd_accordion import BF16, Accordion, Dense, PowerSGD, TopK, Warmup
+from tests.parallel import user_policy
 from tests.parallel.workers.torch.common import assert_ranks_equal, batch, flat, loss_of, model, sgd, train
 
 LOSSY = PowerSGD(2)
@@ -567,4 +568,33 @@ def test_lbfgs():
         return loss
 
     optimizer.step(closure)
+    assert_ranks_equal(flat(net))
+
+
+def test_a_policy_of_the_users():
+    def trained(net, optimizer, steps):
+        seen = []
+        for step in steps:
+            seen.append({row.spec for row in optimizer.compression_report() if row.name in ("5.weight", "7.weight")})
+            train(net, optimizer, range(step, step + 1))
+        return seen
+
+    net, other = model(), model()
+    optimizer = wrap(net, compression=user_policy.Staircase(first=3))
+    assert trained(net, optimizer, range(8)) == [{str(spec)} for spec in user_policy.EXPECTED]
+    assert_ranks_equal(flat(net))
+    first, resumed = (wrap(other, compression={"5.*": user_policy.Staircase(3), "*": PowerSGD(2)}) for _ in range(2))
+    trained(other, first, range(4))
+    resumed.load_state_dict(first.state_dict())
+    assert trained(other, resumed, range(4, 5)) == [{str(user_policy.EXPECTED[4]), str(PowerSGD(2))}]
+
+
+def test_warm_up():
+    net = model()
+    optimizer = wrap(net, compression=Warmup(PowerSGD(1), steps=4, levels=2))
+    ranks = []
+    for step in range(6):
+        ranks.append(next(row.spec for row in optimizer.compression_report() if row.name == "7.weight"))
+        train(net, optimizer, range(step, step + 1))
+    assert ranks == [str(PowerSGD(r)) for r in (4, 4, 2, 2, 1, 1)]
     assert_ranks_equal(flat(net))
