@@ -94,7 +94,7 @@ def test_the_controller_follows_even_where_several_steps_make_an_update():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"spec": Dense()}, TypeError, r"spec must be a lossy compression spec such as TopK\(0.001\), got Dense\(\)"),
+        ({"spec": Dense()}, TypeError, r"spec must be a lossy compression spec such as TopK\(0.001\), got Dense"),
         ({"spec": "topk"}, TypeError, "spec must be a lossy compression spec"),
         ({"steps": 0}, ValueError, "steps must be"),
         ({"levels": -1}, ValueError, "levels must be"),
