@@ -214,7 +214,7 @@ def test_the_norm_is_that_of_the_summed_gradient(graph, norm, shape, dtype):
     averaging = hvd.GradientExchange(accordion, steps_per_epoch=4, logger=recorder, seed=3)
     step = tf.function(lambda g: averaging([g], [w])[0]) if graph else lambda g: averaging([g], [w])[0]
     total = np.zeros(shape)
-    size = accordion.watched(total.size)
+    size = accordion.window.sample_size(total.size)
     picked = norm_sampling.entries(ops, "w", total.size, size, 3, total)
     for i in range(8):
         g = np.random.default_rng(i).standard_normal(shape).astype(dtype)

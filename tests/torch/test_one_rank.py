@@ -101,7 +101,7 @@ def test_norm_is_that_of_the_summed_gradient(norm, shape, dtype):
         (weight * g).sum().backward()
         optimizer.step()
         assert step == 3 or [len(x) for x in optimizer._hvd.norms.layers.summed.values()] == [
-            accordion.watched(weight.numel())
+            accordion.window.sample_size(weight.numel())
         ]
     assert recorder.windows[0][1]["w"].norm == pytest.approx(watched_norm(total, accordion, 3), rel=1e-5)
     assert optimizer._hvd.norms.layers.summed == {}
@@ -109,7 +109,7 @@ def test_norm_is_that_of_the_summed_gradient(norm, shape, dtype):
 
 def watched_norm(total: np.ndarray, accordion: Accordion, seed: int) -> float:
     """Accordion's norm of layer "w", in numpy."""
-    size = accordion.watched(total.size)
+    size = accordion.window.sample_size(total.size)
     picked = norm_sampling.entries(numpy_ops, "w", total.size, size, seed, total)
     assert len(set(picked)) == size
     return norm_sampling.scale(total.size, size) * np.linalg.norm(total.reshape(-1)[picked])

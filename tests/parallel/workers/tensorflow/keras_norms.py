@@ -34,7 +34,7 @@ def test_norms_are_numpys(critical, norm):
         averaging.compression_report()
         found = averaging._engine.controller.levels.observers[0].norms
         for name, x in total.items():
-            size = accordion.watched(x.size)
+            size = accordion.window.sample_size(x.size)
             picked = norm_sampling.entries(ops, name, x.size, size, 5, x)
             expected = norm_sampling.scale(x.size, size) * np.linalg.norm(x.reshape(-1)[picked])
             assert found[name] == pytest.approx(expected, rel=1e-5), (window, name)

@@ -20,7 +20,7 @@ def norms_of(total, accordion):
     """In numpy, from the sums of the averaged gradients."""
     found = {}
     for name, x in total.items():
-        size = accordion.watched(x.size)
+        size = accordion.window.sample_size(x.size)
         picked = norm_sampling.entries(ops, name, x.size, size, 5, x)
         found[name] = norm_sampling.scale(x.size, size) * np.linalg.norm(x.reshape(-1)[picked])
     return found
