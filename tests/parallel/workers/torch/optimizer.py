@@ -583,8 +583,11 @@ def test_a_policy_of_the_users():
     optimizer = wrap(net, compression=user_policy.Staircase(first=3))
     assert trained(net, optimizer, range(8)) == [{str(spec)} for spec in user_policy.EXPECTED]
     assert_ranks_equal(flat(net))
-    first, resumed = (wrap(other, compression={"5.*": user_policy.Staircase(3), "*": PowerSGD(2)}) for _ in range(2))
+    policies = {"5.*": user_policy.Staircase(3), "*": PowerSGD(2)}
+    first = wrap(other, compression=policies)
     trained(other, first, range(4))
+    first.release()
+    resumed = wrap(other, compression=policies)
     resumed.load_state_dict(first.state_dict())
     assert trained(other, resumed, range(4, 5)) == [{str(user_policy.EXPECTED[4]), str(PowerSGD(2))}]
 
