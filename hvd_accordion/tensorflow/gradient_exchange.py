@@ -12,6 +12,7 @@ from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
 from hvd_accordion.policy.auto import Advice, advice_of
 from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.policy.layers import Layer
 from hvd_accordion.tensorflow.exchange import batches, numpy_bridge, registry
 from hvd_accordion.tensorflow.exchange.configuration import configured
 from hvd_accordion.tensorflow.exchange.engine import Engine, assembled

@@ -11,7 +11,7 @@ import tensorflow as tf
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.tensorflow.exchange import journal
-from hvd_accordion.tensorflow.exchange.state import State
+from hvd_accordion.tensorflow.exchange.state import NEVER, State
 from hvd_accordion.tensorflow.transport import HorovodTransport
 from hvd_accordion.training import counters, resume
 from hvd_accordion.training.controller import Controller, Due
@@ -143,7 +143,8 @@ class ControllerBridge:
         state.measures_whole.assign(measures_whole)
         state.passes.assign(passes)
         state.lr_scale.assign(lr_scale)
-        state.next_change.assign(next_change)
+        if state.next_change is not None:
+            state.next_change.assign(next_change)
         state.journal.assign(journal)
         for i, sums in enumerate([*map(self.summed, self.controller.levels.observers), state.summed_whole]):
 
@@ -158,6 +159,8 @@ class ControllerBridge:
 
     def begin(self) -> None:
         """After the state has got its variables, which a checkpoint may have filled at once."""
+        if self.controller.levels.scheduled:
+            self.state.schedule()
         self.look()
         self.follow(*self.told(Due()))
 
@@ -222,7 +225,6 @@ class ControllerBridge:
         chosen = [levels.index(name, controller.step, epoch) for name in self.adaptive]
         measured = [levels.measures(policy, epoch) for policy in levels.observers]
         used = [any(levels.policy[name] is policy for name in due.layers) for policy in levels.observers]
-        never = np.iinfo(np.int64).max
         self._journal = journal.written(controller.state_dict(), list(controller.layers.values()))
         return (
             np.array(controller.counters.step_of_epoch, np.int64),
@@ -232,6 +234,6 @@ class ControllerBridge:
             np.array([*used, due.model], bool),
             np.array(controller.batch.passes, np.int64),
             np.array(controller.lr_scale, np.float64),
-            np.array(never if levels.next_change is None else levels.next_change, np.int64),
+            np.array(NEVER if levels.next_change is None else levels.next_change, np.int64),
             np.array(self._journal, object),
         )

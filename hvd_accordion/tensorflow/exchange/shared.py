@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_accordion.tensorflow.exchange.state import SINGLES, State
+from hvd_accordion.tensorflow.exchange.state import State
 from hvd_accordion.tensorflow.transport import HorovodTransport
 
 Arrays = Mapping[str, np.ndarray]
@@ -43,8 +43,8 @@ class Shared:
         """
         keys = list(state.slice_bytes)
         if first == 0:
-            for name, value in self.singles.items():
-                getattr(state, name).assign(value)
+            for name, v in state.singles.items():
+                v.assign(self.singles[name])
             state.journal.assign(self.journal)
         for key, own in list(zip(keys, self.layers, strict=False))[first:]:
             for name, v in kept(state, key).items():
@@ -62,7 +62,7 @@ def shared(exchange: Any) -> Shared:
     count = 0 if sums is None else int(sums.count)
     return Shared(
         exchange.shapes,
-        {name: getattr(state, name).numpy() for name in SINGLES},
+        {name: v.numpy() for name, v in state.singles.items()},
         state.journal.numpy(),
         tuple({name: v.numpy() for name, v in kept(state, key).items()} for key in state.slice_bytes),
         count,

@@ -15,7 +15,10 @@ Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 COUNTS = ("step", "step_of_epoch", "updates", "sent_bytes")
-SINGLES = (*COUNTS, "passes", "lr_scale", "next_change", "levels", "measured", "measures_whole")  # equal on all ranks
+SINGLES = (*COUNTS, "passes", "lr_scale", "levels", "measured", "measures_whole")  # equal on all ranks
+
+
+NEVER = np.iinfo(np.int64).max
 
 
 class State(tf.Module):
@@ -36,7 +39,7 @@ class State(tf.Module):
         self.sent_bytes = variable(0.0, tf.float64)
         self.passes = variable(1, tf.int64)  # micro-batches of a full batch, and what its learning rate is scaled by
         self.lr_scale = variable(1.0, tf.float64)
-        self.next_change = variable(np.iinfo(np.int64).max, tf.int64)  # the step at which a policy may choose anew
+        self.next_change: tf.Variable | None = None  # the step at which a policy that looks at steps may choose anew
         self.levels = variable(
             np.zeros(0), tf.int32, [None]
         )  # of each adaptive layer: its place among the specs of its policy
@@ -89,9 +92,20 @@ class State(tf.Module):
         ):  # a checkpoint can't follow what is taken out of a dict
             setattr(self, kept, {k: v for k, v in getattr(self, kept).items() if k != key})
 
+    def schedule(self) -> None:
+        """Makes `next_change`. Without a policy that looks at steps a checkpoint has no place for it."""
+        if self.next_change is None:
+            self.next_change = variable(NEVER, tf.int64)
+
+    @property
+    def singles(self) -> dict[str, tf.Variable]:
+        """Those of no layer that are equal on all ranks, by their names."""
+        found = {name: getattr(self, name) for name in SINGLES}
+        return found if self.next_change is None else {**found, "next_change": self.next_change}
+
     def shared(self) -> list[tf.Variable]:
         """Those that are equal on all ranks, but for the journal, which no collective can carry."""
-        counts = [getattr(self, name) for name in SINGLES]
+        counts = self.singles.values()
         memory = [v for own in self.memory.values() for v in own.values()]
         return [*counts, *memory, *self.summed.values(), *self.summed_whole.values()]
 
@@ -117,7 +131,7 @@ class State(tf.Module):
         return [f"what was kept as {resume.in_words(misfits)}, for which there is no place"] if misfits else []
 
     def _named(self) -> dict[str, tf.Variable]:
-        found = {name: getattr(self, name) for name in ("owner", *SINGLES)}
+        found = {"owner": self.owner, **self.singles}
         for group in ("residual", "summed", "summed_whole", "slice_bytes"):
             found |= {f"{group}.{key}": v for key, v in getattr(self, group).items()}
         for key, own in self.memory.items():
