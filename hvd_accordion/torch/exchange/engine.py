@@ -274,8 +274,8 @@ class Engine:
         self.reset()
 
     def end_epoch(self) -> None:
-        if self.active:
-            self._decide(self.controller.end_epoch())
+        if self.active and (due := self.controller.end_epoch()):
+            self._decide(due)
 
     def _decide(self, due: Due, source: int = 0) -> None:
         """Between steps: new levels from the norms that are due, and the plan that follows from them."""

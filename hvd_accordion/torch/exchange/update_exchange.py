@@ -49,7 +49,7 @@ class UpdateExchange:
         self.groups = GroupExchange(batch.params, channel, self.driver)
         self.sparse = SparseLayers(settings, prefix, transport)
         self.traffic = Traffic()
-        self.plan = NO_PLAN
+        self.plan, self.version = NO_PLAN, -1  # the controller's, as of the plan
         self.begin()
 
     def replan(self, names: Sequence[str]) -> None:

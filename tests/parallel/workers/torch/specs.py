@@ -37,7 +37,7 @@ def test_a_gradient_is_conserved():
     for step in range(50):
         controller.adopt(assign(levels[step // 10], ["w"]))
         controller.set_layers(list(controller.layers.values()))
-        optimizer._hvd._decide()
+        optimizer._hvd.replan()
         g = torch.randn(shape, generator=torch.Generator().manual_seed(31 * step + hvd.rank()))
         given += hvd.allreduce(g.double())
         optimizer.zero_grad()
