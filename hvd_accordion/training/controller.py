@@ -7,12 +7,10 @@ Floats, names and shapes only. After an update an engine calls `after_update`, w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from hvd_accordion.compression import CompressionSpec, Dense
-from hvd_accordion.compression.base import dense_bytes
 from hvd_accordion.policy import norm_sampling
 from hvd_accordion.policy.assignment import MIN_NUMEL
 from hvd_accordion.policy.batch_size import MODEL, AccordionBatchSize
@@ -22,34 +20,13 @@ from hvd_accordion.policy.window import Window
 from hvd_accordion.training import resume
 from hvd_accordion.training.batch import Batch
 from hvd_accordion.training.counters import Counters
+from hvd_accordion.training.due import Due
 from hvd_accordion.training.levels import Chosen, Levels
-from hvd_accordion.training.reports import NO_REGIME, CompressionReport, LayerRecord, LayerReport, Logger, Stats
+from hvd_accordion.training.reports import CompressionReport, Logger, Stats
+
+__all__ = ["Controller", "Due"]
 
 NO_NORMS: Mapping[str, float] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Due:
-    """What `Controller.decide` is to be given after an update.
-
-    Args:
-        layers: names of the layers whose norms are due.
-        model: whether the norms of all layers are due, which make up that of the whole model.
-        lr: whether the learning rate is wanted, norms or not.
-        epoch_ended: whether the update was an epoch's last.
-    """
-
-    layers: tuple[str, ...] = ()
-    model: bool = False
-    lr: bool = False
-    epoch_ended: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.layers) or self.model or self.lr or self.epoch_ended
-
-    @property
-    def needs_lr(self) -> bool:
-        return bool(self.layers) or self.model or self.lr
 
 
 class Controller:
@@ -277,37 +254,17 @@ class Controller:
                 policy.observe(mine, lr)
         self._refresh()
         if self.logger is not None:
-            self.logger.log_window(self.counters.window, self._records(due, norms))
+            records = self.levels.records(norms, self.batch.passes)
+            of_model = self.batch.record(sum(self.levels.bytes_per_step().values())) if due.model else None
+            self.logger.log_window(self.counters.window, records if of_model is None else {**records, MODEL: of_model})
         self.counters.window += 1
-
-    def _records(self, due: Due, norms: Mapping[str, float]) -> dict[str, LayerRecord]:
-        specs, sent = self.levels.specs, self._sent()
-        records = {}
-        for name, norm in norms.items():
-            policy, nbytes = self.policy[name], round(sent[name] / self.batch.passes)
-            regime = str(policy.regime(name) or NO_REGIME)
-            records[name] = LayerRecord(norm, policy.change(name), regime, str(specs[name]), nbytes)
-        of_model = self.batch.record(sum(sent.values())) if due.model else None
-        return records if of_model is None else {**records, MODEL: of_model}
-
-    def _sent(self) -> dict[str, float]:
-        """Bytes of each layer in an exchange, as its spec has it."""
-        specs = self.levels.specs
-        return {n: specs[n].bytes_per_step(x.shape, x.dtype, self.world_size) for n, x in self.layers.items()}
 
     # reports and state
 
     def report(self, sent: Mapping[str, float]) -> CompressionReport:
         """`sent`: bytes of each layer in an exchange at the levels of now."""
-        sent = {name: nbytes / self.batch.passes for name, nbytes in sent.items()}
-        specs, total = self.levels.specs, sum(sent.values())
-        rows = []
-        for name, layer in self.layers.items():
-            regime = self.levels.regime(name) if layer in self.levels.adaptive else None
-            dense = dense_bytes(layer.shape, layer.dtype, self.world_size)
-            share = sent[name] / total if total else 0.0
-            spec = str(specs[name])
-            rows.append(LayerReport(name, layer.shape, spec, regime and str(regime), sent[name], dense, share))
+        passes = self.batch.passes
+        rows = self.levels.rows({name: nbytes / passes for name, nbytes in sent.items()})
         return CompressionReport(tuple(rows), self.batch.line(self.counters.epoch))
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hvd_accordion.policy import assignment
 from hvd_accordion.policy.critical_regime import Regime
 from hvd_accordion.policy.layers import Layer
 from hvd_accordion.policy.protocol import Policy
+from hvd_accordion.training.reports import NO_REGIME, LayerRecord, LayerReport
 from hvd_accordion.training.resume import Kept, State
 
 Chosen = Mapping[str, CompressionSpec]  # of an Auto's candidates: layer name -> spec
@@ -97,6 +98,33 @@ class Levels:
         """How many of a layer's `count` entries its norm is made of."""
         window = self.policy[name].window
         return 0 if window is None else window.sample_size(count)
+
+    # reports
+
+    def bytes_per_step(self) -> dict[str, float]:
+        """Bytes of each layer in an exchange, as its spec has it."""
+        specs, size = self.specs, self.world_size
+        return {name: specs[name].bytes_per_step(x.shape, x.dtype, size) for name, x in self.layers.items()}
+
+    def records(self, norms: Mapping[str, float], passes: int) -> dict[str, LayerRecord]:
+        """What the logger learns of layers whose norms were observed. `passes`: steps of an exchange."""
+        found = {}
+        for name, norm in norms.items():
+            policy, layer, spec = self.policy[name], self.layers[name], self.specs[name]
+            nbytes = round(spec.bytes_per_step(layer.shape, layer.dtype, self.world_size) / passes)
+            regime = str(policy.regime(name) or NO_REGIME)
+            found[name] = LayerRecord(norm, policy.change(name), regime, str(spec), nbytes)
+        return found
+
+    def rows(self, sent: Mapping[str, float]) -> list[LayerReport]:
+        """A report's. `sent`: bytes of each layer a step."""
+        total, rows = sum(sent.values()), []
+        for name, layer in self.layers.items():
+            regime = self.regime(name) if layer in self.adaptive else None
+            dense = dense_bytes(layer.shape, layer.dtype, self.world_size)
+            share, spec = sent[name] / total if total else 0.0, str(self.specs[name])
+            rows.append(LayerReport(name, layer.shape, spec, regime and str(regime), sent[name], dense, share))
+        return rows
 
     # an Auto's choice
 
