@@ -70,10 +70,6 @@ class ControllerBridge:
         mine = [name for name in self.adaptive if self.controller.policy[name] is policy]
         return {name: self.state.summed[self.numbers[name]] for name in mine if self.numbers[name] in self.state.summed}
 
-    def position(self, name: str) -> int:
-        """Of an adaptive layer in `levels`."""
-        return self.adaptive.index(name)
-
     # in the graph
 
     def tick(self, sent: tf.Tensor, learning_rate: Any, steps: Any) -> None:
