@@ -6,6 +6,7 @@ from hvd_accordion.compression.feedback import exchange
 from hvd_accordion.compression.half import BF16, FP16
 from hvd_accordion.compression.low_rank import PowerSGD
 from hvd_accordion.compression.quantised import QSGD
+from hvd_accordion.compression.sharing import Sharing
 from hvd_accordion.compression.sparse import RandomK, TopK
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Dense",
     "PowerSGD",
     "RandomK",
+    "Sharing",
     "TopK",
     "exchange",
 ]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hvd_accordion.comm.collectives import AllReduce, Request, Rounds, Tensor, sent
+from hvd_accordion.compression.sharing import Sharing
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.utils import seeds, validation
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 
 Message = tuple[type[Request], float]  # a collective and the bytes of one rank's payload
-Memory = dict[str, Tensor]  # a spec's tensors for one layer, carried to the next step; equal on all ranks
+Memory = dict[str, Tensor]  # a spec's tensors for one layer, carried to the next step; see `memory_sharing`
 
 
 def dtype_name(dtype: Any) -> str:
@@ -78,7 +80,8 @@ class CompressionSpec(ABC):
     error_feedback: bool = True
 
     lossy: ClassVar[bool] = True
-    memory_keys: ClassVar[tuple[str, ...]] = ()  # names of the tensors in a layer's Memory
+    # the tensors in a layer's Memory by name, and whose each of them is
+    memory_sharing: ClassVar[Mapping[str, Sharing]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         self._set_fields(error_feedback=validation.boolean("error_feedback", self.error_feedback))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hvd_accordion.comm.collectives import AllReduce, Rounds, Tensor
@@ -18,6 +19,7 @@ from hvd_accordion.compression.base import (
     fused_mean,
     size,
 )
+from hvd_accordion.compression.sharing import Sharing
 from hvd_accordion.ops.protocol import Ops
 from hvd_accordion.utils import seeds, validation
 
@@ -60,7 +62,7 @@ class PowerSGD(CompressionSpec):
     iterations: int = 1
     warm_start: bool = True
 
-    memory_keys: ClassVar[tuple[str, ...]] = ("q",)
+    memory_sharing: ClassVar[Mapping[str, Sharing]] = MappingProxyType({"q": Sharing.SHARED})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from hvd_accordion.compression import CompressionSpec, Dense
+from hvd_accordion.compression.sharing import Sharing
 from hvd_accordion.policy.layers import Layer
 from hvd_accordion.policy.protocol import Policy, is_policy, policy_of
 
@@ -58,9 +59,14 @@ def all_specs(layer: str, policy: Policy) -> list[CompressionSpec]:
     return list(dict.fromkeys([*policy.specs(layer), *policy.candidates]))
 
 
-def memory_keys(layer: str, policy: Policy) -> set[str]:
-    """What any spec of this policy may keep of the layer."""
-    return {key for spec in all_specs(layer, policy) for key in spec.memory_keys}
+def memory_sharing(layer: str, policy: Policy) -> dict[str, Sharing]:
+    """What any spec of this policy may keep of the layer, and whose that is. ValueError where its specs disagree."""
+    found: dict[str, Sharing] = {}
+    for spec in all_specs(layer, policy):
+        for key, sharing in spec.memory_sharing.items():
+            if found.setdefault(key, sharing) is not sharing:
+                raise ValueError(f"{policy!r}: its specs declare {key!r} as {found[key].value} and as {sharing.value}")
+    return found
 
 
 def level(

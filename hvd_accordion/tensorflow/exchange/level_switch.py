@@ -78,8 +78,7 @@ class LevelSwitch:
         held = keys if group.has_residual else {}
         residual = {name: state.residual[key].read_value() for name, key in held.items()}
         memory = {
-            name: {part: self.rows.read(v) for part, v in state.memory.get(key, {}).items()}
-            for name, key in keys.items()
+            name: {part: self.rows.read(v) for part, v in state.memory_of(key).items()} for name, key in keys.items()
         }
         return Channel(ops, self.plan.settings.seed, rank, size, residual, memory)
 
@@ -109,7 +108,7 @@ class LevelSwitch:
             for i, layer in enumerate(group.layers):
                 key = numbers[layer.name]
                 kept += [(state.residual[key], done.residual[i])] if done.residual else []
-                kept += [(state.memory[key][name], value) for name, value in done.memory[i].items()]
+                kept += [(state.memory_of(key)[name], value) for name, value in done.memory[i].items()]
 
         def keep() -> tf.Tensor:
             for into, value in kept:

@@ -58,7 +58,7 @@ class Rows:
             for summed in (state.summed.get(key), state.summed_whole.get(key)):
                 if summed is not None and self._other(summed):
                     summed.assign(tf.zeros(self.of(summed), summed.dtype))
-            memory = {part: v for part, v in state.memory.get(key, {}).items() if self._other(v)}
+            memory = {part: v for part, v in state.memory_of(key).items() if self._other(v)}
             if memory:
                 anew = fresh(name)
                 for part, v in memory.items():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from hvd_accordion.compression.sharing import Sharing
 from hvd_accordion.training import resume
 
 Arrays = dict[str, np.ndarray]
@@ -16,17 +17,25 @@ T = TypeVar("T")
 
 COUNTS = ("step", "step_of_epoch", "updates", "sent_bytes")
 SINGLES = (*COUNTS, "passes", "lr_scale", "levels", "measured", "measures_whole")  # equal on all ranks
-
-
 NEVER = np.iinfo(np.int64).max
+
+
+class Declared:
+    """What specs declare of the memory that is a rank's own. A plain object: a checkpoint has no part in it."""
+
+    def __init__(self) -> None:
+        self.sharing: dict[tuple[str, str], Sharing] = {}  # by layer and part
+        self.start: Callable[[str], Mapping[str, tf.Tensor]] = lambda key: {}  # a layer's memory at the start
+
+    def is_part(self, key: str, part: str) -> bool:
+        return self.sharing[key, part] is Sharing.PART
 
 
 class State(tf.Module):
     """Variables by the number of their layer, in the order in which they were added.
 
-    All but `residual` (and its `owner`) are equal on all ranks. A restored residual is a rank's own: taken from another
-    rank it is dropped at the next step, after a change of the number of ranks it is scaled by new/old, so that it
-    counts for as much in the mean.
+    All but `residual` and `own` (and their `owner`) are equal on all ranks; see `Sharing` for what follows from that. What
+    was restored from another rank, or of another number of ranks, is put right at the next step.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -40,56 +49,60 @@ class State(tf.Module):
         self.passes = variable(1, tf.int64)  # micro-batches of a full batch, and what its learning rate is scaled by
         self.lr_scale = variable(1.0, tf.float64)
         self.next_change: tf.Variable | None = None  # the step at which a policy that looks at steps may choose anew
-        self.levels = variable(
-            np.zeros(0), tf.int32, [None]
-        )  # of each adaptive layer: its place among the specs of its policy
-        self.measured = variable(
-            np.zeros(0), tf.bool, [None]
-        )  # whether the gradients of each policy that observes norms are summed now
+        self.levels = variable(np.zeros(0), tf.int32, [None])  # of each adaptive layer: place among its policy's specs
+        self.measured = variable(np.zeros(0), tf.bool, [None])  # whether each policy's gradients are summed now
         self.measures_whole = variable(False, tf.bool)  # whether those of all layers are
         self.journal = variable("", tf.string)  # what the controller knows, as JSON
         self.residual: dict[str, tf.Variable] = {}
-        self.memory: dict[str, dict[str, tf.Variable]] = {}
+        self.memory: dict[str, dict[str, tf.Variable]] = {}  # what specs keep that is equal on all ranks
+        self.own: dict[str, dict[str, tf.Variable]] = {}  # what specs keep that is each rank's own
+        self.declared = Declared()
         self.summed: dict[str, tf.Variable] = {}  # watched entries of the averaged gradients since the window's start
         self.summed_whole: dict[str, tf.Variable] = {}  # the same of all layers, for the norm of the whole model
         self.slice_bytes: dict[str, tf.Variable] = {}  # of each layer with IndexedSlices, at its last exchange
 
+    def memory_of(self, key: str) -> dict[str, tf.Variable]:
+        """All that specs keep of a layer."""
+        return {**self.memory.get(key, {}), **self.own.get(key, {})}
+
     def claim(self) -> None:
-        """Makes a restored residual this rank's own, or drops it."""
+        """Makes what was restored this rank's own, or lets it start anew."""
         rank, size = self.me
         owner = self.owner.read_value()
 
         def take() -> tf.Tensor:
-            mine = tf.cast(tf.equal(owner[0], rank), tf.float64)
-            factor = tf.math.divide_no_nan(mine * size, tf.cast(owner[1], tf.float64))
+            mine, factor = tf.equal(owner[0], rank), size / tf.cast(owner[1], tf.float64)
             for residual in self.residual.values():
-                residual.assign(residual * tf.cast(factor, residual.dtype))
+                kept = residual * tf.cast(factor, residual.dtype)
+                residual.assign(tf.where(mine, kept, tf.zeros_like(residual)))
+            for key, parts in self.own.items():
+                start = self.declared.start(key)
+                for part, v in parts.items():
+                    its = tf.cast(factor, v.dtype) if self.declared.is_part(key, part) else 1.0
+                    v.assign(tf.where(mine, v * its, tf.cast(start[part], v.dtype)))
             self.owner.assign(self.me)
             return tf.constant(True)
 
         tf.cond(tf.reduce_all(tf.equal(owner, self.me)), lambda: tf.constant(False), take)
 
     def move(self, rank: int, size: int) -> None:
-        """This rank at another place among others: its residuals are scaled to count for as much in the mean as before."""
+        """This rank at another place among others: what is its own is scaled as `Sharing` says."""
         self.claim()
         self.me = (rank, size)
         self.scale()
 
     def scale(self) -> None:
-        """Residuals that this process kept at another place, as `move`."""
+        """What this process kept at another place, as `move`."""
         factor = self.me[1] / int(self.owner[1])
-        for residual in self.residual.values():
-            residual.assign(residual * tf.cast(factor, residual.dtype))
+        parts = [v for key, own in self.own.items() for part, v in own.items() if self.declared.is_part(key, part)]
+        for v in (*self.residual.values(), *parts):
+            v.assign(v * tf.cast(factor, v.dtype))
         self.owner.assign(self.me)
 
     def forget(self, key: str, *kinds: str) -> None:
         """Lets go of what a layer kept, of `kinds` or of all."""
-        for kept in kinds or (
-            "residual",
-            "memory",
-            "summed",
-            "summed_whole",
-        ):  # a checkpoint can't follow what is taken out of a dict
+        # a checkpoint can't follow what is taken out of a dict
+        for kept in kinds or ("residual", "memory", "own", "summed", "summed_whole"):
             setattr(self, kept, {k: v for k, v in getattr(self, kept).items() if k != key})
 
     def schedule(self) -> None:
@@ -124,7 +137,7 @@ class State(tf.Module):
             saved, v = np.asarray(array), named.get(name)
             if v is not None and v.shape.is_compatible_with(saved.shape):
                 v.assign(saved)
-            elif v is not None or (name.startswith(("residual.", "memory.")) and saved.any()):
+            elif v is not None or (name.startswith(("residual.", "memory.", "own.")) and saved.any()):
                 misfits.append(name)
         if "journal" in arrays:
             self.journal.assign(np.asarray(arrays["journal"]).tobytes())
@@ -134,8 +147,8 @@ class State(tf.Module):
         found = {"owner": self.owner, **self.singles}
         for group in ("residual", "summed", "summed_whole", "slice_bytes"):
             found |= {f"{group}.{key}": v for key, v in getattr(self, group).items()}
-        for key, own in self.memory.items():
-            found |= {f"memory.{key}.{part}": v for part, v in own.items()}
+        for group in ("memory", "own"):
+            found |= {f"{group}.{k}.{part}": v for k, own in getattr(self, group).items() for part, v in own.items()}
         return found
 
 
@@ -158,6 +171,10 @@ def rollback(state: State, more: Sequence[tf.Variable]) -> Callable[[], None]:
         for v in state.residual.values():
             if id(v) not in values:  # made since then
                 v.assign(tf.zeros_like(v))
+        for key, parts in state.own.items():
+            for part, v in parts.items():
+                if id(v) not in values:
+                    v.assign(tf.cast(state.declared.start(key)[part], v.dtype))
         for v, value in values.values():
             v.assign(value)
         state.scale()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from hvd_accordion.comm.naming import Prefix
+from hvd_accordion.compression.sharing import RESIDUAL, Sharing, scale
 from hvd_accordion.ops import torch as ops
+from hvd_accordion.policy.assignment import memory_sharing
 from hvd_accordion.policy.auto import Advice
 from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.torch import transport
@@ -85,8 +87,12 @@ class Engine:
         self.drop()
         old = self.size
         self.join()
-        if self.residual:
-            torch._foreach_mul_(list(self.residual.values()), self.size / old)
+        scales = {sharing: scale(sharing, (self.rank, old), (self.rank, self.size)) for sharing in Sharing}
+        for residual in self.residual.values():
+            residual.mul_(scales[RESIDUAL])
+        for name, memory in self.channel.memory.items():
+            sharing = memory_sharing(name, self.controller.policy[name])
+            self.channel.memory[name] = {key: x * scales[sharing.get(key, Sharing.SHARED)] for key, x in memory.items()}
         self.membership.move(self.controller, self.size)
         self.auto.probe = None
         self.replan()

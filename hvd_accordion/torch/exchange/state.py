@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hvd_accordion.compression.sharing import RESIDUAL, Sharing, scale
 from hvd_accordion.policy import assignment
 from hvd_accordion.torch import horovod_takeover
 from hvd_accordion.torch.exchange.agreement import any_rank, broadcast_object
@@ -19,7 +20,7 @@ from hvd_accordion.torch.reports import STATE
 from hvd_accordion.training import resume
 from hvd_accordion.training.controller import Controller
 
-OWN = ("rank", "size", "residual")  # of what is saved, this rank's own
+OWN = ("rank", "size", "residual")  # of what is saved, this rank's own; of memory what its spec declares so
 
 NO_MICRO_BATCHES: dict[str, Any] = {"count": 0, "sums": {}}
 
@@ -55,8 +56,8 @@ def take_up(engine: Engine, state: Mapping[str, Any] | None) -> None:
 def load(engine: Engine, state: Mapping[str, Any]) -> None:
     """Takes up what fits of saved state, starts the rest anew, and warns of it once.
 
-    A residual is its rank's own: saved by another rank, it begins at zero, for ranks plan by which layers have one. After a
-    change of the number of ranks it is scaled by new/old, so that it counts for as much in the mean. Sums of other
+    What follows from a change of the rank, or of the number of ranks, see `Sharing`. A residual of another rank begins at
+    zero, for ranks plan by which layers have one. Sums of other
     entries than an Accordion's `norm` needs now are not taken. Micro-batches under way are taken from whichever rank
     saved them: all must have as many.
     """
@@ -69,6 +70,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     def fitting(part: Mapping[str, Any]) -> dict[str, Any]:
         return {name: kept for name, kept in part.items() if name not in unknown}
 
+    saved_at, now_at = (state["rank"], state["size"]), (engine.rank, engine.size)
     memory, forgotten = _memory(controller, fitting(state["memory"]))
     left = controller.load_state_dict(state["controller"])  # raises before anything is taken up
     if unknown:
@@ -82,7 +84,8 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     def own(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.detach().to(params[name].device, copy=True)
 
-    engine.channel.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in memory.items()}
+    claimed = {n: _claimed(controller, n, kept, saved_at, now_at) for n, kept in memory.items()}
+    engine.channel.memory = {n: {key: own(n, x) for key, x in kept.items()} for n, kept in claimed.items()}
     counts = {name: p.numel() for name, p in params.items()}
     engine.norms.layers.load(fitting(state["summed"]), counts, own)
     engine.norms.model.load(fitting(whole), counts, own)
@@ -90,10 +93,7 @@ def load(engine: Engine, state: Mapping[str, Any]) -> None:
     engine.reset()
     engine.channel.residual = {name: own(name, x) for name, x in fitting(state["residual"]).items()}
     for residual in engine.residual.values():
-        if state["rank"] == engine.rank:
-            residual.mul_(engine.size / state["size"])
-        else:
-            residual.zero_()
+        residual.mul_(scale(RESIDUAL, saved_at, now_at) or 0.0)
     engine.replan()
     resume.warn_of(left, stacklevel=5)
 
@@ -108,10 +108,31 @@ def _memory(
 ) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """What the specs that a layer may get can use of its saved memory, and the names of layers that lose some."""
     kept = {
-        name: {key: x for key, x in memory.items() if key in assignment.memory_keys(name, controller.policy[name])}
+        name: {key: x for key, x in memory.items() if key in assignment.memory_sharing(name, controller.policy[name])}
         for name, memory in saved.items()
     }
     return kept, [name for name, memory in saved.items() if len(kept[name]) < len(memory)]
+
+
+def _claimed(
+    controller: Controller, name: str, memory: Mapping[str, torch.Tensor], saved: tuple[int, int], now: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """What a layer's memory is at this place, if it was saved at another; without what starts anew."""
+    sharing = assignment.memory_sharing(name, controller.policy[name])
+    scales = {key: scale(sharing[key], saved, now) for key in memory}
+    return {key: x * factor if factor != 1.0 else x for key, x in memory.items() if (factor := scales[key]) is not None}
+
+
+def _memory_of(engine: Engine, shared: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Of all memory what is equal on all ranks, or what is this rank's own."""
+    policy = engine.controller.policy
+    sharing = {name: assignment.memory_sharing(name, policy[name]) for name in engine.channel.memory}
+    return {
+        name: {
+            key: x for key, x in memory.items() if (sharing[name].get(key, Sharing.SHARED) is Sharing.SHARED) == shared
+        }
+        for name, memory in engine.channel.memory.items()
+    }
 
 
 def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -122,13 +143,16 @@ def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def shared(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Of `everything`, what all ranks should have in common."""
-    found = everything(optimizer)
-    return {**found, STATE: _common(found[STATE])} if STATE in found else found
+    found, engine = everything(optimizer), getattr(optimizer, "_hvd", None)
+    return {**found, STATE: _common(engine, found[STATE])} if STATE in found else found
 
 
-def _common(state: Mapping[str, Any]) -> dict[str, Any]:
+def _common(engine: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """Of residuals only which layers have one: ranks plan by that."""
-    return {**{key: part for key, part in state.items() if key not in OWN}, "held": list(state.get("residual", ()))}
+    common = {key: part for key, part in state.items() if key not in OWN}
+    if not _plain(engine):
+        common["memory"] = _memory_of(engine, shared=True)
+    return {**common, "held": list(state.get("residual", ()))}
 
 
 def take(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -155,7 +179,9 @@ def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
         name: mine[name] if name in mine else torch.zeros(p.shape, dtype=wide(p), device=p.device)
         for name, p in held.items()
     }
-    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": residual}
+    mine_of = _memory_of(engine, shared=False)
+    memory = {n: {**shared["memory"].get(n, {}), **mine_of.get(n, {})} for n in {**shared["memory"], **mine_of}}
+    own: dict[str, Any] = {"rank": engine.rank, "size": engine.size, "residual": residual, "memory": memory}
     if engine.batch.count == shared["accumulated"]["count"]:  # its own micro-batches are as good, and resume exactly
         own["accumulated"] = engine.batch.state_dict()
     return own
@@ -175,7 +201,7 @@ def broadcast_optimizer_state(
     if not isinstance(engine, Engine) or not engine.active or engine.size == 1:
         return
     root, transport = list(engine.transport.ranks).index(root_rank), engine.transport
-    theirs = broadcast_object(_common(saved(engine)), root, f"{engine.prefix}.state", transport)
+    theirs = broadcast_object(_common(engine, saved(engine)), root, f"{engine.prefix}.state", transport)
     # a rank without gradients has not started the exchange that others are in, and must follow when they do
     if any_rank(engine.in_flight, f"{engine.prefix}.in_flight", transport):
         theirs["accumulated"] = NO_MICRO_BATCHES

@@ -9,6 +9,7 @@ import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import QSGD, Accordion, PowerSGD, TopK, Warmup
 from tests.parallel import user_policy
+from tests.parallel.local_memory import Counted
 from tests.parallel.workers.tensorflow.keras_common import (
     BATCH,
     assert_ranks_equal,
@@ -473,3 +474,38 @@ def test_other_policies_in_a_graph_that_is_traced_once(policy, expected):
     assert specs == [str(spec) for spec in expected] and len(traces) == 1
     assert exchange.state.levels.numpy().tolist() == [list(policy.specs("w")).index(expected[-1])]
     assert_ranks_equal(w.numpy().ravel())
+
+
+def test_memory_that_is_a_ranks_own():
+    exchange, w = hvd.GradientExchange(Counted(0.2)), tf.Variable(tf.zeros((60, 50)))
+    noise = tf.random.stateless_normal((8, 60, 50), [hvd.rank(), 2])
+
+    @tf.function
+    def step(gradient):
+        w.assign_sub(exchange([gradient], [w])[0])
+
+    def memory():
+        (parts,) = exchange.state.own.values()
+        return {part: v.numpy() for part, v in parts.items()}
+
+    for i in range(3):
+        step(noise[i])
+    before, (residual,) = memory(), (v.numpy() for v in exchange.state.residual.values())
+    assert not exchange.state.memory and len(np.unique(everyone(before["total"]), axis=0)) == hvd.size()
+    exchange.broadcast(0)
+    np.testing.assert_equal(memory(), before)
+
+    state, rank, n = exchange.state, hvd.rank(), hvd.size()
+    saved = state.arrays()
+    assert state.load(saved) == [] and {"own.0.total", "own.0.part"} <= set(saved)
+    np.testing.assert_equal(memory(), before)
+    for owner, factors in (((rank, 2 * n), {"total": 1.0, "part": 0.5}), ((rank + 1, n), {"total": 0.0, "part": 0.0})):
+        state.load({**saved, "owner": np.array(owner, np.int32)})
+        step(noise[3])  # sums what went into the exchange: gradient and residual
+        sent = noise[3].numpy() + residual * factors["part"]
+        for part, factor in factors.items():
+            np.testing.assert_allclose(memory()[part], before[part] * factor + sent, atol=1e-5)
+    state.load(saved)
+    state.move(rank, 3 * n)  # as if so many were here now
+    for part, factor in {"total": 1.0, "part": 3.0}.items():
+        np.testing.assert_allclose(memory()[part], before[part] * factor, rtol=1e-6)

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import horovod.torch as horovod
 import pytest
@@ -11,6 +12,7 @@ import torch
 import hvd_accordion.torch as hvd
 from hvd_accordion import BF16, Accordion, Dense, PowerSGD, TopK, Warmup
 from tests.parallel import user_policy
+from tests.parallel.local_memory import Counted
 from tests.parallel.workers.torch.common import assert_ranks_equal, batch, flat, loss_of, model, sgd, train
 
 LOSSY = PowerSGD(2)
@@ -600,4 +602,39 @@ def test_warm_up():
         ranks.append(next(row.spec for row in optimizer.compression_report() if row.name == "7.weight"))
         train(net, optimizer, range(step, step + 1))
     assert ranks == [str(PowerSGD(r)) for r in (4, 4, 2, 2, 1, 1)]
+    assert_ranks_equal(flat(net))
+
+
+def test_memory_that_is_a_ranks_own():
+    net = model()
+    optimizer = wrap(net, compression=Counted(0.2))
+    train(net, optimizer, range(3))
+    engine = optimizer._hvd
+
+    def memory():
+        return {(name, key): x.clone() for name, kept in engine.channel.memory.items() for key, x in kept.items()}
+
+    before = memory()
+    everyone = hvd.allgather(before["7.weight", "total"].reshape(1, -1), name="everyone")
+    assert len(everyone.unique(dim=0)) == hvd.size()
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    assert all(torch.equal(x, before[key]) for key, x in memory().items()) and len(memory()) == len(before)
+
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(x, before[key]) for key, x in memory().items())
+    mine = optimizer.state_dict()
+    ours = mine["hvd_accordion"]
+    optimizer.load_state_dict({**mine, "hvd_accordion": {**ours, "size": 2 * hvd.size()}})  # there were twice the ranks
+    assert all(torch.equal(x, before[key] / (2 if key[1] == "part" else 1)) for key, x in memory().items())
+    optimizer.load_state_dict({**mine, "hvd_accordion": {**ours, "rank": hvd.rank() + 1}})
+    assert memory() == {}  # another rank's
+
+    optimizer.load_state_dict(mine)
+    engine.transport = SimpleNamespace(rank=hvd.rank(), size=3 * hvd.size())  # as if so many had been
+    engine.move()
+    engine.agree()
+    moved = memory()
+    for (name, key), x in before.items():
+        assert torch.allclose(moved[name, key], x / (3 if key == "part" else 1)), key
+    train(net, optimizer, range(3, 5))
     assert_ranks_equal(flat(net))
