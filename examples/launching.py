@@ -53,12 +53,13 @@ def run(
         timer = threading.Timer(timeout or threading.TIMEOUT_MAX, stop, [process])
         timer.daemon = True
         timer.start()
-        try:
-            show(process.stderr, file)
-            code = process.wait()
-        finally:
-            timer.cancel()
-            stop(process)
+        with process:
+            try:
+                show(process.stderr, file)
+                code = process.wait()
+            finally:
+                timer.cancel()
+                stop(process)
     if not code:
         return None
     late = timeout is not None and time.monotonic() - begin >= timeout

@@ -16,3 +16,12 @@ def imported_for_good():
     """Keeps the collector, which Keras calls for every new session, from walking through all that imports made."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def mlflow_environment():
+    """mlflow.set_experiment() leaves an id in the environment, which means another experiment on the next test's server."""
+    before = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    yield
+    if before is None:
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)

@@ -10,6 +10,7 @@ from hvd_accordion.torch import elastic as elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer as DistributedOptimizer
 from hvd_accordion.torch.exchange.state import broadcast_optimizer_state as broadcast_optimizer_state
 from hvd_accordion.torch.exchange.uneven import join as join
+from hvd_accordion.torch.gradient_exchange import GradientExchange as GradientExchange
 from hvd_accordion.torch.optim.error_compensated import ECLK as ECLK
 from hvd_accordion.torch.optim.error_compensated import ECLSVRG as ECLSVRG
 from hvd_accordion.torch.optim.error_compensated import ECSGD as ECSGD
