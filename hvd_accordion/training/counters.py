@@ -27,8 +27,8 @@ class _Silence:
     def warn(self) -> None:
         if self.steps and not self.broken:
             log.warning(
-                "An Accordion counts epochs, but in %d steps neither steps_per_epoch nor end_epoch() told of one: it never "
-                "left its first regime, or learning rate",
+                "An Accordion counts epochs, but no epoch ended in %d steps: pass steps_per_epoch or call end_epoch(). "
+                "It never left its initial regime or learning rate",
                 self.steps,
             )
 
