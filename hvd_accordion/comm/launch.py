@@ -79,11 +79,11 @@ def prepare(horovod: ModuleType, comm: Any, environ: MutableMapping[str, str]) -
 
 def joins(me: Launched, environ: Mapping[str, str], mpi_built: bool) -> bool:
     """True if the ranks must meet here: Horovod does not know their launcher, and the user has chosen no controller."""
-    told = any(name in environ for name in ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_RANK", "HOROVOD_SIZE"))
+    by_user = any(name in environ for name in ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_RANK", "HOROVOD_SIZE"))
     chosen = {environ.get(name, "").lower() for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")}
     # srun --mpi=pmix: Open MPI finds the others by itself
     pmix = me.launcher == "srun" and "PMIX_RANK" in environ and mpi_built and "gloo" not in chosen
-    return me.size > 1 and bool(me.address) and not (told or pmix or "mpi" in chosen)
+    return me.size > 1 and bool(me.address) and not (by_user or pmix or "mpi" in chosen)
 
 
 def yields(environ: Mapping[str, str], cores: int) -> bool:

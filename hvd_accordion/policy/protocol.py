@@ -21,13 +21,13 @@ class Policy(ABC):
     settings and no state, as that of a dataclass does.
     """
 
-    # what it must be told
+    # what it needs to know
 
     window: Window | None = None
     """When it observes norms; None: never."""
 
     needs_epochs: bool = False
-    """Whether `choose` looks at the epoch, so that somebody must say when one ends."""
+    """Whether `choose` looks at the epoch, so that ends of epochs must be signalled."""
 
     candidates: tuple[CompressionSpec, ...] = ()
     """Specs whose time is to be measured once, before one of them, or Dense(), is chosen for each layer: see `resolve`."""

@@ -263,7 +263,7 @@ class GradientExchange(tf.Module):
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
         if self._engine is None:
             return CompressionReport()
-        self._engine.bridge.look()
+        self._engine.bridge.sync()
         report, plan = self._engine.controller.report(self._engine.traffic.bytes_per_step()), self._engine.plan
         rows = (replace(row, spec=GATHERED, regime=None) if plan.is_sparse(row.name) else row for row in report)
         return replace(report, layers=tuple(rows))
@@ -280,13 +280,13 @@ class GradientExchange(tf.Module):
         """Running totals of steps and bytes; seconds are 0: a graph does not measure its exchanges."""
         if self._engine is None:
             return Stats()
-        self._engine.bridge.look()
+        self._engine.bridge.sync()
         return self._engine.controller.stats
 
     def restored(self, left: Sequence[str]) -> None:
         """Its variables were restored. Warns of what was not taken up: `left`, in words, and what no longer fits."""
         if self._engine is not None:
-            self._engine.bridge.look(left)
+            self._engine.bridge.sync(left)
 
     def broadcast(self, root_rank: int, count: tf.Variable | None = None, sums: Sequence[tf.Variable] = ()) -> None:
         """Gives every rank what `root_rank` has restored: levels, factors, norms and counts, but no residual.

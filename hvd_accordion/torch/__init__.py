@@ -13,7 +13,6 @@ __all__ = _mirror(_horovod, globals())
 
 from hvd_accordion.torch import elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer
-from hvd_accordion.torch.exchange.state import broadcast_optimizer_state
 from hvd_accordion.torch.exchange.uneven import join
 from hvd_accordion.torch.gradient_exchange import GradientExchange
 from hvd_accordion.torch.optim.error_compensated import (
@@ -25,6 +24,7 @@ from hvd_accordion.torch.optim.error_compensated import (
     LKatyusha,
     estimate_smoothness,
 )
+from hvd_accordion.torch.optimizer_state import broadcast_optimizer_state
 
 __all__ += [
     "ECLK",

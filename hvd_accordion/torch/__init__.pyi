@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hvd_accordion.torch import elastic as elastic
 from hvd_accordion.torch.distributed_optimizer import DistributedOptimizer as DistributedOptimizer
-from hvd_accordion.torch.exchange.state import broadcast_optimizer_state as broadcast_optimizer_state
 from hvd_accordion.torch.exchange.uneven import join as join
 from hvd_accordion.torch.gradient_exchange import GradientExchange as GradientExchange
 from hvd_accordion.torch.optim.error_compensated import ECLK as ECLK
@@ -18,6 +17,7 @@ from hvd_accordion.torch.optim.error_compensated import EF21 as EF21
 from hvd_accordion.torch.optim.error_compensated import LSVRG as LSVRG
 from hvd_accordion.torch.optim.error_compensated import LKatyusha as LKatyusha
 from hvd_accordion.torch.optim.error_compensated import estimate_smoothness as estimate_smoothness
+from hvd_accordion.torch.optimizer_state import broadcast_optimizer_state as broadcast_optimizer_state
 from hvd_accordion.utils.horovod_basics import *  # noqa: F403
 from hvd_accordion.utils.horovod_basics import ProcessSet as ProcessSet
 

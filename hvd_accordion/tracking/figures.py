@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from hvd_accordion.policy.critical_regime import relaxation
 
-# Okabe-Ito colours: told apart with any kind of colour blindness. In grey print critical is the darker one.
+# Okabe-Ito colours: distinct with any kind of colour blindness. In grey print critical is the darker one.
 CRITICAL, RELAXED = "#D55E00", "#9CCDEB"
 SENT, DENSE = "#0072B2", "#8C8C8C"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")

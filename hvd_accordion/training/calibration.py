@@ -37,7 +37,7 @@ def measure(
         ready: layer name -> seconds into backward when its gradient is ready, of the same layers on all ranks.
         waited: seconds from the end of backward to that of the exchange, where all travelled dense. None: not seen.
         allreduce: carries out one of so many bytes and gives its seconds.
-        exchange: rehearses one of this layer under this spec and gives its seconds.
+        exchange: runs one of this layer under this spec, without sending, and returns its seconds.
         shared: rank 0's numbers from each rank's.
     """
     link = measured_link(allreduce, sum(x.nbytes for x in layers), world_size, shared)

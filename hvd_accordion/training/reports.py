@@ -37,7 +37,7 @@ class Stats:
     what large batches save, too.
 
     Bytes are those that one rank sends for the payloads really handed to the collectives, each in its
-    bandwidth-optimal form (`collectives.sent`), `dense_bytes` those of the same gradients uncompressed.
+    bandwidth-optimal form (`comm.collectives.sent`), `dense_bytes` those of the same gradients uncompressed.
     """
 
     steps: int = 0

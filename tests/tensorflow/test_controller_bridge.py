@@ -14,13 +14,13 @@ from hvd_accordion.tensorflow.exchange.controller_bridge import ControllerBridge
 @pytest.fixture
 def woken(monkeypatch):
     """Steps after which the graph called Python."""
-    steps, really = [], ControllerBridge._woken
+    steps, really = [], ControllerBridge._decided
 
     def spy(self, step, *told):
         steps.append(int(step))
         return really(self, step, *told)
 
-    monkeypatch.setattr(ControllerBridge, "_woken", spy)
+    monkeypatch.setattr(ControllerBridge, "_decided", spy)
     return steps
 
 

@@ -30,17 +30,6 @@ DEAD = "http://127.0.0.1:9"  # a port that nobody listens on
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    """A database that is set up already: that takes seconds, once for this file."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow puts artifacts where it sets up the database
-        mlflow.MlflowClient(tracking_uri=uri).search_experiments()
-    return uri
-
-
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
     """Nothing is written into the repository; MLflow's settings last for one test."""
@@ -52,11 +41,6 @@ def clean(tmp_path, monkeypatch):
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
     monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
-
-
-@pytest.fixture
-def client(uri):
-    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 @pytest.fixture

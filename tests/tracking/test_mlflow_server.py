@@ -171,7 +171,7 @@ def test_a_server_that_refuses_costs_one_warning(server, password, monkeypatch, 
 
 
 def test_a_killed_training_is_marked_on_the_server(server):
-    """Its caretaker logs in as the training did."""
+    """Its watchdog logs in as the training did."""
     code = f"""
 import os, signal, time
 from hvd_accordion import MLflowLogger

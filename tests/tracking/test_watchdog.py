@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-import mlflow
 
 from hvd_accordion.tracking.watchdog import RunWatchdog
 
@@ -26,7 +25,7 @@ import os, sys, time
 from hvd_accordion import MLflowLogger
 logger = MLflowLogger(sys.argv[1])
 logger.start({"lr": 0.1})
-while not logger.delivered:  # by then the run has its caretaker
+while not logger.delivered:  # by then the run has its watchdog
     time.sleep(0.05)
 if sys.argv[2] == "forks" and not os.fork():
     os.setsid()
@@ -35,21 +34,6 @@ if sys.argv[2] == "forks" and not os.fork():
 print(logger.run_id, flush=True)
 time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow puts artifacts where it sets up the database
-        mlflow.MlflowClient(tracking_uri=uri).search_experiments()
-    return uri
-
-
-@pytest.fixture
-def client(uri):
-    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 @pytest.fixture
@@ -102,9 +86,9 @@ def test_a_killed_training_leaves_a_failed_run(uri, client, mark):
 def test_so_does_one_whose_processes_are_all_terminated(uri, client, mark):
     training = subprocess.Popen([sys.executable, "-c", TRAINING, uri, ""], stdout=subprocess.PIPE, text=True)
     run_id = training.stdout.readline().strip()
-    (caretaker,) = (process for process in marked(mark) if process.pid != training.pid)
-    wait_until_ignoring(caretaker)
-    caretaker.terminate()
+    (watchdog,) = (process for process in marked(mark) if process.pid != training.pid)
+    wait_until_ignoring(watchdog)
+    watchdog.terminate()
     training.terminate()
     assert training.wait(10) == -signal.SIGTERM
     training.stdout.close()
@@ -126,10 +110,10 @@ def wait_until_ignoring(process, timeout=10.0):
 
 def test_dismissed_it_leaves_the_run_alone(uri, client, mark):
     run_id = client.create_run("0").info.run_id
-    caretaker = RunWatchdog(uri, run_id)
+    watchdog = RunWatchdog(uri, run_id)
     assert len(marked(mark)) == 1
-    caretaker.dismiss()
-    caretaker.dismiss()
+    watchdog.dismiss()
+    watchdog.dismiss()
     assert not marked(mark)
     assert client.get_run(run_id).info.status == "RUNNING"
 
@@ -152,9 +136,9 @@ os._exit(3)
 
 
 def test_the_password_in_an_address_is_not_among_the_arguments(mark):
-    caretaker = RunWatchdog("http://user:secret@127.0.0.1:9", "a run")
+    watchdog = RunWatchdog("http://user:secret@127.0.0.1:9", "a run")
     try:
         (process,) = marked(mark)
         assert not any("secret" in argument for argument in process.cmdline())
     finally:
-        caretaker.dismiss()
+        watchdog.dismiss()

@@ -1,9 +1,9 @@
-"""Epochs, windows and levels: the graph counts, and wakes the controller in Python where there is something to decide."""
+"""Epochs, windows and levels: the graph counts steps, and calls the controller in Python when a decision is due."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -16,31 +16,44 @@ from hvd_accordion.tensorflow.transport import HorovodTransport
 from hvd_accordion.training import counters, resume
 from hvd_accordion.training.controller import Controller, Due
 
-Told = tuple[np.ndarray, ...]
-# type and rank of what Python tells the graph, as `Clock.follow` takes it
-TOLD = (
-    (tf.int64, 0),
-    (tf.int32, 1),
-    (tf.bool, 1),
-    (tf.bool, 0),
-    (tf.bool, 1),
-    (tf.int64, 0),
-    (tf.float64, 0),
-    (tf.int64, 0),
-    (tf.string, 0),
+
+class Decision(NamedTuple):
+    """What the variables are to hold, by the controller: arrays outside of the graph, tensors in it."""
+
+    step_of_epoch: Any
+    levels: Any  # of each adaptive layer, as an index into its specs
+    measured: Any  # for each observing policy: whether its layers are summed now
+    measures_whole: Any
+    emptied: Any  # for each observing policy, then the batch: whether its sums start anew
+    passes: Any
+    lr_scale: Any
+    next_change: Any
+    journal: Any
+
+
+KINDS = Decision(  # dtype and rank of each
+    step_of_epoch=(tf.int64, 0),
+    levels=(tf.int32, 1),
+    measured=(tf.bool, 1),
+    measures_whole=(tf.bool, 0),
+    emptied=(tf.bool, 1),
+    passes=(tf.int64, 0),
+    lr_scale=(tf.float64, 0),
+    next_change=(tf.int64, 0),
+    journal=(tf.string, 0),
 )
 
 
 class ControllerBridge:
     """Keeps a controller and the variables of a state in step.
 
-    The graph counts steps and bytes in variables. At the end of a window and after the first step of one it hands the
-    numbers to `_woken` in Python, and writes what that decides back into variables; no other step leaves the graph.
-    The controller's memory is written to the journal, so that whoever restores the variables restores it too.
+    The graph counts steps and bytes in variables. At the end of a window and after the first step of one it calls
+    `_decided` in Python, and writes the decision back into variables; no other step leaves the graph. The variable
+    `journal` holds the controller's state, so that a checkpoint of the variables restores it too.
 
     Args:
-        refit: called outside of the graph after that; gives variables that were restored from other settings the sizes of
-            now, and tells in words what it did not take up.
+        refit: gives variables that were restored from other settings the sizes of now, outside of the graph. Returns in
+            words what it did not take up.
     """
 
     def __init__(
@@ -86,10 +99,10 @@ class ControllerBridge:
             numbers = [*self._norms(), tf.cast(learning_rate, tf.float64)]
             shared = self._from_rank_0(tf.stack(numbers))
             counts = [v.read_value() for v in (state.step, state.updates, state.sent_bytes, state.journal)]
-            told = tf.numpy_function(self._woken, [*counts, steps, shared], [dtype for dtype, _ in TOLD])
-            for tensor, (_, rank) in zip(told, TOLD, strict=True):
+            decision = tf.numpy_function(self._decided, [*counts, steps, shared], [dtype for dtype, _ in KINDS])
+            for tensor, (_, rank) in zip(decision, KINDS, strict=True):
                 tensor.set_shape([None] * rank)
-            self.follow(*told)
+            self.write(Decision(*decision))
             return tf.constant(True)
 
         tf.cond(tf.reduce_any(tf.stack(wake)), awake, lambda: tf.constant(False))
@@ -119,29 +132,18 @@ class ControllerBridge:
     def _from_rank_0(self, numbers: tf.Tensor) -> tf.Tensor:
         return numbers if self.transport.size == 1 else self.transport.broadcast(numbers, 0, f"{self.name}.norms")
 
-    def follow(
-        self,
-        of_epoch: Any,
-        levels: Any,
-        measured: Any,
-        measures_whole: Any,
-        emptied: Any,
-        passes: Any,
-        lr_scale: Any,
-        next_change: Any,
-        journal: Any,
-    ) -> None:
-        """Writes what the controller told into the variables."""
+    def write(self, decision: Decision) -> None:
+        """Writes a decision into the variables."""
         state = self.state
-        state.step_of_epoch.assign(of_epoch)
-        state.levels.assign(levels)
-        state.measured.assign(measured)
-        state.measures_whole.assign(measures_whole)
-        state.passes.assign(passes)
-        state.lr_scale.assign(lr_scale)
+        state.step_of_epoch.assign(decision.step_of_epoch)
+        state.levels.assign(decision.levels)
+        state.measured.assign(decision.measured)
+        state.measures_whole.assign(decision.measures_whole)
+        state.passes.assign(decision.passes)
+        state.lr_scale.assign(decision.lr_scale)
         if state.next_change is not None:
-            state.next_change.assign(next_change)
-        state.journal.assign(journal)
+            state.next_change.assign(decision.next_change)
+        state.journal.assign(decision.journal)
         for i, sums in enumerate([*map(self.summed, self.controller.levels.observers), state.summed_whole]):
 
             def empty(sums: dict[str, tf.Variable] = sums) -> tf.Tensor:
@@ -149,7 +151,7 @@ class ControllerBridge:
                     x.assign(tf.zeros_like(x))
                 return tf.constant(True)
 
-            tf.cond(emptied[i], empty, lambda: tf.constant(False))
+            tf.cond(decision.emptied[i], empty, lambda: tf.constant(False))
 
     # outside
 
@@ -157,22 +159,22 @@ class ControllerBridge:
         """After the state has got its variables, which a checkpoint may have filled at once."""
         if self.controller.levels.scheduled:
             self.state.schedule()
-        self.look()
-        self.follow(*self.told(Due()))
+        self.sync()
+        self.write(self.decision(Due()))
 
-    def _woken(
+    def _decided(
         self, step: int, updates: int, sent: float, saved: bytes, last_update_steps: int, numbers: np.ndarray
-    ) -> Told:
+    ) -> Decision:
         """Called from the graph: norms and the learning rate, as rank 0 has them."""
         *norms, learning_rate = map(float, numbers)
         if self._is_another(saved, int(step)):
             resume.warn_of(self._take_up(saved))
         due = self._count(int(step), int(updates), float(sent), int(last_update_steps))
         self._decide(due, norms, learning_rate)
-        return self.told(due)
+        return self.decision(due)
 
-    def look(self, left: Sequence[str] = ()) -> None:
-        """Makes the controller know what the variables do. `left`: what of a saved state was not taken up, in words."""
+    def sync(self, left: Sequence[str] = ()) -> None:
+        """Brings the controller to the counts and state in the variables. `left`: what a checkpoint left out, in words."""
         state = self.state
         saved, step, updates, sent = state.journal.numpy(), int(state.step), int(state.updates), float(state.sent_bytes)
         restored = self._is_another(saved, step)
@@ -180,16 +182,16 @@ class ControllerBridge:
         resume.warn_of(left, stacklevel=3)
         self._count(step, updates, sent)
         if restored:  # under other settings variables hold something else
-            self.follow(*self.told(Due()))
+            self.write(self.decision(Due()))
 
     def end_epoch(self, learning_rate: float) -> None:
         """Ends an epoch from outside of the graph, unless it has ended by itself; on all ranks."""
-        self.look()
+        self.sync()
         if due := self.controller.end_epoch():
             numbers = [*self._norms(), tf.constant(learning_rate, tf.float64)]
             *norms, learning_rate = self._from_rank_0(tf.stack(numbers)).numpy().tolist()
             self._decide(due, norms, learning_rate)
-            self.follow(*self.told(due))
+            self.write(self.decision(due))
 
     def _is_another(self, saved: bytes, step: int) -> bool:
         """Whether a journal is not its own: variables were restored."""
@@ -215,21 +217,21 @@ class ControllerBridge:
         of_model = dict(zip(self._all, norms[len(self.adaptive) :], strict=True))
         self.controller.decide(due, learning_rate, {name: found[name] for name in due.layers}, of_model)
 
-    def told(self, due: Due) -> Told:
+    def decision(self, due: Due) -> Decision:
         """What the variables are to hold now; the sums of windows that were due start anew."""
         controller, levels, epoch = self.controller, self.controller.levels, self.controller.counters.epoch
         chosen = [levels.index(name, controller.step, epoch) for name in self.adaptive]
         measured = [levels.measures(policy, epoch) for policy in levels.observers]
         used = [any(levels.policy[name] is policy for name in due.layers) for policy in levels.observers]
         self._journal = journal.written(controller.state_dict(), list(controller.layers.values()))
-        return (
-            np.array(controller.counters.step_of_epoch, np.int64),
-            np.array(chosen, np.int32),
-            np.array(measured, bool),
-            np.array(controller.measures_model, bool),
-            np.array([*used, due.model], bool),
-            np.array(controller.batch.passes, np.int64),
-            np.array(controller.lr_scale, np.float64),
-            np.array(NEVER if levels.next_change is None else levels.next_change, np.int64),
-            np.array(self._journal, object),
+        return Decision(
+            step_of_epoch=np.array(controller.counters.step_of_epoch, np.int64),
+            levels=np.array(chosen, np.int32),
+            measured=np.array(measured, bool),
+            measures_whole=np.array(controller.measures_model, bool),
+            emptied=np.array([*used, due.model], bool),
+            passes=np.array(controller.batch.passes, np.int64),
+            lr_scale=np.array(controller.lr_scale, np.float64),
+            next_change=np.array(NEVER if levels.next_change is None else levels.next_change, np.int64),
+            journal=np.array(self._journal, object),
         )

@@ -102,7 +102,7 @@ class Engine:
             outside(lambda: self.allocation.prune(traced=begun))
 
     def _undecided(self) -> bool:
-        self.bridge.look()  # what was restored may hold an Auto's choice
+        self.bridge.sync()  # what was restored may hold an Auto's choice
         return self.controller.undecided and self.plan.size > 1
 
     def _choose(self) -> None:

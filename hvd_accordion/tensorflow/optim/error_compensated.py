@@ -26,10 +26,10 @@ Closure = Callable[[], Any]
 
 
 class ErrorCompensated(Reports):
-    """A method of `optim.family` on tf.Variable or keras.Variable.
+    """A method of `optim.methods` on tf.Variable or keras.Variable.
 
     Args:
-        make: the method, see `optim.recipes`.
+        make: the method, see `optim.factories`.
     """
 
     def __init__(

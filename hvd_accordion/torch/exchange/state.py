@@ -10,12 +10,10 @@ import torch
 
 from hvd_accordion.compression.sharing import RESIDUAL, Sharing, scale
 from hvd_accordion.policy import assignment
-from hvd_accordion.torch import horovod_takeover
 from hvd_accordion.torch.exchange.agreement import any_rank, broadcast_object
 from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.exchange.micro_batches import wide
 from hvd_accordion.torch.exchange.plain import PlainEngine
-from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
 from hvd_accordion.torch.reports import STATE
 from hvd_accordion.training import resume
 from hvd_accordion.training.controller import Controller
@@ -187,19 +185,8 @@ def _own(engine: Engine, shared: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def broadcast_optimizer_state(
-    optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None
-) -> None:
-    """Gives every rank the optimizer state of `root_rank`: Horovod's part, and regimes, factors and counts.
-
-    Residuals stay where they are: they are each rank's own. So is all of an ECLK's state, of which nothing is sent.
-    """
-    if isinstance(optimizer, ErrorCompensated):
-        return
-    horovod_takeover.broadcast_optimizer_state(optimizer, root_rank, model)
-    engine = getattr(optimizer, "_hvd", None)
-    if not isinstance(engine, Engine) or not engine.active or engine.size == 1:
-        return
+def broadcast(engine: Engine, root_rank: int) -> None:
+    """Gives every rank what `root_rank` shares; what is a rank's own stays where it is."""
     root, transport = list(engine.transport.ranks).index(root_rank), engine.transport
     theirs = broadcast_object(_common(engine, saved(engine)), root, f"{engine.prefix}.state", transport)
     # a rank without gradients has not started the exchange that others are in, and must follow when they do

@@ -18,20 +18,19 @@ from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.torch.exchange.agreement import from_rank_0, require_equal
 from hvd_accordion.torch.exchange.driver import Driver
 from hvd_accordion.torch.optim.closure_gradients import Closure, ClosureGradients
+from hvd_accordion.torch.reports import STATE
 from hvd_accordion.torch.transport import ProcessSet, connect, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.reports import Logger
 from hvd_accordion.training.vectors import Vectors
 from hvd_accordion.utils import validation
 
-STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
-
 
 class ErrorCompensated(Reports, torch.optim.Optimizer):
-    """A method of `optim.family` on torch parameters.
+    """A method of `optim.methods` on torch parameters.
 
     Args:
-        make: the method, see `optim.recipes`.
+        make: the method, see `optim.factories`.
     """
 
     def __init__(
