@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from hvd_accordion.tracking import mlflow_logger
@@ -21,9 +21,6 @@ from hvd_accordion.tracking.background import Sender
 from hvd_accordion.tracking.metrics import layer_metrics, metric_key, metric_values, windows_json
 from hvd_accordion.tracking.mlflow_logger import MLflowLogger
 from hvd_accordion.training.reports import LayerRecord
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-import mlflow
 
 DEAD = "http://127.0.0.1:9"  # a port that nobody listens on
 # MLflow itself calls deprecated functions of SQLAlchemy

@@ -26,7 +26,6 @@ import pytest
 
 from tests.parallel.launcher import end, worker
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 mlflow = pytest.importorskip("mlflow")
 
 from hvd_accordion.tracking.mlflow_logger import MLflowLogger  # noqa: E402

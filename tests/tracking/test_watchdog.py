@@ -12,12 +12,10 @@ import uuid
 import psutil
 import pytest
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 from hvd_accordion.tracking.watchdog import RunWatchdog
 
 # MLflow itself calls deprecated functions of SQLAlchemy
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 # forks, as data loaders do: what it forks holds copies of all that it has open
 TRAINING = """
@@ -27,10 +25,14 @@ logger = MLflowLogger(sys.argv[1])
 logger.start({"lr": 0.1})
 while not logger.delivered:  # by then the run has its watchdog
     time.sleep(0.05)
-if sys.argv[2] == "forks" and not os.fork():
-    os.setsid()
-    time.sleep(60)
-    os._exit(0)
+if sys.argv[2] == "forks":
+    ready, left_group = os.pipe()
+    if not os.fork():
+        os.setsid()
+        os.write(left_group, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)  # else the child may be killed with the group
 print(logger.run_id, flush=True)
 time.sleep(60)
 """
@@ -57,7 +59,7 @@ def marked(mark):
     return found
 
 
-def ended(mark, but=0, timeout=30.0):
+def ended(mark, but=0, timeout=60.0):
     """Whether all that carries the mark, but so many, ends in time."""
     deadline = time.monotonic() + timeout
     while len(marked(mark)) > but:
