@@ -4,6 +4,7 @@ from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, 
 from hvd_accordion.policy.accordion import Accordion, Regime
 from hvd_accordion.policy.auto import Auto
 from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.policy.local_steps import AccordionSteps, LocalSteps
 from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.policy.warmup import Warmup
 from hvd_accordion.policy.window import Window
@@ -17,9 +18,11 @@ __all__ = [
     "QSGD",
     "Accordion",
     "AccordionBatchSize",
+    "AccordionSteps",
     "Auto",
     "CompressionSpec",
     "Dense",
+    "LocalSteps",
     "MLflowLogger",
     "Policy",
     "PowerSGD",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -192,34 +191,6 @@ class Compressed(Reports):
         self._should_synchronize = True
 
 
-class Unexchanged:
-    """Comes before `Compressed` among the bases: a `step()` past it is the user's optimizer's, without an exchange."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return super(Compressed, self).step(closure)  # type: ignore[misc, arg-type]
-
-
-def class_of(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The subclass of a user's class, under its name.
-
-    `horovod.torch.broadcast_optimizer_state` (and elastic training) know a wrapped optimizer by its module, and then call
-    the `step()` of its class's base, which must exchange nothing: hence `Unexchanged`.
-    """
-
-    @functools.wraps(base.zero_grad)
-    def zero_grad(self: Any, *args: Any, **options: Any) -> None:
-        Compressed.zero_grad(self, *args, **options)
-
-    own = {
-        "step": Compressed.step,
-        "zero_grad": zero_grad,
-        "__module__": horovod_takeover.DistributedOptimizer.__module__,
-        "__qualname__": base.__name__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (Unexchanged, Compressed, base), own)
-
-
 def compressed(
     optimizer: torch.optim.Optimizer,
     params: Mapping[str, torch.nn.Parameter],
@@ -234,7 +205,7 @@ def compressed(
 
     `name_of`: names by the parameters' identity, for those that come later.
     """
-    kind: Any = class_of(type(optimizer))
+    kind: Any = horovod_takeover.class_of(type(optimizer), Compressed)
     result = kind.__new__(kind)
     result.__dict__.update(optimizer.__dict__)
     result.__dict__.pop("step", None)  # a scheduler's wrapper around the old object's step

@@ -9,13 +9,16 @@ import torch
 
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
+from hvd_accordion.policy.auto import Auto
 from hvd_accordion.policy.batch_size import AccordionBatchSize
+from hvd_accordion.policy.local_steps import LocalSteps
 from hvd_accordion.torch import transport
 from hvd_accordion.torch.compressed import compressed
 from hvd_accordion.torch.configuration import check_groups, described, layer_of, named
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.exchange.plain import plain
 from hvd_accordion.torch.horovod_takeover import Compressor, NoneCompressor, take_over
+from hvd_accordion.torch.local_steps.optimizer import local
 from hvd_accordion.torch.transport import Average, ProcessSet, Sum, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.controller import Controller
@@ -23,6 +26,7 @@ from hvd_accordion.training.membership import Membership
 from hvd_accordion.training.reports import Logger
 from hvd_accordion.training.settings import (
     Settings,
+    check_local,
     check_logger,
     check_op,
     groups_of,
@@ -55,6 +59,8 @@ def DistributedOptimizer(
     min_compress_numel: int = MIN_NUMEL,
     batch_size: AccordionBatchSize | None = None,
     uneven_inputs: bool = False,
+    local_steps: LocalSteps | None = None,
+    buffers: Iterable[torch.Tensor] | None = None,
 ) -> Distributed:
     """An optimizer that averages gradients over the ranks, compressed, before it steps.
 
@@ -86,9 +92,17 @@ def DistributedOptimizer(
         uneven_inputs: ranks may have different numbers of batches: one without calls `hvd.join()`, as under Horovod, and
             takes part in the others' exchanges with zeros until all have. `join()` and `end_epoch()` wait for all ranks
             then. Costs an allreduce of 8 bytes a rank an update; on as well with `batch_size`.
+        local_steps: a `LocalSteps`: each rank steps on its own gradients, and the parameters' change is exchanged now and
+            then, by `compression`, whose steps are exchanges then (a step of an Accordion's interval, of a Warmup). Start from
+            equal parameters (`broadcast_parameters`). Learning-rate schedules, clipping, accumulation and GradScaler act on
+            each rank as without Horovod. Not with `batch_size`, `uneven_inputs`, an `Auto`, an `op` other than Average, or in
+            an elastic job. Takes the memory of the parameters once for the common ones, once for residuals.
+        buffers: with `local_steps`, tensors that are averaged with the parameters, such as `model.buffers()`; integers are
+            left out.
 
     The result is a `torch.optim.Optimizer` that also has `synchronize`, `skip_synchronize`,
-    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `completes_batch`, `compression_report`, `advice` and `stats`.
+    `set_backward_passes_per_step` (as Horovod's), `end_epoch`, `completes_batch`, `compression_report`, `advice` and `stats`;
+    with `local_steps` also `end_round` and `common_parameters`.
 
     Raises ValueError or TypeError, on every rank the same, for arguments out of range, unknown globs, parameters without
     or with doubled names, `op=Adasum` with lossy compression, and ranks that are configured differently.
@@ -124,7 +138,39 @@ def DistributedOptimizer(
         batch_size,
         uneven_inputs,
     )
+    if local_steps is not None or buffers is not None:
+        return _local(optimizer, named_parameters, compression, settings, logger, local_steps, buffers)
     return _distributed(optimizer, named_parameters, compression, settings, logger)
+
+
+def _local(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None,
+    compression: Any,
+    settings: Settings,
+    logger: Logger | None,
+    local_steps: LocalSteps | None,
+    buffers: Iterable[torch.Tensor] | None,
+) -> torch.optim.Optimizer:
+    """Checks what local steps do not work with, and makes an optimizer that takes them."""
+    if not isinstance(local_steps, LocalSteps):
+        if local_steps is None:
+            raise ValueError("buffers must be None without local_steps: they are averaged with the parameters' change")
+        raise TypeError(f"local_steps must be a LocalSteps or None, got {local_steps!r}")
+    elastic.refuse("local_steps", "their common parameters do not follow a change of the ranks yet")
+    spec: Any = plain_spec(compression) if compression is None or is_horovods(compression) else translated(compression)
+    check_local(settings, spec)
+    pairs = None if named_parameters is None else list(named_parameters)
+    params = named(pairs, optimizer.param_groups)
+    for name, p in params.items():
+        layer_of(name, p)  # of a dtype that can be exchanged
+    policy = assign(spec, list(params))
+    if any(isinstance(one, Auto) or one.candidates for one in policy.values()):
+        raise ValueError(
+            "compression must not be an Auto with local_steps: it measures exchanges beside backward passes"
+        )
+    names = {id(p): name for name, p in pairs or ()}
+    return local(optimizer, params, spec, policy, settings, local_steps, buffers or (), logger, names)
 
 
 def _distributed(

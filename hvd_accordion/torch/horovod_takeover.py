@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -18,12 +19,39 @@ __all__ = [
     "DistributedOptimizer",
     "NoneCompressor",
     "broadcast_optimizer_state",
+    "class_of",
     "in_flight",
     "job_size",
     "join",
     "release",
     "take_over",
 ]
+
+
+def class_of(base: type[torch.optim.Optimizer], added: type) -> type[torch.optim.Optimizer]:
+    """The subclass of a user's class, under its name, with what `added` adds to it.
+
+    `horovod.torch.broadcast_optimizer_state` (and elastic training) know a wrapped optimizer by its module, and then call
+    the `step()` of its class's base, which must exchange nothing: hence a base whose `step()` goes past `added`.
+    """
+
+    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        return super(added, self).step(closure)  # type: ignore[misc]
+
+    own = {
+        "step": added.step,  # type: ignore[attr-defined]
+        "__module__": hvd.DistributedOptimizer.__module__,
+        "__qualname__": base.__name__,
+        "__doc__": base.__doc__,
+    }
+    if "zero_grad" in vars(added):
+
+        @functools.wraps(base.zero_grad)
+        def zero_grad(self: Any, *args: Any, **options: Any) -> None:
+            added.zero_grad(self, *args, **options)  # type: ignore[attr-defined]
+
+        own["zero_grad"] = zero_grad
+    return type(base.__name__, (type("Unexchanged", (), {"step": step}), added, base), own)
 
 
 def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:

@@ -117,6 +117,20 @@ def check_op(op: Any, allowed: tuple[Any, ...], compression: Any, batch_size: An
         raise ValueError(f"op must be hvd.Average or hvd.Sum with {given}; hvd.Adasum works with {without}")
 
 
+def check_local(settings: Settings, compression: Any) -> None:
+    """ValueError where local steps can't work with the other arguments."""
+    check_op(settings.op, (settings.average,), compression)
+    given = {
+        "gradient_predivide_factor": (settings.gradient_predivide_factor, 1.0),
+        "batch_size": (settings.batch_size, None),
+        "uneven_inputs": (settings.uneven_inputs, False),
+        "groups": (settings.groups if isinstance(settings.groups, list) else None, None),
+    }
+    for name, (value, allowed) in given.items():
+        if value != allowed:
+            raise ValueError(f"{name} must be {allowed} with local_steps, got {value!r}")
+
+
 def check_logger(logger: Any) -> None:
     for method in ("log_epoch", "log_window", "start"):
         if logger is not None and not callable(getattr(logger, method, None)):

@@ -1,0 +1,59 @@
+"""What local steps remember: saved, taken up again, and given to all ranks by one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hvd_accordion.torch.exchange import state
+from hvd_accordion.torch.local_steps.engine import LocalEngine
+from hvd_accordion.torch.optimizer_state import broadcast_tree
+from hvd_accordion.training import resume
+
+
+def saved(engine: LocalEngine) -> dict[str, Any]:
+    parts = [{**part.state_dict(), "exchange": state.saved(part.engine)} for part in engine.fragments]
+    return {"training": engine.training.state_dict(), "fragments": parts, "buffer_bytes": engine.buffer_bytes}
+
+
+def load(engine: LocalEngine, saved_state: Mapping[str, Any] | None) -> None:
+    """Takes up saved state; None: nothing was saved. Other fragments than those of now start anew, with a warning."""
+    theirs = None if saved_state is None else saved_state.get("fragments")
+    mine = [list(part.params) for part in engine.fragments]
+    fits = theirs is not None and [sorted(part["anchor"]) for part in theirs] == [
+        sorted(name for name in names if name in part["anchor"]) for names, part in zip(mine, theirs, strict=False)
+    ]
+    if theirs is None or saved_state is None or len(theirs) != len(mine) or not fits:
+        for part in engine.fragments:
+            part.forget()
+        if saved_state is not None:
+            resume.warn_of(["anchors and residuals of local steps, which are of other fragments"], stacklevel=4)
+        return
+    engine.training.load_state_dict(saved_state["training"])
+    engine.steps = engine.training.begun
+    engine.buffer_bytes = float(saved_state["buffer_bytes"])
+    for part, its in zip(engine.fragments, theirs, strict=True):
+        part.forget()
+        state.load(part.engine, its["exchange"])
+        part.load_state_dict(its)
+
+
+def broadcast(engine: LocalEngine, root_rank: int) -> None:
+    """Gives every rank the anchors, counts and levels of `root_rank`; residuals stay where they are.
+
+    Between two steps. Where that rank has made none, every rank's next step begins with its parameters of then.
+    """
+    transport = engine.transport
+    if not engine.active or transport.size == 1:
+        return
+    root = list(transport.ranks).index(root_rank)
+    theirs = saved(engine)
+    for part in theirs["fragments"]:
+        part.pop("exchange")
+    theirs = broadcast_tree(theirs, root, f"{engine.prefix}.local", transport)
+    engine.training.load_state_dict(theirs["training"])
+    engine.steps = engine.training.begun
+    for part, its in zip(engine.fragments, theirs["fragments"], strict=True):
+        part.forget()
+        part.load_state_dict({**its, "pending": None})
+        state.broadcast(part.engine, root_rank)
