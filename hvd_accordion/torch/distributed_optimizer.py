@@ -93,10 +93,11 @@ def DistributedOptimizer(
             takes part in the others' exchanges with zeros until all have. `join()` and `end_epoch()` wait for all ranks
             then. Costs an allreduce of 8 bytes a rank an update; on as well with `batch_size`.
         local_steps: a `LocalSteps`: each rank steps on its own gradients, and the parameters' change is exchanged now and
-            then, by `compression`, whose steps are exchanges then (a step of an Accordion's interval, of a Warmup). Start from
-            equal parameters (`broadcast_parameters`). Learning-rate schedules, clipping, accumulation and GradScaler act on
-            each rank as without Horovod. Not with `batch_size`, `uneven_inputs`, an `Auto`, an `op` other than Average, or in
-            an elastic job. Takes the memory of the parameters once for the common ones, once for residuals.
+            then, by `compression`, whose steps are exchanges then (a step of an Accordion's interval, of a Warmup). Start
+            from equal parameters (`broadcast_parameters`). Schedules of the learning rate, clipping, accumulation and
+            GradScaler act on each rank as without Horovod. Not with `batch_size`, `uneven_inputs`, an `Auto`, an `op`
+            other than Average, or in an elastic job. Takes the memory of the parameters once for the common ones, once
+            for residuals.
         buffers: with `local_steps`, tensors that are averaged with the parameters, such as `model.buffers()`; integers are
             left out.
 

@@ -14,7 +14,17 @@ from hvd_accordion.training.reports import Stats
 log = logging.getLogger("hvd_accordion")
 
 MAX_STEPS_OF_EPOCH = 10_000  # of a first epoch that only end_epoch() can end
+
 COUNTS = ("step", "epoch", "step_of_epoch", "window")
+
+
+def no_epochs() -> str:
+    """The error of a training that needs ends of epochs and has none."""
+    return (
+        f"steps_per_epoch is None and end_epoch() was not called in {MAX_STEPS_OF_EPOCH} steps, but an Accordion "
+        "counts epochs and would never leave its initial regime or learning rate: pass steps_per_epoch=len(loader), "
+        'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
+    )
 
 
 @dataclass
@@ -62,11 +72,7 @@ class Counters:
         self._silence.steps = self.step
         self._silence.broken = self._silence.broken or not silent
         if silent and self.epoch == 0 and self.step_of_epoch > MAX_STEPS_OF_EPOCH:
-            raise ValueError(
-                f"steps_per_epoch is None and end_epoch() was not called in {MAX_STEPS_OF_EPOCH} steps, but an Accordion "
-                "counts epochs and would never leave its initial regime or learning rate: pass steps_per_epoch=len(loader), "
-                'call optimizer.end_epoch() after each epoch, or use Accordion(..., unit="steps")'
-            )
+            raise ValueError(no_epochs())
 
     @property
     def epoch_is_over(self) -> bool:

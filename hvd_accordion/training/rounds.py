@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_accordion.policy.local_steps import LocalSteps
+from hvd_accordion.training.counters import MAX_STEPS_OF_EPOCH, no_epochs
 
 COUNTS = ("step", "position", "epoch", "step_of_epoch", "window", "rate_sum", "rates")
 
@@ -54,13 +55,18 @@ class Rounds:
         return self.rule is not None and self.rule.window is not None and self.rule.window.is_open(self.epoch)
 
     def stepped(self, lr: float) -> AfterStep:
-        """Counts a step that was made at this learning rate; says what follows."""
+        """Counts a step that was made at this learning rate; says what follows.
+
+        Raises ValueError if the rule counts in epochs and no end of an epoch was signalled for too long.
+        """
         self.step += 1
         self.step_of_epoch += 1
         self.position += 1
         self.rate_sum, self.rates = self.rate_sum + lr, self.rates + 1
         if self.rule is not None:
             self.rule.observe_lr(lr)
+        if self._by_epochs and self.steps_per_epoch is None and self.epoch == 0 and self.step > MAX_STEPS_OF_EPOCH:
+            raise ValueError(no_epochs())
         epoch_ends = self.steps_per_epoch is not None and self.step_of_epoch >= self.steps_per_epoch
         by_steps = self.measures and self.rule is not None and self.rule.unit == "steps"
         window_ends = by_steps and self.rates >= self.rule.interval  # type: ignore[union-attr]

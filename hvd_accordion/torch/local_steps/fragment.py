@@ -15,7 +15,12 @@ from hvd_accordion.torch.exchange.micro_batches import wide
 
 @dataclass
 class Pending:
-    """An exchange under way. `left`: steps until it ends; `sent`: this rank's parameters when it began."""
+    """An exchange under way.
+
+    Args:
+        left: steps until it ends.
+        sent: this rank's parameters when it began; empty where they do not change until it ends.
+    """
 
     left: int
     sent: dict[str, torch.Tensor]
@@ -69,16 +74,17 @@ class Fragment:
             self.outer.add_param_group({"params": added})
 
     @torch.no_grad()
-    def start(self, at: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Begins the exchange of anchor - x, where x are the parameters of now, or those of `at`."""
+    def start(self, delay: int, at: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Begins the exchange of anchor - x, which ends `delay` steps later; x are the parameters of now, or `at`."""
         self.behind = 0
         if not self.anchor:
             return
         values = self.params if at is None else at
-        keeps = at is None and self.settings.delay > 0
+        keeps = at is None and delay > 0
         sent = {name: values[name].detach().clone() for name in self.anchor} if keeps else dict(at or {})
-        self.pending = Pending(self.settings.delay, sent)
+        self.pending = Pending(delay, sent)
         changes = torch._foreach_sub(list(self.anchor.values()), [values[name] for name in self.anchor])
+        self.engine.discard()  # plans anew where parameters have come
         for name, change in zip(self.anchor, changes, strict=True):
             self.engine.params[name].grad = change
         for name in self.anchor:
@@ -106,17 +112,18 @@ class Fragment:
         for name in names:
             self.engine.params[name].grad = None
         self.engine.exchange.groups.kept = []  # of gradients that no backward pass will fault in again
-        params, anchors = [self.params[name] for name in names], [self.anchor[name] for name in names]
+        params: list[torch.Tensor] = [self.params[name] for name in names]
+        anchors: list[torch.Tensor] = [self.anchor[name] for name in names]
         if not pending.sent:
             torch._foreach_copy_(params, anchors)
             return
-        moved = torch._foreach_sub(anchors, [pending.sent[name] for name in names])
-        torch._foreach_add_(params, [x.to(p.dtype) for x, p in zip(moved, params, strict=True)])
+        moved = torch._foreach_sub(anchors, tuple(pending.sent[name] for name in names))
+        torch._foreach_add_(params, tuple(x.to(p.dtype) for x, p in zip(moved, params, strict=True)))
 
     def _move(self, means: list[torch.Tensor]) -> None:
-        anchors = list(self.anchor.values())
+        anchors: list[torch.Tensor] = list(self.anchor.values())
         if self.outer is None:
-            torch._foreach_sub_(anchors, means)
+            torch._foreach_sub_(anchors, tuple(means))
             return
         for anchor, mean in zip(anchors, means, strict=True):
             anchor.grad = mean
@@ -144,9 +151,8 @@ class Fragment:
         if self.outer is not None and state["outer"] is not None:
             self.outer.load_state_dict(state["outer"])
         if state["pending"] is not None:
-            self.start({name: x.to(self.anchor[name].device) for name, x in state["pending"]["sent"].items()})
-            assert self.pending is not None
-            self.pending.left = int(state["pending"]["left"])
+            left, sent = state["pending"]["left"], state["pending"]["sent"]
+            self.start(int(left), {name: x.to(self.anchor[name].device) for name, x in sent.items()})
         self.behind = int(state["behind"])
 
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from hvd_accordion.torch.configuration import described, layer_of
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.exchange.micro_batches import wide
+from hvd_accordion.torch.grad_scaler import scaled_back
 from hvd_accordion.torch.horovod_takeover import class_of
 from hvd_accordion.torch.learning_rate import largest_rate
 from hvd_accordion.torch.local_steps import state
@@ -40,31 +41,19 @@ class Local(Reports):
     _compression: Compression
     _name_of: Mapping[int, str]
 
-    # GradScaler calls step() on every rank then, also where this rank's gradients overflow: all ranks count the same steps
+    # then GradScaler calls step() also where this rank's gradients overflow: all ranks count the same steps
     _step_supports_amp_scaling = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The optimizer's step on this rank's gradients; then, at the end of a round, the exchange."""
         engine = self._hvd
         engine.training.begin(engine)
-        loss = super().step(closure) if self._scaled_back() else None  # type: ignore[misc]
+        with scaled_back(self) as is_finite:
+            loss = super().step(closure) if is_finite else None  # type: ignore[misc]
         engine.training.end(engine)
         return loss
 
     step.hooked = True  # type: ignore[attr-defined]  # by torch's step hooks: the base's step calls them
-
-    def _scaled_back(self) -> bool:
-        """Does what a GradScaler left to the step: divides gradients by its scale. False where they overflowed."""
-        found = vars(self).get("found_inf")
-        if found is None or "_step_supports_amp_scaling" in vars(self):  # a fused optimizer does so by itself
-            return True
-        if found.item():
-            return False
-        scale = vars(self).get("grad_scale")
-        if scale is not None:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]  # type: ignore
-            torch._foreach_div_(grads, scale.item())
-        return True
 
     def end_epoch(self) -> None:
         """An epoch is over: needed where `steps_per_epoch` was not given. Ends the round. The same on every rank."""
@@ -192,7 +181,7 @@ def local(
         engine = _engine(mine_of, {name: policy[name] for name in names}, settings, lr, known)
         parts.append(Fragment(number, mine_of, engine, local_steps))
     result._hvd = LocalEngine(parts, buffers, lr, prefix, place, active, known)
-    training_of(local_steps, settings.steps_per_epoch, settings.seed).join(result._hvd)
+    training_of(local_steps, settings.process_set, settings.steps_per_epoch, settings.seed).join(result._hvd)
     return result
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hvd_accordion.torch.broadcasting import broadcast_tree
 from hvd_accordion.torch.exchange import state
 from hvd_accordion.torch.local_steps.engine import LocalEngine
-from hvd_accordion.torch.optimizer_state import broadcast_tree
 from hvd_accordion.training import resume
 
 

@@ -18,15 +18,16 @@ from hvd_accordion.torch.local_steps.fragment import Fragment
 from hvd_accordion.training.reports import LayerRecord
 from hvd_accordion.training.rounds import AfterStep, Rounds
 
-# the trainings of LocalSteps objects that further optimizers may join
-_open: weakref.WeakKeyDictionary[LocalSteps, LocalTraining] = weakref.WeakKeyDictionary()
+# the trainings of LocalSteps objects that further optimizers may join, by process set
+_open: weakref.WeakKeyDictionary[LocalSteps, dict[Any, LocalTraining]] = weakref.WeakKeyDictionary()
 
 
-def training_of(settings: LocalSteps, steps_per_epoch: int | None, seed: int) -> LocalTraining:
-    """The training of this very object that has not begun; a new one where there is none."""
-    found = _open.get(settings)
+def training_of(settings: LocalSteps, process_set: Any, steps_per_epoch: int | None, seed: int) -> LocalTraining:
+    """The training of this very object and process set that has not begun; a new one where there is none."""
+    trainings = _open.setdefault(settings, {})
+    found = trainings.get(process_set.process_set_id)
     if found is None or found.begun or not found.engines:
-        found = _open[settings] = LocalTraining(settings, steps_per_epoch, seed)
+        found = trainings[process_set.process_set_id] = LocalTraining(settings, steps_per_epoch, seed)
     return found
 
 
@@ -97,7 +98,7 @@ class LocalTraining:
         parts = [part for part in self.fragments if part.number in numbers and part.behind]
         for part in parts:
             part.finish()
-            part.start()
+            part.start(0 if waits else self.settings.delay)
         if 0 in numbers:
             for engine in self.engines:
                 engine.average_buffers()
@@ -165,7 +166,7 @@ class LocalTraining:
         """The parameters are the common ones, as of the last exchange; afterwards each rank's own again. Sends nothing."""
         pairs = [(part.params[name], x) for part in self.fragments for name, x in part.anchor.items()]
         own = [p.detach().clone() for p, _ in pairs]
-        params = [p for p, _ in pairs]
+        params: list[torch.Tensor] = [p for p, _ in pairs]
         with torch.no_grad():
             torch._foreach_copy_(params, [x for _, x in pairs])
         try:
