@@ -18,7 +18,7 @@ SMOKE = ("torch/plain", "torch/horovod_names", "tensorflow/horovod_names")
 CASES = [
     *(
         Case(f"torch/{file}")
-        for file in "plain horovod_names specs norms batch_size hot_path errors logging_run".split()
+        for file in "plain horovod_names specs local_steps norms batch_size hot_path errors logging_run".split()
         + "golden checkpoint_save parity_torch".split()
     ),
     *(Case(f"torch/{file}", transport="gloo") for file in "specs optimizer eclk uneven auto differential".split()),
@@ -27,6 +27,7 @@ CASES = [
     Case("torch/traffic", transport="gloo", cycle_time="20"),
     *(Case(f"torch/{file}", ranks=3) for file in ("errors", "uneven")),
     *(Case(f"torch/{file}", ranks=4) for file in ("specs", "optimizer", "eclk")),
+    Case("torch/local_steps", ranks=4, only="muon or simulated"),
     Case("torch/specs", ranks=4, transport="gloo"),
     *(
         Case(f"tensorflow/{file}")
