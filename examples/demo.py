@@ -9,25 +9,21 @@ everything to MLflow (mlflow.db).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import re
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import launching
-from demo_report import LINKS, LOCAL, draw, mean, notes, table
+import shaped_links
+from demo_report import draw, notes, table
+from link_seconds import mean
+from mlflow_runs import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
-import hosts  # noqa: E402
-
 MLFLOW_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
 SCRIPTS = {  # their names are those of MLflow's experiments, too
     "torch": ROOT / "examples" / "pytorch" / "pytorch_mnist.py",
@@ -60,13 +56,13 @@ def main() -> None:
     begin = time.perf_counter()
     script, out = SCRIPTS[args.framework], FOLDERS[args.framework]
     with launching.alone(out):
-        client, experiment = mlflow_experiment(script.stem)
+        experiment = Experiment(MLFLOW_URI, script.stem, ROOT / "mlruns")
         results = trainings(script, args, out)
         text = f"{table(results)}\n\n{notes(results)}"
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         draw(results).savefig(out / "demo.png", dpi=120)
-        log_demo(client, experiment, results, out)
+        log_demo(experiment, results, out)
     print(f"\n{text}\n{time.perf_counter() - begin:.0f} s in all")
     print(f"Written to {out} (table.md, results.json, demo.png) and {MLFLOW_URI}: make ui")
 
@@ -74,14 +70,10 @@ def main() -> None:
 def trainings(script: Path, args: argparse.Namespace, out: Path) -> dict[str, list[dict[str, Any]]]:
     """All runs with all seeds; seed by seed, so that the runs of one link come close to each other."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
-    with several_hosts(args.np) as network, tempfile.TemporaryDirectory(prefix="demo-") as folder:
+    with shaped_links.ranks(args.np) as ranks:
         for i, seed in enumerate(args.seeds):
-            link = [*LINKS][i % len(LINKS)] if network else LOCAL
-            start, env = launching.horovodrun(args.np), {}
-            if network and (rate := LINKS[link]):
-                network.set_rate(f"{rate:.0f}bit")
-                start = network.command(0, hosts.mpirun(network, hosts.write_agent(network, Path(folder))))
-                env = hosts.environment(cycle_time=1.0)
+            link = ranks.links[i % len(ranks.links)]
+            start, env = ranks.start(link)
             for j, name in enumerate(RUNS, 1):
                 done = f"{i * len(RUNS) + j}/{len(args.seeds) * len(RUNS)}"
                 print(f"[{done}] {name}, seed {seed}, {link}", flush=True)
@@ -90,21 +82,6 @@ def trainings(script: Path, args: argparse.Namespace, out: Path) -> dict[str, li
                 trial = train(f"{name}, seed {seed}", command, env, args.timeout, out)
                 results[name].append({"seed": seed, "link": link, **trial})
     return results
-
-
-@contextlib.contextmanager
-def several_hosts(count: int) -> Iterator[hosts.Network | None]:
-    """Hosts whose links can be shaped; None, with a line that says why, if they can't be made."""
-    with contextlib.ExitStack() as stack:
-        network = None
-        try:
-            network = stack.enter_context(hosts.hosts(count))
-            network.burst = "80kb"  # a step's bytes must not pass as one unshaped burst
-        except SystemExit as why:
-            if not str(why).startswith("hosts:"):
-                raise
-            print(f"Seconds over links will be predicted, not measured ({why})")
-        yield network
 
 
 def train(name: str, command: list[str], env: dict[str, str], timeout: float, out: Path) -> dict[str, Any]:
@@ -121,27 +98,14 @@ def train(name: str, command: list[str], env: dict[str, str], timeout: float, ou
     return {"command": command, **json.loads(found[-1]), **json.loads(history.read_text(encoding="utf-8"))}
 
 
-def mlflow_experiment(name: str) -> tuple[Any, str]:
-    """MLflow's client and the experiment of all runs; makes the database before two processes might."""
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
-    client = MlflowClient(MLFLOW_URI)
-    known = client.get_experiment_by_name(name)
-    return client, known.experiment_id if known else client.create_experiment(name, (ROOT / "mlruns").as_uri())
-
-
-def log_demo(client: Any, experiment: str, results: dict[str, list[dict[str, Any]]], out: Path) -> None:
+def log_demo(experiment: Experiment, results: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """One MLflow run with the means over the seeds, the table and the picture."""
-    run = client.create_run(experiment, run_name="demo").info.run_id
+    metrics = {}
     for name, trials in results.items():
         short = re.sub(r"\W+", " ", name).strip()  # MLflow allows no parentheses
         for key in ("accuracy", "sent_bytes", "dense_bytes", "critical_fraction"):
-            client.log_metric(run, f"{short}/{key}", mean(trials, key))
-    for file in ("table.md", "results.json", "demo.png"):
-        client.log_artifact(run, str(out / file))
-    client.set_terminated(run)
+            metrics[f"{short}/{key}"] = mean(trials, key)
+    experiment.log("demo", metrics, [out / file for file in ("table.md", "results.json", "demo.png")])
 
 
 if __name__ == "__main__":

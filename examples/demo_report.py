@@ -1,65 +1,24 @@
-"""The demo's results: seconds over links, the table, the picture. Numbers in, Markdown and a matplotlib figure out."""
+"""The demo's results: the table, the picture. Numbers in, Markdown and a matplotlib figure out."""
 
 from __future__ import annotations
 
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from link_seconds import LINKS, Trials, clock, mean
+from markdown_table import markdown
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from hvd_accordion.comm.collectives import AllReduce
-from hvd_accordion.policy.cost_model import Link, seconds
 from hvd_accordion.tracking.figures import CRITICAL, RELAXED
 
-LOCAL = "this machine"
-LINKS: dict[str, float | None] = {LOCAL: None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8}  # bits a second
-LATENCY = 50e-6  # seconds a hop, assumed where nothing was measured
 COLOURS = ("#000000", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's, for the colour-blind
 MARKERS = ("s", "v", "^", "o")
-
-Trials = Sequence[Mapping[str, Any]]  # of one compression, one for each seed
-
-
-class Clock(NamedTuple):
-    """Seconds of training at the end of each epoch."""
-
-    seconds: list[float]
-    measured: bool
-
-
-def clock(trials: Trials, link: str) -> Clock:
-    """The mean over the trials on this link; if there is none, the prediction from those on this machine."""
-    measured = [trial["seconds_by_epoch"] for trial in trials if trial["link"] == link]
-    if measured:
-        return Clock([statistics.fmean(epoch) for epoch in zip(*measured, strict=True)], True)
-    local = [predicted(trial, link) for trial in trials if trial["link"] == LOCAL]
-    return Clock([statistics.fmean(epoch) for epoch in zip(*local, strict=True)], False)
-
-
-def predicted(trial: Mapping[str, Any], link: str) -> list[float]:
-    """Seconds on this machine plus one allreduce a step with the bytes of a mean step, by the package's cost model.
-
-    It assumes the link's full rate, and that nothing travels during backward.
-    """
-    ranks, rate = trial["ranks"], LINKS[link]
-    assert rate is not None and ranks > 1
-    joined = Link(LATENCY, rate / 8)
-    found = []
-    for epoch, ((sent, _), local) in enumerate(zip(trial["points"], trial["seconds_by_epoch"], strict=True), 1):
-        steps = epoch * trial["steps"] / trial["epochs"]
-        payload = sent / steps / (2 * (ranks - 1) / ranks)
-        found.append(local + steps * seconds(AllReduce, payload, ranks, joined))
-    return found
-
-
-def mean(trials: Trials, key: str) -> float:
-    return statistics.fmean(trial[key] for trial in trials)
 
 
 def table(results: Mapping[str, Trials]) -> str:
@@ -69,11 +28,8 @@ def table(results: Mapping[str, Trials]) -> str:
     for name, trials in results.items():
         less = mean(trials, "dense_bytes") / mean(trials, "sent_bytes")
         cells = [name, spread(trials), f"{mean(trials, 'sent_bytes') / 1e6:,.1f}", f"{less:,.1f}"]
-        rows.append([*cells, *map(last, (clock(trials, link) for link in LINKS))])
-    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))] for row in rows]
-    lines.insert(1, ["-" * first, *("-" * (w - 1) + ":" for w in others)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([*cells, *(str(clock(trials, link)) for link in LINKS)])
+    return markdown(rows)
 
 
 def spread(trials: Trials) -> str:
@@ -81,10 +37,6 @@ def spread(trials: Trials) -> str:
     values = [trial["accuracy"] for trial in trials]
     several = f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1%}{several}"
-
-
-def last(found: Clock) -> str:
-    return f"{'' if found.measured else '~'}{found.seconds[-1]:.1f}"
 
 
 def notes(results: Mapping[str, Trials]) -> str:

@@ -79,7 +79,7 @@ def train(network: Network, name: str, seed: int, args: argparse.Namespace) -> C
         if code:
             sys.exit(f"time_to_accuracy: {name!r} ended with exit status {code}; see {log.relative_to(ROOT)}")
         found = json.loads(history.read_text(encoding="utf-8"))
-    return [(seconds, point[1]) for seconds, point in zip(found["seconds_by_epoch"], found["points"], strict=True)]
+    return [(seconds, point[1]) for seconds, point in zip(found["clock"], found["points"], strict=True)]
 
 
 def reached(curve: Curve, accuracy: float) -> float | None:

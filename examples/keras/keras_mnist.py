@@ -232,7 +232,7 @@ def main(args):
         logger.finish()
     if args.history:
         with open(args.history, "w", encoding="utf-8") as file:
-            json.dump({"points": record.points, "seconds_by_epoch": record.clock, "regimes": record.regimes}, file)
+            json.dump({"points": record.points, "clock": record.clock, "regimes": record.regimes}, file)
     result = {
         "accuracy": record.points[-1][1],
         "sent_bytes": round(optimizer.stats.sent_bytes),

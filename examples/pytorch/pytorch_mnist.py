@@ -202,7 +202,7 @@ def main(args):
         logger.finish()
     if args.history:
         with open(args.history, "w", encoding="utf-8") as file:
-            json.dump({"points": points, "seconds_by_epoch": clock, "regimes": regimes}, file)
+            json.dump({"points": points, "clock": clock, "regimes": regimes}, file)
     result = {
         "accuracy": accuracy,
         "sent_bytes": round(optimizer.stats.sent_bytes),

@@ -37,3 +37,9 @@ def paper() -> Iterator[ModuleType]:
 def demo() -> Iterator[ModuleType]:
     """The program demo.py."""
     yield from program(EXAMPLES / "demo.py")
+
+
+@pytest.fixture(scope="session")
+def transformer_lm() -> Iterator[ModuleType]:
+    """The program transformer_lm.py of torch."""
+    yield from program(EXAMPLES / "pytorch" / "transformer_lm.py")

@@ -25,7 +25,7 @@ def trial(seed, link, accuracy, sent, regimes=()):
         "steps": STEPS,
         "ranks": RANKS,
         "points": [[sent / 2, 0.5], [sent, accuracy]],
-        "seconds_by_epoch": [1.0, 2.0],
+        "clock": [1.0, 2.0],
         "regimes": list(regimes) or [{}, {}],
     }
 
@@ -39,7 +39,7 @@ def made_up(links):
 
 
 def test_seconds_over_a_link_are_measured_or_predicted(demo):
-    from demo_report import LATENCY, LOCAL, clock
+    from link_seconds import LATENCY, LOCAL, clock
 
     measured = made_up([LOCAL, "1 Gbit/s"])["dense"]
     assert clock(measured, LOCAL) == clock(measured, "1 Gbit/s") == ([1.0, 2.0], True)
@@ -49,7 +49,8 @@ def test_seconds_over_a_link_are_measured_or_predicted(demo):
 
 
 def test_table(demo):
-    from demo_report import LOCAL, notes, table
+    from demo_report import notes, table
+    from link_seconds import LOCAL
 
     results = made_up([LOCAL, "1 Gbit/s"])
     lines = table(results).splitlines()
@@ -61,7 +62,8 @@ def test_table(demo):
 
 
 def test_picture(demo):
-    from demo_report import LOCAL, draw
+    from demo_report import draw
+    from link_seconds import LOCAL
 
     figure = draw(made_up([LOCAL]))
     sent, regimes, fast, slow = figure.axes

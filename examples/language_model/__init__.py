@@ -1,0 +1,1 @@
+"""Comparison of ways to train one small GPT on several ranks: methods, text, runs, report. No framework is imported."""
