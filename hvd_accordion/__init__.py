@@ -1,6 +1,16 @@
 """Adaptive gradient compression for Horovod. This package imports no framework; its subpackages import one each."""
 
-from hvd_accordion.compression import BF16, FP16, QSGD, CompressionSpec, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion.compression import (
+    BF16,
+    FP16,
+    QSGD,
+    CompressionSpec,
+    Dense,
+    EFSignSGD,
+    PowerSGD,
+    RandomK,
+    TopK,
+)
 from hvd_accordion.policy.accordion import Accordion, Regime
 from hvd_accordion.policy.auto import Auto
 from hvd_accordion.policy.batch_size import AccordionBatchSize
@@ -22,6 +32,7 @@ __all__ = [
     "Auto",
     "CompressionSpec",
     "Dense",
+    "EFSignSGD",
     "LocalSteps",
     "MLflowLogger",
     "Policy",

@@ -99,7 +99,9 @@ def test_torch_does_not_bring_tensorflow():
 
 
 def test_public_names():
-    promised = "Accordion AccordionBatchSize Auto Dense FP16 BF16 TopK RandomK QSGD PowerSGD MLflowLogger".split()
+    promised = (
+        "Accordion AccordionBatchSize Auto Dense FP16 BF16 TopK RandomK QSGD EFSignSGD PowerSGD MLflowLogger".split()
+    )
     assert set(promised) <= set(hvd_accordion.__all__)
     assert all(hasattr(hvd_accordion, name) for name in hvd_accordion.__all__)
 

@@ -7,6 +7,7 @@ from hvd_accordion.compression.half import BF16, FP16
 from hvd_accordion.compression.low_rank import PowerSGD
 from hvd_accordion.compression.quantised import QSGD
 from hvd_accordion.compression.sharing import Sharing
+from hvd_accordion.compression.sign import EFSignSGD
 from hvd_accordion.compression.sparse import RandomK, TopK
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Context",
     "Decoded",
     "Dense",
+    "EFSignSGD",
     "PowerSGD",
     "RandomK",
     "Sharing",

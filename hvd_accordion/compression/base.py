@@ -80,6 +80,8 @@ class CompressionSpec(ABC):
     error_feedback: bool = True
 
     lossy: ClassVar[bool] = True
+    # where layers travel in slices, an owner for each: whether each layer is cut by itself, or all of a group as one vector
+    cuts_layers: ClassVar[bool] = False
     # the tensors in a layer's Memory by name, and whose each of them is
     memory_sharing: ClassVar[Mapping[str, Sharing]] = MappingProxyType({})
 

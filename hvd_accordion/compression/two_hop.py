@@ -6,6 +6,7 @@ fp32, encodes the mean and sends it to all ranks (allgather). A rank sends about
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hvd_accordion.comm.collectives import AllGather, AllToAll, Rounds, Tensor
@@ -46,29 +47,43 @@ def two_hop_messages(code: Code, count: int, world_size: int) -> list[Message]:
 
 
 def two_hop(ops: Ops, values: list[Tensor], memory: list[Memory], code: Code, ctx: Context) -> Rounds[Decoded]:
-    """Averages the ranks' encoded values. The owner of each slice encodes the mean again for the second hop.
-
-    Both hops are under error feedback. The owner adds its slice's second encoding error to its own remainder, times n,
-    because its next gradient has the weight 1/n. So the applied average plus the mean remainder equals the mean of the
-    values, and a slice needs no state of its own.
-    """
+    """Averages the ranks' encoded values, all layers as one vector. See `average_rows`."""
     flat = ops.flatten(values)
-    count, n = flat.shape[0], ctx.size
-    length = slice_size(count, n, code.block)
-    x = ops.pad(flat, n * length, (n, length))
+    length = slice_size(flat.shape[0], ctx.size, code.block)
+    x = ops.pad(flat, ctx.size * length, (ctx.size, length))
     first = code.encode(ops, x, ctx.key(ctx.names[0], "hop1", ctx.rank))
-    received = code.decode(ops, (yield AllToAll(first)), flat)
-    own = ops.sum(received, 0, keepdims=True) / n
-    second = code.encode(ops, own, ctx.key(ctx.names[0], "hop2", ctx.rank))
-    gathered = yield AllGather(ops.reshape(second, (-1,)))
-    mean = code.decode(ops, gathered, flat)
+    mean, lost = yield from average_rows(ops, first, flat, code, code, ctx)
 
     def finish(_: Any, want_remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
         averages = ops.unflatten(ops.reshape(mean, (-1,)), values)
         if not want_remainder:
             return averages, None
-        remainder = x - code.decode(ops, first, flat)
-        remainder = ops.add_row(remainder, ctx.rank, n * (own[0] - mean[ctx.rank]))
+        remainder = ops.add_row(x - code.decode(ops, first, flat), ctx.rank, lost())
         return averages, ops.unflatten(ops.reshape(remainder, (-1,)), values)
 
     return Decoded(finish, lambda _: memory, lambda: ops.all_finite([mean]))
+
+
+def average_rows(
+    ops: Ops, first: Tensor, like: Tensor, code: Code, owners_code: Code, ctx: Context
+) -> Rounds[tuple[Tensor, Callable[[], Tensor]]]:
+    """Averages the ranks' encoded matrices of one row per rank. The owner of a row encodes its mean for the second hop.
+
+    Both hops are under error feedback. The owner adds its row's second encoding error to its own remainder, times n,
+    because its next gradient has the weight 1/n. So the applied average plus the mean remainder equals the mean of the
+    values, and a row needs no state of its own.
+
+    Args:
+        first: this rank's matrix, encoded by `code`.
+        like: has the dtype of the result.
+        owners_code: encodes the row that this rank owns.
+
+    Returns:
+        The mean matrix, equal on all ranks, and a function that returns n times the second encoding error of the own row.
+    """
+    n = ctx.size
+    received = code.decode(ops, (yield AllToAll(first)), like)
+    own = ops.sum(received, 0, keepdims=True) / n
+    second = owners_code.encode(ops, own, ctx.key(ctx.names[0], "hop2", ctx.rank))
+    mean = code.decode(ops, (yield AllGather(ops.reshape(second, (-1,)))), like)
+    return mean, lambda: n * (own[0] - mean[ctx.rank])

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import floor as floor
@@ -245,7 +246,10 @@ def filler_basis(like: Tensor) -> Tensor:
 def pack_bits(x: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return x
-    words = x.view(*x.shape[:-1], -1, 8).long()
+    if bits == 1 and is_on_cpu(x):
+        return torch.from_numpy(np.packbits(x.numpy(), axis=-1, bitorder="little"))
+    words = x.view(*x.shape[:-1], -1, 8)
+    words = words if bits == 1 else words.long()
     word = words[..., 0]
     for i in range(1, 8):
         word = word | (words[..., i] << (bits * i))
@@ -255,7 +259,10 @@ def pack_bits(x: Tensor, bits: int) -> Tensor:
 def unpack_bits(x: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return x
-    words = x.reshape(*x.shape[:-1], -1, bits).long()
+    if bits == 1 and is_on_cpu(x):
+        return torch.from_numpy(np.unpackbits(x.numpy(), axis=-1, bitorder="little"))
+    words = x.reshape(*x.shape[:-1], -1, bits)
+    words = words if bits == 1 else words.long()
     word = words[..., 0]
     for i in range(1, bits):
         word = word | (words[..., i] << (8 * i))

@@ -75,7 +75,7 @@ def layer_seconds(
     if n == 1:
         return 0.0
     messages = spec.messages(shape, dtype, n)
-    if _joined(messages):  # one of n alike: padded with them, not by itself
+    if _joined(spec, messages):  # one of n alike: padded with them, not by itself
         messages = [(kind, nbytes / n) for kind, nbytes in spec.messages((n * size(shape),), dtype, n)]
     return _wire(messages, n, link) + gamma * size(shape)
 
@@ -85,7 +85,7 @@ def group_messages(layers: Sequence[Layer], spec: CompressionSpec, n: int) -> li
     if not layers:
         return []
     each = [spec.messages(layer.shape, layer.dtype, n) for layer in layers]
-    if _joined(each[0]):
+    if _joined(spec, each[0]):
         return spec.messages((sum(layer.numel for layer in layers),), layers[0].dtype, n)
     return [(rounds[0][0], sum(nbytes for _, nbytes in rounds)) for rounds in zip(*each, strict=True)]
 
@@ -155,9 +155,9 @@ def fit(samples: Iterable[Sample], latency: float | None = None) -> Link:
     return Link(more[0] if latency is None else latency, 1 / per_byte if per_byte else math.inf, overhead)
 
 
-def _joined(messages: Sequence[Message]) -> bool:
+def _joined(spec: CompressionSpec, messages: Sequence[Message]) -> bool:
     """Whether a group's values are coded as one vector, in slices of whole blocks (two_hop.py)."""
-    return messages[0][0] is AllToAll
+    return messages[0][0] is AllToAll and not spec.cuts_layers
 
 
 def _wire(messages: Iterable[Message], n: int, link: Link) -> float:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import BF16, FP16, QSGD, Dense, EFSignSGD, PowerSGD, RandomK, TopK
 from hvd_accordion.comm.collectives import AllGather, AllReduce, AllToAll
 from hvd_accordion.compression.base import dense_bytes, dtype_name
 from hvd_accordion.compression.quantised import DitherCode
@@ -20,7 +20,7 @@ from hvd_accordion.compression.sparse import multipliers, num_selected
 from hvd_accordion.ops import numpy as ops
 from hvd_accordion.utils.seeds import PRIME, at, stable_hash
 
-SPECS = [Dense(), FP16(), BF16(), TopK(), RandomK(), QSGD(), PowerSGD()]
+SPECS = [Dense(), FP16(), BF16(), TopK(), RandomK(), QSGD(), PowerSGD(), EFSignSGD()]
 
 # invalid arguments
 
@@ -94,6 +94,7 @@ def test_error_feedback_is_keyword_only():
         (BF16(error_feedback=False), "BF16(error_feedback=False)"),
         (TopK(0.01), "TopK(ratio=0.01)"),
         (RandomK(0.1, error_feedback=False), "RandomK(ratio=0.1, error_feedback=False)"),
+        (EFSignSGD(), "EFSignSGD()"),
         (QSGD(), "QSGD(levels=7)"),
         (QSGD(3, norm="l2"), "QSGD(levels=3, norm='l2')"),
         (PowerSGD(4), "PowerSGD(rank=4)"),
@@ -132,7 +133,7 @@ def test_a_spec_is_frozen(spec):
 
 
 def test_tags_are_short_and_different():
-    assert [spec.tag for spec in SPECS] == ["dense", "fp16", "bf16", "topk", "randomk", "qsgd", "powersgd"]
+    assert [spec.tag for spec in SPECS] == ["dense", "fp16", "bf16", "topk", "randomk", "qsgd", "powersgd", "efsignsgd"]
 
 
 def test_only_dense_loses_nothing():
@@ -192,6 +193,8 @@ def test_other_dtypes_are_refused(dtype):
         (QSGD(1), (100, 50), "float32", 2, 2 * (5 * 4 + 640)),
         (QSGD(127), (100, 50), "float32", 2, 2 * (5 * 4 + 2560)),
         (QSGD(3, bucket_size=8), (4, 8), "float32", 4, 2 * 3 * (4 + 3)),
+        (EFSignSGD(), (100, 50), "float64", 2, 4 + 625),  # a scale and 5,000 bits
+        (EFSignSGD(), (100, 50), "float32", 4, 2 * 3 * (4 + 157)),  # slices of 1,256 values
         (PowerSGD(4), (100, 50), "float32", 2, 4 * 150 * 4),
         (PowerSGD(4), (100, 50), "float64", 2, 4 * 150 * 8),
         (PowerSGD(4), (100, 50), "float16", 2, 4 * 150 * 4),  # factors in fp32
@@ -216,6 +219,7 @@ def test_bytes_per_step(spec, shape, dtype, ranks, nbytes):
         (BF16(), "float64", [(AllToAll, 10_000), (AllGather, 5_000)]),
         (QSGD(7), "float32", [(AllToAll, 2 * 1300), (AllGather, 1300)]),
         (TopK(0.01), "float32", [(AllGather, 304)]),
+        (EFSignSGD(), "float32", [(AllGather, 629)]),
         (TopK(0.01), "float64", [(AllGather, 504)]),
         (RandomK(0.01), "float16", [(AllReduce, 200)]),
         (PowerSGD(4), "float32", [(AllReduce, 1600), (AllReduce, 800)]),  # P of 100 rows, then Q of 50
@@ -268,6 +272,7 @@ def test_k_is_rounded_up(ratio, count, k):
         (TopK(0.1), (10, 10), 0.1),
         (TopK(0.1), (5, 5), 3 / 25),  # rounded up
         (RandomK(0.1), (10, 10), 0.1),
+        (EFSignSGD(), (10, 10), 1 / 100),
         (PowerSGD(4), (100, 50), 4 / 50),
         (PowerSGD(4), (20, 3, 3), 4 / 9),
         (PowerSGD(4), (2, 50), 1.0),

@@ -22,8 +22,8 @@ STEPS, RATE = 20, 0.5
 
 
 def dtype(name: str) -> str:
-    """float64 where the last bit of a float32 can decide whether an entry travels, or is rounded up or down."""
-    return "float64" if any(kind in name for kind in ("qsgd", "topk", "kinds")) else "float32"
+    """float64 where the last bit of a float32 can decide whether an entry travels, how it is rounded, or its sign."""
+    return "float64" if any(kind in name for kind in ("qsgd", "topk", "signs", "kinds")) else "float32"
 
 
 def weights(dtype: str) -> dict[str, np.ndarray]:

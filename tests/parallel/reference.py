@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import BF16, FP16, QSGD, Dense, EFSignSGD, PowerSGD, RandomK, TopK
 from hvd_accordion.comm import simulation
 from hvd_accordion.compression import Context, exchange
 from hvd_accordion.ops import numpy as ops
@@ -26,6 +26,7 @@ SPECS = {
     "powersgd1": PowerSGD(1),
     "powersgd4": PowerSGD(4),
     "powersgd2-twice": PowerSGD(2, iterations=2, start_after=3),
+    "signs": EFSignSGD(),
     "no-feedback": PowerSGD(2, error_feedback=False, warm_start=False),
 }
 SHAPES = {"a": (40, 36), "b": (64, 3, 3, 5), "c": (40, 36)}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_accordion import BF16, FP16, QSGD, Dense, PowerSGD, RandomK, TopK
+from hvd_accordion import BF16, FP16, QSGD, Dense, EFSignSGD, PowerSGD, RandomK, TopK
 from hvd_accordion.comm.collectives import AllFinite, AllGather, AllReduce, AllToAll
 from hvd_accordion.policy.cost_model import (
     Link,
@@ -28,7 +28,7 @@ from hvd_accordion.policy.layers import Group, Layer
 LINK = Link(latency=0.001, bandwidth=1e6, overhead=0.01)
 FREE = Link(0.0, math.inf)
 KINDS = [AllReduce, AllGather, AllToAll]
-SPECS = [Dense(), FP16(), BF16(), QSGD(7), TopK(0.01), RandomK(0.01), PowerSGD(4)]
+SPECS = [Dense(), FP16(), BF16(), QSGD(7), TopK(0.01), RandomK(0.01), PowerSGD(4), EFSignSGD()]
 
 
 def layer(name="w", shape=(100, 50)) -> Layer:
