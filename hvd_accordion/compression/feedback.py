@@ -28,8 +28,9 @@ def exchange(
     memory: list[Memory],
     ctx: Context,
     buffers: Callable[[], Sequence[Tensor | None]] | None = None,
+    residual_decay: float = 1.0,
 ) -> Rounds[ExchangeResult]:
-    """Exchanges gradients under error feedback: v = g + e; send C(v); e' = v - C(v).
+    """Exchanges gradients under error feedback: v = g + e; send C(v); e' = beta (v - C(v)).
 
     A lossless spec also adds the residual, and thereby sends all of it. If any rank met NaN or Inf, residual and memory
     stay unchanged. Gradients that are added to a residual are only read; v may reuse the residual's memory.
@@ -43,6 +44,8 @@ def exchange(
         ctx: names, step, seed and rank.
         buffers: called after the last collective. Returns one buffer or None per layer, in which the average may be stored.
             A buffer has the gradient's shape and the dtype of the values.
+        residual_decay: beta, in (0, 1]. Below 1 the residual forgets (SparseLoCo, Sarfi et al. 2025, arXiv 2508.15706). It
+            is kept as it will be added, so that v = g + e holds for every beta.
     """
     if residual is not None and not spec.error_feedback:  # a previous level left it; only a contraction reduces it
         spec = replace(spec, error_feedback=True)
@@ -58,6 +61,9 @@ def exchange(
         mean, _ = decoded.finish(into, False)
     else:
         # after a non-finite step other exchanges may still read their gradients: the buffers are not written
-        finish = lambda want_remainder: decoded.finish(into if want_remainder else None, want_remainder)  # noqa: E731
+        def finish(want_remainder: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            mean, left = decoded.finish(into if want_remainder else None, want_remainder)
+            return mean, left if left is None or residual_decay == 1.0 else [x * residual_decay for x in left]
+
         mean, residual = ops.commit_residual(is_finite, finish, values, residual, grads)
     return ExchangeResult(mean, residual, decoded.memory(is_finite), is_finite)

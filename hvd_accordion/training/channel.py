@@ -26,6 +26,7 @@ class Channel:
         memory: layer name -> what its spec keeps, equal on all ranks; likewise.
         seed_name: what seeds depend on in place of a layer's name.
         forgets: what an exchange leaves unsent is not kept, though its result has it.
+        residual_decay: what an exchange leaves unsent is multiplied by this, see `feedback.exchange`.
     """
 
     ops: Ops
@@ -36,6 +37,7 @@ class Channel:
     memory: MutableMapping[str, Memory] = field(default_factory=dict)
     seed_name: Callable[[str], str] = str
     forgets: bool = False
+    residual_decay: float = 1.0
     added: dict[str, Tensor] = field(default_factory=dict)  # gradients under way that residuals may hold by now
 
     def exchange(
@@ -53,7 +55,9 @@ class Channel:
         seeds = tuple(map(self.seed_name, names))
         ctx = Context(seeds, group.layers[0].dtype, step, self.seed, self.rank, self.size)
         into = None if places is None else lambda: [places.get(name) for name in names]
-        result = yield from exchange(group.spec, self.ops, list(gradients), residual, memory, ctx, into)
+        result = yield from exchange(
+            group.spec, self.ops, list(gradients), residual, memory, ctx, into, self.residual_decay
+        )
         for name in names:
             self.added.pop(name, None)
         self.memory.update(zip(names, result.memory, strict=True))

@@ -34,6 +34,7 @@ class Settings:
     min_compress_numel: int = MIN_NUMEL
     batch_size: AccordionBatchSize | None = None
     uneven_inputs: bool = False
+    residual_decay: float = 1.0
 
     def __post_init__(self) -> None:
         validation.integer("backward_passes_per_step", self.backward_passes_per_step, 1)
@@ -41,6 +42,7 @@ class Settings:
         validation.boolean("sparse_as_dense", self.sparse_as_dense)
         validation.boolean("uneven_inputs", self.uneven_inputs)
         validation.integer("seed", self.seed, 0)
+        validation.real("residual_decay", self.residual_decay, 0.0, 1.0)
         validation.integer("min_compress_numel", self.min_compress_numel, 1)
         if self.steps_per_epoch is not None:
             validation.integer("steps_per_epoch", self.steps_per_epoch, 1)
@@ -68,7 +70,7 @@ class Settings:
         """As text, for `agreement.require_equal`; without `groups`, whose members only the framework can name."""
         ours, horovod = version("hvd_accordion"), version("horovod")
         names = "op backward_passes_per_step gradient_predivide_factor sparse_as_dense steps_per_epoch seed "
-        names += "min_compress_numel uneven_inputs"
+        names += "min_compress_numel uneven_inputs residual_decay"
         versions = f"hvd_accordion {ours}, horovod {horovod}, {framework} {framework_version}"
         plain = {name: str(getattr(self, name)) for name in names.split()}
         return {"versions": versions, **plain, "batch_size": repr(self.batch_size)}

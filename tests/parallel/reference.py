@@ -47,7 +47,9 @@ def gradients(step: int, ranks: int) -> list[Grads]:
     return everyones
 
 
-def simulated(spec: Any, ranks: int, steps: int) -> Iterator[tuple[list[Grads], Mapping[str, np.ndarray]]]:
+def simulated(
+    spec: Any, ranks: int, steps: int, decay: float = 1.0
+) -> Iterator[tuple[list[Grads], Mapping[str, np.ndarray]]]:
     """Step by step: every rank's gradients, and the means that a cluster in one process comes to."""
     names = tuple(reversed(SHAPES))  # the order of backward
     residual: list[Any] = [[np.zeros(SHAPES[k], np.float32) for k in names] for _ in range(ranks)]
@@ -63,7 +65,7 @@ def simulated(spec: Any, ranks: int, steps: int) -> Iterator[tuple[list[Grads], 
         for rank in range(ranks):
             context = Context(names, "float32", step, 0, rank, ranks)
             mine = [grads[rank][k] for k in names]
-            rounds.append(exchange(spec, ops, mine, residual[rank], memory[rank], context))
+            rounds.append(exchange(spec, ops, mine, residual[rank], memory[rank], context, residual_decay=decay))
         done, _ = simulation.run(rounds)
         residual, memory = [d.residual for d in done], [d.memory for d in done]
         yield grads, dict(zip(names, done[0].mean, strict=True))

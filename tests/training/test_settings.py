@@ -46,6 +46,10 @@ def horovods(request):
         ("seed", None, TypeError, "an integer >= 0"),
         ("min_compress_numel", 0, ValueError, "an integer >= 1"),
         ("min_compress_numel", True, TypeError, "an integer >= 1"),
+        ("residual_decay", 0.0, ValueError, "(0, 1]"),
+        ("residual_decay", 1.01, ValueError, "(0, 1]"),
+        ("residual_decay", math.nan, ValueError, "(0, 1]"),
+        ("residual_decay", "0.9", TypeError, "(0, 1]"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(argument, value, error, allowed):
@@ -86,6 +90,7 @@ def test_described_has_all_in_which_ranks_must_agree_but_groups():
         "seed": "3",
         "min_compress_numel": "1024",
         "uneven_inputs": "False",
+        "residual_decay": "1.0",
         "batch_size": "None",
     }
 
@@ -100,6 +105,7 @@ def test_described_has_all_in_which_ranks_must_agree_but_groups():
         {"steps_per_epoch": 5},
         {"seed": 1},
         {"min_compress_numel": 1},
+        {"residual_decay": 0.9},
         {"batch_size": AccordionBatchSize(8, 16)},
     ],
     ids=str,

@@ -80,7 +80,9 @@ class LevelSwitch:
         memory = {
             name: {part: self.rows.read(v) for part, v in state.memory_of(key).items()} for name, key in keys.items()
         }
-        return Channel(ops, self.plan.settings.seed, rank, size, residual, memory)
+        settings = self.plan.settings
+        decay = settings.residual_decay
+        return Channel(ops, settings.seed, rank, size, residual, memory, residual_decay=decay)
 
     def _index(self, group: SwitchableGroup, now: Now) -> Any:
         """Which of the group's specs holds now."""

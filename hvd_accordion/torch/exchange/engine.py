@@ -59,7 +59,7 @@ class Engine:
         self.prefix, self.membership = prefix, membership
         self.batch = MicroBatches(self.params, settings.backward_passes_per_step)
         self.evaluation = Evaluation()
-        self.channel = Channel(ops, settings.seed, 0, 1)
+        self.channel = Channel(ops, settings.seed, 0, 1, residual_decay=settings.residual_decay)
         self.norms = GradientNorms(controller, settings.seed)
         self.decisions = Decisions(controller, lr, self.norms, prefix)
         self.auto = AutoChoice()

@@ -1,6 +1,7 @@
 """Every spec under Keras and in TensorFlow graphs, on real ranks."""
 
 import itertools
+from functools import partial
 
 import keras
 import numpy as np
@@ -10,6 +11,8 @@ import tensorflow as tf
 import hvd_accordion.tensorflow as hvd
 import hvd_accordion.tensorflow.keras as hvd_keras
 from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
+from hvd_accordion.tensorflow.exchange import configuration
+from hvd_accordion.training.settings import Settings
 from tests.parallel.reference import SHAPES, simulated
 from tests.parallel.workers.tensorflow.keras_common import (
     SPECS,
@@ -96,14 +99,17 @@ def test_one_trace_serves_all_levels_and_what_is_sent_follows_them(policy, steps
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, s in SPECS.items() if s is not None and "accordion" not in n and n != "globs"]
+    ("name", "decay"),
+    [(n, 1.0) for n, s in SPECS.items() if s is not None and "accordion" not in n and n != "globs"]
+    + [("topk", 0.9), ("signs", 0.9)],
 )
-def test_equals_the_simulated_cluster(name):
+def test_equals_the_simulated_cluster(name, decay, monkeypatch):
     """Same gradients, seeds and steps: TensorFlow over Horovod gives what numpy gives in one process."""
+    monkeypatch.setattr(configuration, "Settings", partial(Settings, residual_decay=decay))
     spec = SPECS[name]
     variables = {key: tf.Variable(tf.zeros(shape), name=key) for key, shape in SHAPES.items()}
     averaging = hvd.GradientExchange(spec)
-    for step, (grads, expected) in enumerate(simulated(spec, hvd.size(), 6)):
+    for step, (grads, expected) in enumerate(simulated(spec, hvd.size(), 6, decay)):
         mine = [tf.constant(grads[hvd.rank()][k]) for k in SHAPES]
         for k, got in zip(SHAPES, averaging(mine, list(variables.values())), strict=True):
             scale = np.abs(expected[k]).max()

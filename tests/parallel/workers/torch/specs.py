@@ -1,5 +1,7 @@
 """Every compression on real ranks: bit-equal, conserving, equal to the simulated cluster."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch
 import hvd_accordion.torch as hvd
 from hvd_accordion import PowerSGD, TopK
 from hvd_accordion.policy.assignment import assign
+from hvd_accordion.torch import distributed_optimizer
+from hvd_accordion.training.settings import Settings
 from tests.parallel.reference import SHAPES, simulated
 from tests.parallel.workers.torch.common import SPECS, assert_ranks_equal, flat, model, sgd, train
 
@@ -49,14 +53,18 @@ def test_a_gradient_is_conserved():
     assert_ranks_equal(weight.detach())
 
 
-@pytest.mark.parametrize("name", [n for n in SPECS if "accordion" not in n and n not in ("globs", "dense")])
-def test_equals_the_simulated_cluster(name):
+@pytest.mark.parametrize(
+    ("name", "decay"),
+    [(n, 1.0) for n in SPECS if "accordion" not in n and n not in ("globs", "dense")] + [("topk", 0.9), ("signs", 0.9)],
+)
+def test_equals_the_simulated_cluster(name, decay, monkeypatch):
     """Same gradients, seeds and steps: torch over Horovod gives what numpy gives in one process."""
+    monkeypatch.setattr(distributed_optimizer, "Settings", partial(Settings, residual_decay=decay))
     spec = SPECS[name]
     params = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
     optimizer = torch.optim.SGD(params.values(), lr=1.0)
     optimizer = hvd.DistributedOptimizer(optimizer, params.items(), compression=spec)
-    for step, (grads, expected) in enumerate(simulated(spec, hvd.size(), 6)):
+    for step, (grads, expected) in enumerate(simulated(spec, hvd.size(), 6, decay)):
         optimizer.zero_grad()
         sum((params[k] * torch.from_numpy(grads[hvd.rank()][k])).sum() for k in SHAPES).backward()
         optimizer.synchronize()
