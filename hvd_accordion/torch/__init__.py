@@ -24,6 +24,7 @@ from hvd_accordion.torch.optim.error_compensated import (
     LKatyusha,
     estimate_smoothness,
 )
+from hvd_accordion.torch.optim.one_bit_adam import OneBitAdam, ZeroOneAdam
 from hvd_accordion.torch.optimizer_state import broadcast_optimizer_state
 
 __all__ += [
@@ -35,6 +36,8 @@ __all__ += [
     "DistributedOptimizer",
     "GradientExchange",
     "LKatyusha",
+    "OneBitAdam",
+    "ZeroOneAdam",
     "broadcast_optimizer_state",
     "elastic",
     "estimate_smoothness",

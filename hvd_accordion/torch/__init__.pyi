@@ -17,6 +17,8 @@ from hvd_accordion.torch.optim.error_compensated import EF21 as EF21
 from hvd_accordion.torch.optim.error_compensated import LSVRG as LSVRG
 from hvd_accordion.torch.optim.error_compensated import LKatyusha as LKatyusha
 from hvd_accordion.torch.optim.error_compensated import estimate_smoothness as estimate_smoothness
+from hvd_accordion.torch.optim.one_bit_adam import OneBitAdam as OneBitAdam
+from hvd_accordion.torch.optim.one_bit_adam import ZeroOneAdam as ZeroOneAdam
 from hvd_accordion.torch.optimizer_state import broadcast_optimizer_state as broadcast_optimizer_state
 from hvd_accordion.utils.horovod_basics import *  # noqa: F403
 from hvd_accordion.utils.horovod_basics import ProcessSet as ProcessSet

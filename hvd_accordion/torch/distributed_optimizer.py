@@ -19,6 +19,8 @@ from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.exchange.plain import plain
 from hvd_accordion.torch.horovod_takeover import Compressor, NoneCompressor, take_over
 from hvd_accordion.torch.local_steps.optimizer import local
+from hvd_accordion.torch.optim.compressed_momentum import CompressedMomentum
+from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
 from hvd_accordion.torch.transport import Average, ProcessSet, Sum, global_process_set
 from hvd_accordion.training import elastic
 from hvd_accordion.training.controller import Controller
@@ -114,6 +116,8 @@ def DistributedOptimizer(
         raise ValueError(
             "optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from"
         )
+    if isinstance(optimizer, CompressedMomentum | ErrorCompensated):
+        raise ValueError(f"optimizer must not average by itself, as {type(optimizer).__name__} does: use it as it is")
     wrapped = take_over(optimizer)
     if wrapped is not None:
         optimizer, theirs = wrapped

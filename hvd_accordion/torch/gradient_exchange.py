@@ -110,6 +110,11 @@ class GradientExchange:
             for p in engine.params.values():
                 p.grad = None
 
+    def build(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Makes the state for gradients like these, and compares the ranks; the first call does so by itself."""
+        if self._engine is None:
+            self._made(gradients)
+
     def _made(self, gradients: Mapping[str, torch.Tensor | None]) -> Engine:
         """The engine, for gradients like these."""
         missing = [name for name, grad in gradients.items() if grad is None]
@@ -185,6 +190,12 @@ class GradientExchange:
         if self._engine is None:
             return {} if self._saved is None else dict(self._saved)
         return state.saved(self._engine)
+
+    def broadcast(self, root_rank: int) -> None:
+        """Gives every rank what `root_rank` shares: levels, factors, norms and counts, but no residual. After `build`."""
+        engine = self._engine
+        if engine is not None and engine.active and engine.size > 1:
+            state.broadcast(engine, root_rank)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up saved state, before the first call or later; warns of what does not fit."""

@@ -9,6 +9,7 @@ from hvd_accordion.torch.exchange import state
 from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.local_steps import state as local_state
 from hvd_accordion.torch.local_steps.engine import LocalEngine
+from hvd_accordion.torch.optim.compressed_momentum import CompressedMomentum
 from hvd_accordion.torch.optim.error_compensated import ErrorCompensated
 
 
@@ -22,6 +23,9 @@ def broadcast_optimizer_state(
     Residuals stay where they are: they are each rank's own. So is all of an ECLK's state, of which nothing is sent.
     """
     if isinstance(optimizer, ErrorCompensated):
+        return
+    if isinstance(optimizer, CompressedMomentum):
+        optimizer.broadcast(root_rank)
         return
     horovod_takeover.broadcast_optimizer_state(optimizer, root_rank, model)
     engine = getattr(optimizer, "_hvd", None)

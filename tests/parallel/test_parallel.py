@@ -21,7 +21,10 @@ CASES = [
         for file in "plain horovod_names specs local_steps norms batch_size hot_path errors logging_run".split()
         + "golden checkpoint_save parity_torch".split()
     ),
-    *(Case(f"torch/{file}", transport="gloo") for file in "specs optimizer eclk uneven auto differential".split()),
+    *(
+        Case(f"torch/{file}", transport="gloo")
+        for file in "specs optimizer eclk one_bit_adam uneven auto differential".split()
+    ),
     Case("torch/checkpoint_resume", transport="gloo", after=("torch/checkpoint_save",)),
     # Horovod's ranks talk once a cycle, sent or not: few cycles, or a slow machine counts too much of that
     Case("torch/traffic", transport="gloo", cycle_time="20"),
