@@ -51,9 +51,9 @@ class Adam:
         """What the second moment is divided by, because it began at 0; `updates` >= 1."""
         return 1 - self.beta2**updates
 
-    def moved(self, x: Tensor, m: Tensor, v: Tensor, updates: Any, interval: Interval) -> Tensor:
+    def moved(self, x: Tensor, m: Tensor, v: Tensor, correction: Any, interval: Interval) -> Tensor:
         """The parameters after the steps of an interval that began at x, whose mean first moment is m."""
-        root = (v / self.correction(updates)) ** 0.5
+        root = (v / correction) ** 0.5
         return x * interval.decay - interval.rate * (m / (root + self.eps))
 
 
@@ -67,10 +67,14 @@ class Interval:
     def extended(self, rate: Any, decay: Any) -> Interval:
         return Interval(self.rate + rate, self.decay * decay)
 
-    def mean(self, before: Tensor, m: Tensor, rate: Any) -> Tensor:
-        """The mean of the interval's first moments, weighted by rates: `before`, and that of its last step, of this rate."""
-        share = (rate + TINY) / (self.rate + TINY)
-        return before * (1 - share) + m * share
+    def share(self, rate: Any) -> Any:
+        """Of the last step, of this rate, in the interval's mean; 1 where all rates are 0."""
+        return (rate + TINY) / (self.rate + TINY)
+
+
+def blended(before: Tensor, m: Tensor, share: Any) -> Tensor:
+    """A weighted mean of first moments with one more, of this share in it."""
+    return before * (1 - share) + m * share
 
 
 def masked(ops: Ops, m: Tensor, v: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +70,7 @@ class Counts:
         updates: dense steps so far.
         since_dense, since_exchange: steps since the last dense step, and since parameters were last equal on all ranks.
         warmup: steps of the warm-up, once it has ended; -1 before.
-        norms: ||v||_1 at the last measurements, oldest first.
+        norms: ||v||_1 at the last measurements, oldest first; 0 where there were none.
     """
 
     step: int = 0
@@ -79,7 +78,7 @@ class Counts:
     since_dense: int = 0
     since_exchange: int = 0
     warmup: int = -1
-    norms: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=lambda: [0.0] * (MARKS + 1))
 
     def kind(self, schedule: Schedule) -> Kind:
         """Of the step to come."""
@@ -107,8 +106,8 @@ class Counts:
 
     def measured(self, norm: float) -> None:
         """Takes ||v||_1 of now, equal on all ranks; ends the warm-up where it has become stable."""
-        self.norms = [*self.norms[-MARKS:], norm]
-        if is_stable(self.norms):
+        self.norms = [*self.norms[1:], norm]
+        if is_stable(self.norms[0], norm):
             self.warmup = self.step
 
 
@@ -127,16 +126,13 @@ def mark_interval(beta2: float) -> int:
     return max(1, round(1 / (1 - beta2) / MARKS))
 
 
-def is_stable(norms: Sequence[float]) -> bool:
-    """Whether the second moment has changed little over 1 / (1 - beta2) steps.
+def is_stable(before: Any, now: Any) -> Any:
+    """Whether the second moment has changed little over `MARKS` measurements, about 1 / (1 - beta2) steps.
 
     The rule of 1-bit Adam (arXiv 2102.02888, section 7.1), ||v_t||_1 / ||v_(t - 1/(1 - beta2))||_1 >= 0.96, taken of v
     corrected for its start at 0, and in both directions: neither may be less than 0.96 of the other.
 
     Args:
-        norms: ||v||_1 at the last `MARKS` + 1 measurements, oldest first; with fewer it is not known to be stable.
+        before, now: ||v||_1; `before` is 0 where there was no measurement.
     """
-    if len(norms) <= MARKS:
-        return False
-    low, high = sorted((norms[-1 - MARKS], norms[-1]))
-    return 0 < STABLE * high <= low
+    return (now > 0) & (now >= STABLE * before) & (before >= STABLE * now)

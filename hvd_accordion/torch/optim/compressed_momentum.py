@@ -145,7 +145,7 @@ class CompressedMomentum(MomentumReports, torch.optim.Optimizer):
                 state, mean = self.state[p], means[self._names[p]].to(wide(p))
                 state["exp_avg"] = numbers.first_moment(state["exp_avg"], mean)
                 state["exp_avg_sq"] = numbers.second_moment(state["exp_avg_sq"], mean)
-                p.copy_(moved(numbers, p, state, counts.updates + 1, interval))
+                p.copy_(moved(numbers, p, state, numbers.correction(counts.updates + 1), interval))
 
     def _step_by_momentum(self, grads: Mapping[str, torch.Tensor], kind: Kind) -> None:
         """A step of the interval that the last exchange began; its end, unless the kind is local."""
@@ -153,14 +153,19 @@ class CompressedMomentum(MomentumReports, torch.optim.Optimizer):
         for i, numbers, params in self._groups():
             rate = numbers.rate(counts.step + 1)
             interval = self._intervals[i] = self._intervals[i].extended(rate, numbers.decay)
+            alone, share, correction = (
+                Interval(rate, numbers.decay),
+                interval.share(rate),
+                numbers.correction(counts.updates),
+            )
             for p in params:
                 state, grad = self.state[p], grads[self._names[p]].to(wide(p))
                 m = adam.masked(ops, numbers.first_moment(state["exp_avg"], grad), state["exp_avg_sq"])
-                moments[self._names[p]] = interval.mean(state["mean"], m, rate) if "mean" in state else m
+                moments[self._names[p]] = adam.blended(state["mean"], m, share) if "mean" in state else m
                 if kind is Kind.LOCAL:
                     state["exp_avg"], state["mean"] = m, moments[self._names[p]]
                     state.setdefault("anchor", p.clone())
-                    p.copy_(moved(numbers, p, state, counts.updates, Interval(rate, numbers.decay)))
+                    p.copy_(moved(numbers, p, state, correction, alone))
         if kind is Kind.MOMENTUM:
             self._end_interval(moments)
 
@@ -169,11 +174,12 @@ class CompressedMomentum(MomentumReports, torch.optim.Optimizer):
         frozen = {name: self.state[p]["exp_avg"] for p, name in self._names.items() if name not in moments}
         means = self._momentum({**moments, **frozen})
         for i, numbers, params in self._groups():
+            correction = numbers.correction(self._counts.updates)
             for p in params:
                 state = self.state[p]
                 state["exp_avg"] = adam.masked(ops, means[self._names[p]], state["exp_avg_sq"])
                 state.pop("mean", None)
-                p.copy_(moved(numbers, state.pop("anchor", p), state, self._counts.updates, self._intervals[i]))
+                p.copy_(moved(numbers, state.pop("anchor", p), state, correction, self._intervals[i]))
             self._intervals[i] = Interval()
 
     def _measure(self) -> None:
@@ -260,7 +266,7 @@ class CompressedMomentum(MomentumReports, torch.optim.Optimizer):
 
 
 def moved(
-    numbers: Adam, x: torch.Tensor, state: Mapping[str, torch.Tensor], updates: int, interval: Interval
+    numbers: Adam, x: torch.Tensor, state: Mapping[str, torch.Tensor], correction: float, interval: Interval
 ) -> torch.Tensor:
     """See `Adam.moved`; in fp32 at least."""
-    return numbers.moved(x.to(wide(x)), state["exp_avg"], state["exp_avg_sq"], updates, interval)
+    return numbers.moved(x.to(wide(x)), state["exp_avg"], state["exp_avg_sq"], correction, interval)
