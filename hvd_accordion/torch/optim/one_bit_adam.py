@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvd_accordion.compression import QSGD
+from hvd_accordion.compression import EFSignSGD
 from hvd_accordion.optim.momentum_schedule import Schedule
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.torch.optim.compressed_momentum import CompressedMomentum
 
-SIGNS = QSGD(1)
+SIGNS = EFSignSGD()
 
 
 class OneBitAdam(CompressedMomentum):
