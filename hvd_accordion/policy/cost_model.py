@@ -127,6 +127,24 @@ def step_seconds(
     return compute * (1 - backward) + max(compute * backward + compression, early) + late
 
 
+def local_step_seconds(
+    compute: float, groups: Sequence[Group], n: int, link: Link, gamma: Gamma, every: int, delay: int = 0
+) -> float:
+    """Of a step of local steps, on average: compute + exchange / every.
+
+    Nothing hides an exchange but the `delay` steps that go on meanwhile; compression is in the thread that computes.
+
+    Args:
+        compute: seconds of forward, backward and the optimizer.
+        groups: of the whole model, which is exchanged each `every` steps.
+    """
+    if n == 1:
+        return compute
+    compression = sum(gamma[group.spec] * layer.numel for group in groups for layer in group.layers)
+    travels = sum(wire_seconds(groups, n, link))
+    return compute + (compression + max(0.0, travels - delay * compute)) / every
+
+
 def fit(samples: Iterable[Sample], latency: float | None = None) -> Link:
     """The link that explains measured collectives best: non-negative least squares of relative errors.
 
