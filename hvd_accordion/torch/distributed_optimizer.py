@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +175,7 @@ def _local(
         raise ValueError(
             "compression must not be an Auto with local_steps: it measures exchanges beside backward passes"
         )
+    settings = replace(settings, residual_decay=local_steps.residual_decay)
     names = {id(p): name for name, p in pairs or ()}
     return local(optimizer, params, spec, policy, settings, local_steps, buffers or (), logger, names)
 

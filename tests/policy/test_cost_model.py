@@ -18,6 +18,7 @@ from hvd_accordion.policy.cost_model import (
     group_messages,
     hops,
     layer_seconds,
+    local_step_seconds,
     round_seconds,
     seconds,
     step_seconds,
@@ -160,6 +161,15 @@ def test_the_last_group_of_each_spec_is_late_and_their_constants_pass_side_by_si
     early, late = wire_seconds(groups, 2, LINK)
     assert early == pytest.approx(16 * 200 / 1e6)
     assert late == pytest.approx(2 * 0.012 + 16 * 150 / 1e6 + 40 / 1e6)
+
+
+def test_local_steps_pay_for_an_exchange_once_in_a_round():
+    groups, gamma = [group("0", Dense(), B), group("1", Dense(), A)], {Dense(): 1e-6}
+    whole = 0.015 + 0.04 + 0.032
+    assert local_step_seconds(0.3, groups, 2, LINK, gamma, 10) == pytest.approx(0.3 + whole / 10)
+    assert local_step_seconds(0.03, groups, 2, LINK, gamma, 10, delay=1) == pytest.approx(0.03 + (whole - 0.03) / 10)
+    assert local_step_seconds(0.3, groups, 2, LINK, gamma, 10, delay=1) == pytest.approx(0.3 + 0.015 / 10)
+    assert local_step_seconds(0.3, groups, 1, LINK, gamma, 10) == 0.3
 
 
 def test_no_groups():

@@ -17,6 +17,7 @@ from hvd_accordion import (
     AccordionSteps,
     Auto,
     Dense,
+    EFSignSGD,
     LocalSteps,
     PowerSGD,
     TopK,
@@ -144,6 +145,7 @@ SPECS = {
     "powersgd": PowerSGD(2),
     "topk": TopK(0.05),
     "qsgd": QSGD(1),
+    "signs": EFSignSGD(),
     "accordion": Accordion(PowerSGD(4), PowerSGD(1), interval=2, unit="steps"),
     "each": {"a": TopK(0.1), "*": Dense()},
 }
@@ -175,6 +177,34 @@ def test_ranks_are_bit_equal_and_nothing_is_lost(name, fragments):
         waits = sum(residual.get(n, torch.zeros(())) for _, _, residual in results) / size
         applied = initial.detach() - results[0][0][n].detach()
         torch.testing.assert_close(applied + waits, given, atol=3e-5, rtol=0)
+
+
+def test_residual_decays():
+    """v = d + beta e, from numpy: what one rank does not send of one layer."""
+    beta, size = 0.5, 2
+
+    def script(rank, process_set):
+        params = {"a": start()["a"]}
+        optimizer = wrapped(params, process_set, LocalSteps(1, residual_decay=beta), compression=TopK(0.1))
+        sent = []
+        for step in range(4):
+            before = params["a"].detach().clone()
+            params["a"].grad = before - target(rank, step, "a")
+            optimizer.step()
+            sent.append((before - params["a"].detach()).numpy())
+        return sent
+
+    sent = on_ranks(script)[0]
+    x, residual = start()["a"].detach().numpy(), [0.0] * size
+    for step in range(4):
+        mean = 0.0
+        for rank in range(size):
+            v = np.float32(LR) * (x - target(rank, step, "a").numpy()) + beta * residual[rank]
+            keep = np.abs(v) >= np.sort(np.abs(v), axis=None)[-round(0.1 * v.size)]
+            residual[rank] = np.where(keep, 0, v)
+            mean = mean + np.where(keep, v, 0) / size
+        np.testing.assert_allclose(sent[step], mean, atol=1e-6)
+        x = x - mean
 
 
 def test_two_optimizers_exchange_in_one_round():

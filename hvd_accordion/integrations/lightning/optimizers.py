@@ -16,7 +16,10 @@ SET_BY_TRAINER = {
     *("optimizer", "named_parameters", "compression"),
     *("backward_passes_per_step", "process_set", "steps_per_epoch"),
 }
-OPTIONS = [name for name in inspect.signature(hvd.DistributedOptimizer).parameters if name not in SET_BY_TRAINER]
+NOT_YET = {"local_steps", "buffers"}  # a Trainer evaluates and saves between exchanges
+OPTIONS = [
+    name for name in inspect.signature(hvd.DistributedOptimizer).parameters if name not in SET_BY_TRAINER | NOT_YET
+]
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from hvd_accordion.torch.transport import connect
 from hvd_accordion.training.reports import Logger
 
 SET_BY_TRAINER = {"named_parameters", "backward_passes_per_step", "process_set", "steps_per_epoch", "batch_size"}
+NOT_YET = {"local_steps", "buffers"}  # the Trainer evaluates and saves between exchanges
 
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerBase  # the mix-in's methods call those of the class beside it
@@ -73,6 +74,8 @@ class HorovodTrainerMixin(TrainerBase):
         self._options = dict(distributed or {}, compression=compression, logger=logger)
         if wrong := sorted(SET_BY_TRAINER & self._options.keys()):
             raise ValueError(f"distributed must not hold {', '.join(wrong)}: the Trainer sets them")
+        if wrong := sorted(NOT_YET & self._options.keys()):
+            raise ValueError(f"distributed must not hold {', '.join(wrong)}: they do not work under a Trainer yet")
         self.averaged = False  # whether the gradients of the next update are averaged
         self.checkpoint: str | None = None  # the checkpoint from which training resumes
         self._loss: torch.Tensor | None = None  # sum over the micro-batches of the current update
