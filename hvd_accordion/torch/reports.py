@@ -36,7 +36,7 @@ class Reports:
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
-        return self._hvd.controller.report(self._hvd.bytes_per_step())
+        return self._hvd.controller.report(self._hvd.bytes_per_step()).under(type(self).__name__)
 
     def advice(self) -> Advice:
         """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table.

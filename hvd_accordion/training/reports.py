@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+# torch's and Keras's optimizers that divide by a root of the mean squared gradient
+ADAM_LIKE = {"Adam", "AdamW", "Adamax", "NAdam", "Nadam", "RAdam", "Adafactor"}
 NO_REGIME = "-"  # of a layer whose policy has no word for how it treats the layer
 
 
@@ -97,10 +99,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport(Sequence[LayerReport]):
-    """The layers in the order of the parameters; prints as a table. `batch`: what an AccordionBatchSize does now."""
+    """The layers in the order of the parameters; prints as a table.
+
+    Args:
+        batch: what an AccordionBatchSize, or local steps, do now.
+        note: what was measured to serve this optimizer better; empty where nothing was.
+    """
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     batch: str = ""
+    note: str = ""
 
     def __getitem__(self, index: Any) -> Any:
         return self.layers[index]
@@ -143,4 +151,15 @@ class CompressionReport(Sequence[LayerReport]):
             )
             for row in rows
         ]
-        return "\n".join([*lines, *([self.batch] if self.batch else [])])
+        return "\n".join([*lines, *(line for line in (self.batch, self.note) if line)])
+
+    def under(self, optimizer: str) -> CompressionReport:
+        """With a note where gradients that are compressed more than 8 times meet an optimizer of Adam's kind."""
+        strong = self.sent_bytes > 0 and self.dense_bytes > 8 * self.sent_bytes
+        if not strong or optimizer not in ADAM_LIKE:
+            return self
+        note = (
+            f"note: {optimizer} lost accuracy under compressed gradients on a transformer, local steps and 1-bit Adam less: "
+            "see docs/transformers.md"
+        )
+        return replace(self, note=note)

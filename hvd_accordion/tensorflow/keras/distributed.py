@@ -171,7 +171,7 @@ class Distributed:
 
     def compression_report(self) -> CompressionReport:
         """Per layer: shape, compression now, regime, bytes a step, dense bytes, share of the whole. Prints as a table."""
-        return self._hvd.compression_report()
+        return self._hvd.compression_report().under(self._hvd_base.__name__)
 
     @property
     def stats(self) -> Stats:
