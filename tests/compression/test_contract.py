@@ -22,6 +22,7 @@ from hvd_accordion.compression.half import HalfCode
 from hvd_accordion.ops import numpy as numpy_ops
 from hvd_accordion.ops import tensorflow as tensorflow_ops
 from tests.ops.backends import BACKENDS, FRAMEWORKS
+from tests.parallel.user_compressor import RandomPart
 
 SPECS = [
     Dense(),
@@ -42,6 +43,7 @@ SPECS = [
     PowerSGD(2, iterations=2),
     PowerSGD(2, warm_start=False),
     EFSignSGD(),
+    RandomPart(4),
 ]
 RANDOM = [s for s in SPECS if isinstance(s, RandomK | QSGD | PowerSGD)]
 
@@ -531,7 +533,7 @@ def test_a_first_step_that_is_not_finite_leaves_the_state_unchanged(spec, backen
         results, _ = step(backend, spec, grads, *fresh(2))
     for result in results:
         assert not result.is_finite
-        rest_is_zero = isinstance(spec, RandomK) or (isinstance(spec, TopK) and not spec.is_sharded(2))
+        rest_is_zero = isinstance(spec, RandomK | RandomPart) or (isinstance(spec, TopK) and not spec.is_sharded(2))
         assert np.isfinite(result.mean[0]).any() == rest_is_zero
         assert not any(x.any() for x in result.residual)
         assert all(np.isfinite(x).all() for memory in result.memory for x in memory.values())

@@ -14,8 +14,9 @@ from hvd_accordion import QSGD, Accordion, Dense, PowerSGD, TopK
 from hvd_accordion.tensorflow.exchange import configuration
 from hvd_accordion.training.settings import Settings
 from tests.parallel.reference import SHAPES, simulated
+from tests.parallel.user_compressor import RandomPart
+from tests.parallel.workers.tensorflow import keras_common
 from tests.parallel.workers.tensorflow.keras_common import (
-    SPECS,
     STEPS,
     assert_ranks_equal,
     compiled,
@@ -28,6 +29,8 @@ from tests.parallel.workers.tensorflow.keras_common import (
     sgd,
 )
 from tests.parallel.workers.tensorflow.keras_common import model as network
+
+SPECS = {**keras_common.SPECS, "users": RandomPart(4)}
 
 
 @pytest.mark.parametrize("name", SPECS)

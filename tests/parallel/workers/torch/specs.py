@@ -12,7 +12,11 @@ from hvd_accordion.policy.assignment import assign
 from hvd_accordion.torch import distributed_optimizer
 from hvd_accordion.training.settings import Settings
 from tests.parallel.reference import SHAPES, simulated
-from tests.parallel.workers.torch.common import SPECS, assert_ranks_equal, flat, model, sgd, train
+from tests.parallel.user_compressor import RandomPart
+from tests.parallel.workers.torch import common
+from tests.parallel.workers.torch.common import assert_ranks_equal, flat, model, sgd, train
+
+SPECS = {**common.SPECS, "users": RandomPart(4)}
 
 
 @pytest.mark.parametrize("name", SPECS)
