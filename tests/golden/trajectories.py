@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from hvd_accordion import Accordion, AccordionBatchSize, Auto, Dense, PowerSGD, TopK
+from hvd_accordion import (
+    QSGD,
+    Accordion,
+    AccordionBatchSize,
+    AccordionSteps,
+    Auto,
+    Dense,
+    EFSignSGD,
+    LocalSteps,
+    PowerSGD,
+    TopK,
+)
 from tests.parallel import reference
 
 HERE = Path(__file__).parent
@@ -37,6 +48,15 @@ CASES: dict[str, dict[str, Any]] = {  # arguments of the DistributedOptimizer
         "compression": PowerSGD(2),
         "batch_size": AccordionBatchSize(16, 32, eta=1e3, interval=1, warmup=1),
         "steps_per_epoch": 6,
+    },
+}
+LOCAL: dict[str, dict[str, Any]] = {  # of torch alone
+    "local": {"compression": EFSignSGD(), "local_steps": LocalSteps(4)},
+    "local-fragments": {"compression": TopK(0.1), "local_steps": LocalSteps(4, fragments=2, residual_decay=0.9)},
+    "local-delay": {"compression": QSGD(1), "local_steps": LocalSteps(5, delay=2)},
+    "local-accordion": {
+        "compression": PowerSGD(2),
+        "local_steps": LocalSteps(AccordionSteps(2, 5, interval=6, unit="steps", eta=0.3)),
     },
 }
 # Keras traces each for seconds: with GOLDEN_SUBSET=1, which tests/parallel sets unless GOLDEN_WHOLE=1, these and all SAVED

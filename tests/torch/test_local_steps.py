@@ -8,6 +8,8 @@ import functools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hvd_accordion.torch as hvd
 from hvd_accordion import (
@@ -232,25 +234,25 @@ def test_two_optimizers_exchange_in_one_round():
     assert all(torch.equal(first[name], second[name]) for name in SHAPES)
 
 
-@pytest.mark.parametrize("settings", [LocalSteps(4, NESTEROV), LocalSteps(4, delay=3), LocalSteps(3, fragments=2)])
+@pytest.mark.parametrize("local", [LocalSteps(4, NESTEROV), LocalSteps(4, delay=3), LocalSteps(3, fragments=2)])
 @pytest.mark.parametrize("when", [5, 6])
-def test_resumes_exactly(settings, when):
+def test_resumes_exactly(local, when):
     options = {"compression": TopK(0.1), "base": torch.optim.AdamW, "rate": 0.01}
 
     def script(rank, process_set):
-        params, optimizer = trained(rank, process_set, settings, when, ends=False, **options)
+        params, optimizer = trained(rank, process_set, local, when, ends=False, **options)
         again = start()
         with torch.no_grad():
             for name, p in again.items():
                 p.copy_(params[name])
-        resumed = wrapped(again, process_set, LocalSteps(*vars(settings).values()), **options)
+        resumed = wrapped(again, process_set, LocalSteps(*vars(local).values()), **options)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for which, one in ((params, optimizer), (again, resumed)):
             for step in range(when, when + 9):
                 gradients(which, rank, step)
                 one.step()
             one.end_round()
-        exact = settings.delay == 0  # a residual that holds an exchange under way is restored up to rounding
+        exact = local.delay == 0  # a residual that holds an exchange under way is restored up to rounding
         for name, p in params.items():
             assert torch.equal(p, again[name]) if exact else torch.allclose(p, again[name], atol=1e-5)
         assert resumed.stats.steps == optimizer.stats.steps
@@ -495,3 +497,61 @@ def test_ranks_with_other_settings_are_refused():
             wrapped(start(), process_set, LocalSteps(2 + rank))
 
     on_ranks(script)
+
+
+ACTS = st.lists(
+    st.sampled_from(["step"] * 8 + ["end_round", "end_epoch", "common", "reload", "broadcast", "freeze", "rate"]),
+    min_size=3,
+    max_size=20,
+)
+SETTINGS = {
+    "mean": lambda: LocalSteps(3),
+    "nesterov": lambda: LocalSteps(4, NESTEROV, fragments=2),
+    "delay": lambda: LocalSteps(4, fragments=2, delay=3),
+    "accordion": lambda: LocalSteps(AccordionSteps(1, 3, interval=4, unit="steps")),
+    "epochs": lambda: LocalSteps(AccordionSteps(2, 5, interval=1), residual_decay=0.9),
+}
+
+
+def act(name, params, optimizer):
+    """What a user may do between two steps."""
+    if name in ("end_round", "end_epoch"):
+        getattr(optimizer, name)()
+    elif name == "common":
+        with optimizer.common_parameters():
+            pass
+    elif name == "reload":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif name == "broadcast":
+        hvd.broadcast_optimizer_state(optimizer, 1)
+    elif name == "freeze":
+        params["c"].requires_grad_(not params["c"].requires_grad)
+    else:
+        optimizer.param_groups[0]["lr"] *= 0.4
+
+
+@given(ACTS, st.sampled_from(sorted(SETTINGS)), st.sampled_from(["dense", "topk", "signs"]))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_whatever_a_user_does_ranks_end_equal(acts, name, spec):
+    compression = {"dense": Dense(), **SPECS}[spec]
+
+    def script(rank, process_set):
+        params = start()
+        optimizer = wrapped(params, process_set, SETTINGS[name](), compression=compression)
+        for step, what in enumerate(acts):
+            if what == "step":
+                gradients(params, rank, step)
+                params["c"].grad = params["c"].grad if params["c"].requires_grad else None
+                optimizer.step()
+            else:
+                act(what, params, optimizer)
+        own = {n: p.detach().clone() for n, p in params.items()}
+        optimizer.end_round()
+        return own, params, optimizer.stats.steps
+
+    (own, params, steps), (theirs, others, its) = on_ranks(script)
+    assert steps == its == acts.count("step")
+    assert all(torch.equal(params[n], others[n]) and params[n].isfinite().all() for n in SHAPES)
+    if name in ("mean", "accordion") and spec == "dense":  # the mean of the ranks' parameters, and nothing else
+        for n in SHAPES:
+            torch.testing.assert_close(params[n].detach(), (own[n] + theirs[n]) / 2, atol=1e-5, rtol=0)

@@ -114,7 +114,7 @@ class Fragment:
         self.engine.exchange.groups.kept = []  # of gradients that no backward pass will fault in again
         params: list[torch.Tensor] = [self.params[name] for name in names]
         anchors: list[torch.Tensor] = [self.anchor[name] for name in names]
-        if not pending.sent:
+        if not pending.sent or self.behind == 0:  # no step since
             torch._foreach_copy_(params, anchors)
             return
         moved = torch._foreach_sub(anchors, tuple(pending.sent[name] for name in names))
@@ -156,7 +156,8 @@ class Fragment:
         self.behind = int(state["behind"])
 
     def forget(self) -> None:
-        """The next step begins with parameters that all ranks have in common."""
+        """The next step begins with parameters that all ranks have in common. Ends what is under way."""
+        self.finish()
         self.engine.drop()
         for holder in self.engine.params.values():
             holder.grad = None

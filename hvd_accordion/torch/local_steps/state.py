@@ -7,6 +7,7 @@ from typing import Any
 
 from hvd_accordion.torch.broadcasting import broadcast_tree
 from hvd_accordion.torch.exchange import state
+from hvd_accordion.torch.exchange.agreement import any_rank
 from hvd_accordion.torch.local_steps.engine import LocalEngine
 from hvd_accordion.training import resume
 
@@ -42,10 +43,21 @@ def broadcast(engine: LocalEngine, root_rank: int) -> None:
     """Gives every rank the anchors, counts and levels of `root_rank`; residuals stay where they are.
 
     Between two steps. Where that rank has made none, every rank's next step begins with its parameters of then.
+
+    Raises ValueError, on every rank the same, where an exchange is under way on some of the ranks.
     """
     transport = engine.transport
     if not engine.active or transport.size == 1:
         return
+    pending = [part.pending is not None for part in engine.fragments]
+    if any_rank(any(pending), f"{engine.prefix}.pending", transport):
+        if any_rank(not any(pending), f"{engine.prefix}.idle", transport):
+            raise ValueError(
+                "broadcast_optimizer_state: an exchange of local steps is under way on some ranks alone; call end_round() "
+                "first"
+            )
+        for part in engine.fragments:
+            part.finish()
     root = list(transport.ranks).index(root_rank)
     theirs = saved(engine)
     for part in theirs["fragments"]:
@@ -55,5 +67,5 @@ def broadcast(engine: LocalEngine, root_rank: int) -> None:
     engine.steps = engine.training.begun
     for part, its in zip(engine.fragments, theirs["fragments"], strict=True):
         part.forget()
-        part.load_state_dict({**its, "pending": None})
+        part.load_state_dict(its)
         state.broadcast(part.engine, root_rank)

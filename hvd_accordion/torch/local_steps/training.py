@@ -166,11 +166,14 @@ class LocalTraining:
         """The parameters are the common ones, as of the last exchange; afterwards each rank's own again. Sends nothing."""
         pairs = [(part.params[name], x) for part in self.fragments for name, x in part.anchor.items()]
         own = [p.detach().clone() for p, _ in pairs]
-        params: list[torch.Tensor] = [p for p, _ in pairs]
-        with torch.no_grad():
-            torch._foreach_copy_(params, [x for _, x in pairs])
+        copy_to([p for p, _ in pairs], [x for _, x in pairs])
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(params, own)
+            copy_to([p for p, _ in pairs], own)
+
+
+@torch.no_grad()
+def copy_to(params: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    if params:
+        torch._foreach_copy_(params, values)

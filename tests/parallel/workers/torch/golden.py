@@ -6,7 +6,19 @@ import torch.nn.functional as F
 
 import hvd_accordion.torch as hvd
 from hvd_accordion.torch.exchange.calibration import Probe
-from tests.golden.trajectories import CASES, HALF, RATE, SAVED, STEPS, Golden, batch, fingerprint, state_file, weights
+from tests.golden.trajectories import (
+    CASES,
+    HALF,
+    LOCAL,
+    RATE,
+    SAVED,
+    STEPS,
+    Golden,
+    batch,
+    fingerprint,
+    state_file,
+    weights,
+)
 from tests.parallel import convex
 
 GOLDEN = Golden("torch", fingerprint(torch.__version__))
@@ -23,7 +35,7 @@ class Training:
     def __init__(self, case):
         self.p = {key: torch.nn.Parameter(torch.tensor(value)) for key, value in weights().items()}
         sgd = torch.optim.SGD(self.p.values(), lr=RATE, momentum=0.5)
-        arguments = {"min_compress_numel": 64, **CASES[case]} if case != "none" else {}
+        arguments = {"min_compress_numel": 64, **{**CASES, **LOCAL}[case]} if case != "none" else {}
         self.optimizer = hvd.DistributedOptimizer(sgd, self.p.items(), **arguments)
 
     def step(self, step):
@@ -44,7 +56,7 @@ class Training:
             GOLDEN.check(case, self.values(), regimes=regimes, sent=sent)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LOCAL])
 def test_parameters_are_as_recorded(case):
     training = Training(case)
     for step in range(STEPS):
