@@ -36,7 +36,7 @@ def class_of(base: type[torch.optim.Optimizer], added: type) -> type[torch.optim
     """
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        return super(added, self).step(closure)  # type: ignore[misc]
+        return super(added, self).step(closure)  # type: ignore[arg-type]
 
     own = {
         "step": added.step,  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def class_of(base: type[torch.optim.Optimizer], added: type) -> type[torch.optim
     return type(base.__name__, (type("Unexchanged", (), {"step": step}), added, base), own)
 
 
-def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
+def take_over(optimizer: Any) -> tuple[torch.optim.Optimizer, dict[str, Any]] | None:
     """The optimizer that Horovod's DistributedOptimizer wrapped, and its settings; None if it wrapped none."""
     if type(optimizer).__module__ != hvd.DistributedOptimizer.__module__ or not hasattr(optimizer, "_parameter_names"):
         return None
@@ -71,7 +71,7 @@ def take_over(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, 
         "process_set": getattr(optimizer, "process_set", hvd.global_process_set),
     }
     release(optimizer)
-    base = type(optimizer).__bases__[0]
+    base: Any = type(optimizer).__bases__[0]
     inner = base.__new__(base)
     inner.__dict__.update(optimizer.__dict__)
     for own in (
@@ -93,7 +93,7 @@ def in_flight(optimizer: torch.optim.Optimizer) -> Callable[[], bool]:
     return lambda: bool(itself()._handles)  # type: ignore[union-attr]
 
 
-def release(optimizer: torch.optim.Optimizer) -> None:
+def release(optimizer: Any) -> None:
     """Its hooks live in the gradient accumulators that it keeps, and go with them; those that others keep do nothing more."""
     optimizer._grad_accs.clear()
     optimizer._allreduce_delay = dict.fromkeys(optimizer._allreduce_delay, sys.maxsize)  # backward passes to wait for

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hvd_accordion.policy.auto import Advice, advice_of
+from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.reports import CompressionReport, Stats
 
 if TYPE_CHECKING:
-    import torch
-
-    from hvd_accordion.torch.exchange.engine import Engine
-    from hvd_accordion.torch.exchange.plain import PlainEngine
+    from torch.optim import Optimizer as UsersClass  # comes after these classes among the bases
+else:
+    UsersClass = object
 
 STATE = "hvd_accordion"  # our entry in the optimizer's state_dict
 
 
-class Reports:
+class Exchanging(Protocol):
+    """What exchanges for an optimizer."""
+
+    controller: Controller
+
+    @property
+    def completes_batch(self) -> bool: ...
+    def bytes_per_step(self) -> dict[str, float]: ...
+    def end_epoch(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class Reports(UsersClass):
     """What every DistributedOptimizer of this package can tell."""
 
-    _hvd: Engine | PlainEngine
+    _hvd: Exchanging
 
     def end_epoch(self) -> None:
         """An epoch is over: needed where `steps_per_epoch` was not given. The same on every rank."""
@@ -59,5 +71,5 @@ class Reports:
 
 if TYPE_CHECKING:
 
-    class Distributed(Reports, torch.optim.Optimizer):
+    class Distributed(Reports):
         """What a DistributedOptimizer is: the user's own class, and this."""

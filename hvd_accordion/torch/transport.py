@@ -33,7 +33,8 @@ class HorovodTransport:
 
     def __init__(self, process_set: hvd.ProcessSet) -> None:
         self.process_set, self.included = process_set, process_set.included()
-        self.rank, self.size = (process_set.rank(), process_set.size()) if self.included else (0, 1)
+        self.rank: int = process_set.rank() if self.included else 0
+        self.size: int = process_set.size() if self.included else 1
         self.ranks: Sequence[int] = process_set.ranks or range(process_set.size())
 
     def allreduce(

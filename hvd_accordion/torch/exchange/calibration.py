@@ -10,6 +10,7 @@ import torch
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.comm.transport import Transport
 from hvd_accordion.compression import CompressionSpec, Context, exchange
+from hvd_accordion.compression.base import Memory
 from hvd_accordion.ops import torch as ops
 from hvd_accordion.policy.auto import PROBE_STEPS, Advice, Calibration, advise
 from hvd_accordion.policy.layers import Layer
@@ -98,7 +99,9 @@ def exchange_seconds(layer: Layer, spec: CompressionSpec, world_size: int) -> fl
     like = torch.empty(layer.shape, dtype=getattr(torch, layer.dtype), device=layer.device)
     (wide,) = ops.upcast([like])
     values = ops.uniform(1, layer.numel, wide).sub_(0.5).view(layer.shape)
-    residual, memory, times = [torch.zeros_like(wide)], [{}], []
+    residual: list[torch.Tensor] | None = [torch.zeros_like(wide)]
+    memory: list[Memory] = [{}]
+    times = []
     for _ in range(REPEATS):
         grad = like.copy_(values).clone()
         wait_for(grad)

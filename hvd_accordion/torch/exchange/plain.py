@@ -81,6 +81,10 @@ class PlainEngine:
     def end_epoch(self) -> None:
         self.controller.decide(self.controller.end_epoch())
 
+    def release(self) -> None:
+        """Another engine may take the parameters."""
+        rivals.withdraw(self)
+
 
 class Counted(Reports):
     """What counting adds to the class of the user's optimizer, which comes after it among the bases."""
@@ -104,7 +108,7 @@ class Counted(Reports):
 
     def release(self) -> None:
         horovod_takeover.release(self)
-        rivals.withdraw(self._hvd)
+        super().release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

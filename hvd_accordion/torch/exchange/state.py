@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -165,7 +165,7 @@ def take(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(state)
 
 
-def _plain(engine: Any) -> bool:
+def _plain(engine: Any) -> TypeGuard[PlainEngine]:
     return isinstance(engine, PlainEngine)
 
 

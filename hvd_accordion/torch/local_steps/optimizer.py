@@ -49,7 +49,7 @@ class Local(Reports):
         engine = self._hvd
         engine.training.begin(engine)
         with scaled_back(self) as is_finite:
-            loss = super().step(closure) if is_finite else None  # type: ignore[misc]
+            loss = super().step(closure) if is_finite else None
         engine.training.end(engine)
         return loss
 
@@ -87,9 +87,9 @@ class Local(Reports):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes in these parameters too, with the last fragment. Every rank must add them at the same point."""
-        super().add_param_group(param_group)  # type: ignore[misc]
+        super().add_param_group(param_group)
         try:
-            groups: Any = self.param_groups  # type: ignore[attr-defined]
+            groups: Any = self.param_groups
             i = len(groups) - 1
             pairs = configuration.of_group(f"param_groups.{i}", groups[i])
             if "param_names" not in groups[i]:
@@ -98,12 +98,12 @@ class Local(Reports):
             more = dict(pairs)
             self._hvd.add(more, placeholders(more), assign(self._compression, list(more), strict=False))
         except BaseException:
-            self.param_groups.pop()  # type: ignore[attr-defined]
+            self.param_groups.pop()
             raise
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and under "hvd_accordion" anchors, residuals, counts and the outer optimizers' states."""
-        return {**super().state_dict(), STATE: state.saved(self._hvd)}  # type: ignore[misc]
+        return {**super().state_dict(), STATE: state.saved(self._hvd)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Save and load one file per rank, of model and optimizer, to resume exactly.
@@ -112,7 +112,7 @@ class Local(Reports):
         """
         state_dict = dict(state_dict)
         ours = state_dict.pop(STATE, None)
-        super().load_state_dict(state_dict)  # type: ignore[misc]
+        super().load_state_dict(state_dict)
         state.load(self._hvd, ours)
 
     def compression_report(self) -> CompressionReport:

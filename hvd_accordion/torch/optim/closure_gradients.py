@@ -20,7 +20,7 @@ class ClosureGradients:
     """Of parameters, which are put back to x by `place`."""
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        self.params = list(params)
+        self.params: list[torch.Tensor] = list(params)
         self.loss: Any = None  # of the closure at x
 
     def place(self, point: Vectors) -> None:
