@@ -24,7 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 import hvd_accordion.torch as hvd
-from hvd_accordion import QSGD, Accordion, MLflowLogger, PowerSGD, TopK
+from hvd_accordion import QSGD, Accordion, AccordionSteps, LocalSteps, MLflowLogger, PowerSGD, TopK
 
 # much compression, little compression
 LEVELS = {
@@ -46,6 +46,13 @@ def positive(text):
 parser = argparse.ArgumentParser(description="MNIST on Horovod with compressed gradients")
 parser.add_argument("--compression", choices=CHOICES, default="accordion-powersgd")
 parser.add_argument("--level", choices=["relaxed", "critical"], default="relaxed", help="of topk, qsgd and powersgd")
+parser.add_argument(
+    "--local-steps",
+    type=positive,
+    nargs="+",
+    metavar="N",
+    help="steps of each rank by itself between two exchanges; two numbers: in critical regimes, and elsewhere",
+)
 parser.add_argument("--eta", type=float, default=0.5, help="Accordion: relative change of a norm that is critical")
 parser.add_argument("--interval", type=positive, default=1, help="Accordion: epochs from check to check")
 parser.add_argument("--model", choices=["small", "vgg"], default="small", help="vgg: six convolutions, batch norm")
@@ -105,6 +112,15 @@ def compression_of(args):
     return LEVELS[name][args.level]
 
 
+def local_steps_of(args, model):
+    if args.local_steps is None:
+        return {}
+    every = args.local_steps[0]
+    if len(args.local_steps) > 1:
+        every = AccordionSteps(*args.local_steps, eta=args.eta, interval=args.interval)
+    return {"local_steps": LocalSteps(every), "buffers": model.buffers()}
+
+
 def datasets(examples=4000):
     """Digits to train on, 4,000 or the first of them, and 1,000 to test: always the same."""
     images, labels = mnist_data()
@@ -161,6 +177,7 @@ def main(args):
         compression=compression_of(args),
         steps_per_epoch=len(loader),
         logger=logger,
+        **local_steps_of(args, model),
     )
     drops = [math.ceil(share * args.epochs) for share in args.drops]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
