@@ -14,7 +14,7 @@ from hvd_accordion.compression import (
 from hvd_accordion.policy.accordion import Accordion, Regime
 from hvd_accordion.policy.auto import Auto
 from hvd_accordion.policy.batch_size import AccordionBatchSize
-from hvd_accordion.policy.local_steps import AccordionSteps, LocalSteps
+from hvd_accordion.policy.local_steps import AccordionSteps, AutoSteps, LocalSteps
 from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.policy.warmup import Warmup
 from hvd_accordion.policy.window import Window
@@ -30,6 +30,7 @@ __all__ = [
     "AccordionBatchSize",
     "AccordionSteps",
     "Auto",
+    "AutoSteps",
     "CompressionSpec",
     "Dense",
     "EFSignSGD",

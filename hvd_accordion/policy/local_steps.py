@@ -5,6 +5,7 @@ Stich 2018, arXiv 1805.09767; Douillard et al. 2023 (DiLoCo), arXiv 2311.08105. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,35 @@ class AccordionSteps(Rule):
         self._decide({MODEL: norm}, lr)
 
 
+@dataclass
+class AutoSteps:
+    """As few steps between two exchanges as the link allows: so many that exchanges take `share` of the training's time.
+
+    For `LocalSteps(every=...)`, in torch. Ranks begin with `least` steps, and time some steps and exchanges. Then
+    H = ceil(exchange / (share / (1 - share) * step)), between `least` and `most`, by rank 0's numbers, for good.
+
+    Args:
+        share: of the time that exchanges may take, in (0, 1).
+        least, most: bounds of the steps, 1 <= least < most.
+
+    Raises ValueError or TypeError for what is out of range.
+    """
+
+    share: float = 0.05
+    least: int = 5
+    most: int = 100
+
+    def __post_init__(self) -> None:
+        self.share = validation.real("share", self.share, 0.0, 1.0, open_high=True)
+        self.least = validation.integer("least", self.least, 1)
+        self.most = validation.integer("most", self.most, self.least + 1)
+
+    def choose(self, step: float, exchange: float) -> int:
+        """H, from the seconds of a step and of an exchange of the whole model."""
+        allowed = self.share / (1 - self.share) * step
+        return min(self.most, max(self.least, math.ceil(exchange / allowed) if allowed > 0 else self.most))
+
+
 @dataclass(frozen=True, eq=False)
 class LocalSteps:
     """Every rank steps its own optimizer on its own gradients; the parameters' change is averaged each `every` steps.
@@ -79,7 +109,8 @@ class LocalSteps:
     Optimizers over disjoint parameters that are given the same object count the same steps and exchange together.
 
     Args:
-        every: steps between two exchanges, >= 1, or `AccordionSteps`, which decides between few and many.
+        every: steps between two exchanges, >= 1; or `AccordionSteps`, which decides between few and many; or `AutoSteps`,
+            which finds as few as the link allows.
         outer: None for the plain mean, or what makes the outer optimizer of a list of parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)` (DiLoCo's). In Keras a function without
             arguments, such as `functools.partial(keras.optimizers.SGD, 0.7, momentum=0.9, nesterov=True)`.
@@ -93,14 +124,14 @@ class LocalSteps:
     Raises ValueError or TypeError for what is out of range.
     """
 
-    every: int | AccordionSteps = 20
+    every: int | AccordionSteps | AutoSteps = 20
     outer: Callable[..., Any] | None = None
     fragments: int = 1
     delay: int = 0
     residual_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, AccordionSteps):
+        if not isinstance(self.every, AccordionSteps | AutoSteps):
             self._set("every", validation.integer("every", self.every, 1))
         if self.outer is not None and not callable(self.outer):
             raise TypeError(
@@ -117,11 +148,13 @@ class LocalSteps:
     @property
     def shortest(self) -> int:
         """The least number of steps between two exchanges."""
-        return self.every.critical if isinstance(self.every, AccordionSteps) else self.every
+        if isinstance(self.every, int):
+            return self.every
+        return self.every.critical if isinstance(self.every, AccordionSteps) else self.every.least
 
     @property
     def rule(self) -> AccordionSteps | None:
-        """What decides how many steps there are; None: nothing."""
+        """What decides by norms how many steps there are; None: nothing."""
         return self.every if isinstance(self.every, AccordionSteps) else None
 
     def __str__(self) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_accordion.policy.local_steps import LocalSteps
+from hvd_accordion.policy.local_steps import AutoSteps, LocalSteps
 from hvd_accordion.training.counters import MAX_STEPS_OF_EPOCH, no_epochs
 
-COUNTS = ("step", "position", "epoch", "step_of_epoch", "window", "rate_sum", "rates")
+COUNTS = ("step", "position", "epoch", "step_of_epoch", "window", "rate_sum", "rates", "chosen")
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,22 @@ class Rounds:
         self.rule = copy.deepcopy(settings.rule)
         self.step = self.epoch = self.step_of_epoch = self.window = 0
         self.position = 0  # steps since the round began; rounds of fragments begin later, by their offsets
+        self.chosen = 0  # by AutoSteps; 0: not yet
         self.rate_sum, self.rates = 0.0, 0  # learning rates of the window's steps
 
     @property
     def every(self) -> int:
         """Steps between two exchanges of a fragment now."""
         every = self.settings.every
+        if isinstance(every, AutoSteps):
+            return self.chosen or every.least
         return every if isinstance(every, int) else self.rule.steps  # type: ignore[union-attr]
+
+    @property
+    def times(self) -> AutoSteps | None:
+        """What waits for the seconds of steps and exchanges."""
+        every = self.settings.every
+        return every if isinstance(every, AutoSteps) and not self.chosen else None
 
     @property
     def measures(self) -> bool:

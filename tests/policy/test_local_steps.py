@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from hvd_accordion import AccordionSteps, LocalSteps
+from hvd_accordion import AccordionSteps, AutoSteps, LocalSteps
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,21 @@ def test_rule():
     again = AccordionSteps(2, 16)
     again.load_state_dict(rule.state_dict())
     assert again.steps == 2 and again.norms == rule.norms
+
+
+@pytest.mark.parametrize(
+    ("step", "exchange", "chosen"), [(0.1, 0.2, 18), (0.1, 0.001, 2), (0.1, 100.0, 50), (0.0, 1.0, 50)]
+)
+def test_exchanges_take_their_share_of_the_time(step, exchange, chosen):
+    auto = AutoSteps(share=0.1, least=2, most=50)
+    assert auto.choose(step, exchange) == chosen
+    if 2 < chosen < 50:
+        assert exchange / (exchange + chosen * step) <= 0.1 < exchange / (exchange + (chosen - 1) * step)
+
+
+def test_bounds_of_what_the_link_decides():
+    with pytest.raises(ValueError, match="most must be an integer >= 6, got 5"):
+        AutoSteps(most=5)
+    with pytest.raises(ValueError, match="share must be"):
+        AutoSteps(share=1.0)
+    assert LocalSteps(AutoSteps()).shortest == 5

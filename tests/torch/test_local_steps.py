@@ -18,6 +18,7 @@ from hvd_accordion import (
     AccordionBatchSize,
     AccordionSteps,
     Auto,
+    AutoSteps,
     Dense,
     EFSignSGD,
     LocalSteps,
@@ -434,6 +435,31 @@ def test_accordion_decides_how_often():
     assert log.epochs[1][1]["local_steps"] == 5 and log.params["local_steps"].startswith("LocalSteps(every=Accordion")
     window, layers = log.windows[2]
     assert window == 2 and layers["whole model"].regime == "relaxed" and layers["whole model"].ratio < 0.9
+
+
+def test_the_link_decides_how_often(monkeypatch):
+    """By rank 0's seconds; after three exchanges of each fragment."""
+
+    def script(rank, process_set):
+        params = start()
+        optimizer = wrapped(params, process_set, LocalSteps(AutoSteps(least=2, most=9), fragments=2))
+        training = optimizer._hvd.training
+        monkeypatch.setattr(training.clock, "seconds", lambda: [1.0, 0.35 if rank == 0 else 5.0])
+        intervals = []
+        for step in range(24):
+            gradients(params, rank, step)
+            optimizer.step()
+            intervals.append(training.rounds.every)
+        assert len(training.clock.exchanges) == 6 and all(seconds > 0 for seconds in training.clock.steps)
+        again = wrapped(start(), process_set, LocalSteps(AutoSteps(least=2, most=9), fragments=2))
+        again.load_state_dict(optimizer.state_dict())
+        assert again._hvd.training.rounds.every == 7
+        optimizer.end_round()
+        return intervals, params
+
+    (intervals, params), (theirs, others) = on_ranks(script)
+    assert intervals == theirs == [2] * 5 + [7] * 19
+    assert all(torch.equal(params[name], others[name]) for name in SHAPES)
 
 
 def test_epochs_end_rounds():

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from hvd_accordion.policy.batch_size import MODEL
-from hvd_accordion.policy.local_steps import LocalSteps
+from hvd_accordion.policy.local_steps import AutoSteps, LocalSteps
 from hvd_accordion.torch.exchange.agreement import from_rank_0
+from hvd_accordion.torch.local_steps.clock import Clock
 from hvd_accordion.torch.local_steps.displacement import Displacement
 from hvd_accordion.torch.local_steps.engine import LocalEngine
 from hvd_accordion.torch.local_steps.fragment import Fragment
@@ -42,6 +43,7 @@ class LocalTraining:
         self.settings = settings
         self.rounds = Rounds(settings, steps_per_epoch)
         self.begun = 0
+        self.clock = Clock(settings.fragments)
         self._members: list[weakref.ref[LocalEngine]] = []
         rule = self.rounds.rule
         self.displacement = None if rule is None or rule.window is None else Displacement(rule.window, seed)
@@ -80,6 +82,7 @@ class LocalTraining:
         """What follows the step that was begun last, once."""
         if self.rounds.step == self.begun:
             return
+        self.clock.step_ends()
         for part in self.fragments:
             if part.stepped():
                 part.finish()
@@ -88,6 +91,16 @@ class LocalTraining:
             self._end_round(after)
         elif after.fragments:
             self._exchange(after.fragments, waits=self.settings.delay == 0)
+        if self.rounds.times is not None:
+            self._choose(self.rounds.times, len(after.fragments))
+
+    def _choose(self, auto: AutoSteps, exchanged: int) -> None:
+        """The interval, once enough exchanges were timed; all ranks take rank 0's."""
+        self.clock.step_begins(exchanged)
+        if self.clock.is_done:
+            first = self.engines[0]
+            step, exchange = from_rank_0(self.clock.seconds(), f"{first.prefix}.seconds", first.transport)
+            self.rounds.chosen = auto.choose(step, exchange)
 
     @property
     def lr(self) -> float:
