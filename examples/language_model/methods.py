@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_accordion import Accordion, PowerSGD, TopK
+from hvd_accordion import QSGD, Accordion, AccordionSteps, EFSignSGD, LocalSteps, PowerSGD, TopK
 
 
 @dataclass(frozen=True)
 class Method:
+    """The factories make new objects for each training: policies have a state."""
+
     optimizer: str  # "AdamW", or "Muon": for the blocks' matrices, with AdamW elsewhere
     sends: str  # in words, for tables
-    compression: Callable[[], Any] = lambda: None  # a new one for each training: a policy has a state
+    compression: Callable[[], Any] = lambda: None
     local_steps: Callable[[], Any] = lambda: None
 
     def __str__(self) -> str:
         return f"{self.optimizer}: {self.sends}"
 
 
+def dense(optimizer: str) -> Method:
+    return Method(optimizer, "dense gradients")
+
+
+def gradients(optimizer: str, compression: Any, sends: str | None = None) -> Method:
+    return Method(optimizer, sends or str(compression), lambda: copy.deepcopy(compression))
+
+
+def local(optimizer: str, every: int, compression: Any = None) -> Method:
+    """The parameters' change each `every` steps."""
+    sends = f"{'changes' if compression is None else compression} each {every} steps"
+    return Method(optimizer, sends, lambda: compression, lambda: LocalSteps(every))
+
+
+def by_accordion(critical: int, relaxed: int, compression: Any = None) -> Method:
+    """The parameters' change each `critical` or `relaxed` steps."""
+    rule = AccordionSteps(critical, relaxed, interval=WINDOW, unit="steps")
+    sends = f"{'changes' if compression is None else compression} each {critical} or {relaxed} steps, by Accordion"
+    return Method(
+        optimizer="Muon",
+        sends=sends,
+        compression=lambda: compression,
+        local_steps=lambda: LocalSteps(copy.deepcopy(rule)),
+    )
+
+
+WINDOW = 100  # steps from check to check of Accordion's rule
+SIGNS = EFSignSGD()
 DENSE, DENSE_MUON = "adamw", "muon"
 METHODS = {
-    DENSE: Method("AdamW", "dense gradients"),
-    "adamw-powersgd4": Method("AdamW", "PowerSGD(4)", lambda: PowerSGD(4)),
-    "adamw-topk1": Method("AdamW", "TopK(0.01)", lambda: TopK(0.01)),
-    "adamw-accordion": Method("AdamW", "Accordion()", lambda: Accordion(interval=100, unit="steps")),
-    DENSE_MUON: Method("Muon", "dense gradients"),
-    "muon-powersgd16": Method("Muon", "PowerSGD(16)", lambda: PowerSGD(16)),
-    "muon-powersgd4": Method("Muon", "PowerSGD(4)", lambda: PowerSGD(4)),
+    DENSE: dense("AdamW"),
+    "adamw-powersgd4": gradients("AdamW", PowerSGD(4)),
+    "adamw-topk1": gradients("AdamW", TopK(0.01)),
+    "adamw-accordion": gradients("AdamW", Accordion(interval=WINDOW, unit="steps"), "Accordion()"),
+    "adamw-local20": local("AdamW", 20),
+    "adamw-local20-sign": local("AdamW", 20, SIGNS),
+    DENSE_MUON: dense("Muon"),
+    "muon-powersgd16": gradients("Muon", PowerSGD(16)),
+    "muon-powersgd4": gradients("Muon", PowerSGD(4)),
+    **{f"muon-local{every}": local("Muon", every) for every in (5, 20, 50)},
+    **{f"muon-local{every}-sign": local("Muon", every, SIGNS) for every in (5, 20, 50)},
+    "muon-local5-topk5": local("Muon", 5, TopK(0.05)),
+    "muon-local20-qsgd1": local("Muon", 20, QSGD(levels=1)),
+    "muon-accordion-local": by_accordion(5, 20),
+    "muon-accordion-local-sign": by_accordion(5, 20, SIGNS),
 }
-DEMO = (DENSE, "adamw-powersgd4", DENSE_MUON)  # what is compared by default
+DEMO = (DENSE, "adamw-powersgd4", DENSE_MUON, "muon-local20-sign")  # what is compared by default

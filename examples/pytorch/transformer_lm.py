@@ -9,6 +9,7 @@ tokens_per_second, sent_bytes and dense_bytes (of each rank), steps, seconds (of
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -69,13 +70,14 @@ def distributed(model, args, logger):
         parts = [(torch.optim.Muon, {"lr": args.muon_lr}, matrices), (torch.optim.AdamW, adamw, others)]
     else:
         parts = [(torch.optim.AdamW, adamw, dict(model.named_parameters()))]
-    compression = method.compression()
-    # hvd_accordion: choose the compression.
+    compression, local_steps = method.compression(), method.local_steps()
+    # hvd_accordion: choose the compression, and how many steps each rank takes by itself.
     return [
         hvd.DistributedOptimizer(
             make(params.values(), weight_decay=args.weight_decay, **settings),
             named_parameters=params.items(),
             compression=compression,
+            local_steps=local_steps,  # one object: both optimizers exchange together
             seed=args.seed,
             logger=logger,
         )
@@ -89,12 +91,14 @@ def rate(step, args):
 
 
 def update(model, optimizers, clip):
-    """Steps on the ranks' mean gradients, whose common norm is clipped."""
-    for optimizer in optimizers:
-        optimizer.synchronize()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for optimizer in optimizers:
-        with optimizer.skip_synchronize():
+    """Clips the common norm of all gradients, the ranks' means where gradients are what travels, and steps."""
+    with contextlib.ExitStack() as stack:
+        for optimizer in optimizers:
+            if hasattr(optimizer, "synchronize"):  # 1-bit Adam exchanges moments, when it steps
+                optimizer.synchronize()
+                stack.enter_context(optimizer.skip_synchronize())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for optimizer in optimizers:
             optimizer.step()
 
 
@@ -111,6 +115,12 @@ def validation_loss(model, windows):
     sums = torch.tensor([total, windows[:, 1:].numel()], dtype=torch.float64)
     total, count = hvd.allreduce(sums, op=hvd.Sum, name="validation_loss").tolist()
     return total / count
+
+
+def common_parameters(optimizers):
+    """With local steps, the parameters as of the last exchange; else the parameters are common anyway."""
+    first = optimizers[0]  # for the others, too
+    return first.common_parameters() if hasattr(first, "common_parameters") else contextlib.nullcontext()
 
 
 def train(args):
@@ -156,7 +166,8 @@ def train(args):
         bar.update()
         seconds += time.perf_counter() - begin
         if step % args.every == 0 or step == args.steps:
-            loss = validation_loss(model, windows)
+            with common_parameters(optimizers):
+                loss = validation_loss(model, windows)
             points.append([sum(optimizer.stats.sent_bytes for optimizer in optimizers), loss])
             clock.append(seconds)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -102,7 +102,7 @@ def test_muon_gets_the_blocks_matrices_alone(transformer_lm):
     model = transformer_lm.GPT(vocabulary=10, context=8, width=16, layers=1, heads=2)
     matrices, others = transformer_lm.split(model)
     assert {name.split(".")[2] for name in matrices} == {"qkv", "out", "up", "down"}
-    assert "tokens.weight" in others and "head.weight" in others and "blocks.0.up.bias" in others
+    assert "tokens.weight" in others and "head.weight" in others and "blocks.0.norm2.weight" in others
     assert {**matrices, **others}.keys() == dict(model.named_parameters()).keys()
 
 
