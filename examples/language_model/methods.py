@@ -37,16 +37,14 @@ def local(optimizer: str, every: int, compression: Any = None) -> Method:
     return Method(optimizer, sends, lambda: compression, lambda: LocalSteps(every))
 
 
-def by_accordion(critical: int, relaxed: int, compression: Any = None) -> Method:
+def by_accordion(optimizer: str, critical: int, relaxed: int, compression: Any = None) -> Method:
     """The parameters' change each `critical` or `relaxed` steps."""
-    rule = AccordionSteps(critical, relaxed, interval=WINDOW, unit="steps")
     sends = f"{'changes' if compression is None else compression} each {critical} or {relaxed} steps, by Accordion"
-    return Method(
-        optimizer="Muon",
-        sends=sends,
-        compression=lambda: compression,
-        local_steps=lambda: LocalSteps(copy.deepcopy(rule)),
-    )
+
+    def local_steps() -> LocalSteps:
+        return LocalSteps(AccordionSteps(critical, relaxed, interval=WINDOW, unit="steps"))
+
+    return Method(optimizer, sends, lambda: compression, local_steps)
 
 
 WINDOW = 100  # steps from check to check of Accordion's rule
@@ -66,7 +64,7 @@ METHODS = {
     **{f"muon-local{every}-sign": local("Muon", every, SIGNS) for every in (5, 20, 50)},
     "muon-local5-topk5": local("Muon", 5, TopK(0.05)),
     "muon-local20-qsgd1": local("Muon", 20, QSGD(levels=1)),
-    "muon-accordion-local": by_accordion(5, 20),
-    "muon-accordion-local-sign": by_accordion(5, 20, SIGNS),
+    "muon-accordion-local": by_accordion("Muon", 5, 20),
+    "muon-accordion-local-sign": by_accordion("Muon", 5, 20, SIGNS),
 }
 DEMO = (DENSE, "adamw-powersgd4", DENSE_MUON, "muon-local20-sign")  # what is compared by default
