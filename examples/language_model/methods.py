@@ -14,7 +14,7 @@ from hvd_accordion import QSGD, Accordion, AccordionSteps, EFSignSGD, LocalSteps
 class Method:
     """The factories make new objects for each training: policies have a state."""
 
-    optimizer: str  # "AdamW", or "Muon": for the blocks' matrices, with AdamW elsewhere
+    optimizer: str  # "AdamW", "OneBitAdam", or "Muon": for the blocks' matrices, with AdamW elsewhere
     sends: str  # in words, for tables
     compression: Callable[[], Any] = lambda: None
     local_steps: Callable[[], Any] = lambda: None
@@ -57,6 +57,7 @@ METHODS = {
     "adamw-accordion": gradients("AdamW", Accordion(interval=WINDOW, unit="steps"), "Accordion()"),
     "adamw-local20": local("AdamW", 20),
     "adamw-local20-sign": local("AdamW", 20, SIGNS),
+    "onebit-adam": Method("OneBitAdam", "signs of momentum after dense steps"),
     DENSE_MUON: dense("Muon"),
     "muon-powersgd16": gradients("Muon", PowerSGD(16)),
     "muon-powersgd4": gradients("Muon", PowerSGD(4)),

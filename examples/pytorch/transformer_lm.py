@@ -40,6 +40,7 @@ parser.add_argument("--lr", type=float, default=4e-3, help="of AdamW")
 parser.add_argument("--muon-lr", type=float, default=0.02, help="of Muon")
 parser.add_argument("--weight-decay", type=float, default=0.01)
 parser.add_argument("--warmup", type=int, default=100, help="steps in which the rates grow to their full size")
+parser.add_argument("--dense-steps", type=int, default=300, help="of 1-bit Adam, before it sends momentum")
 parser.add_argument("--drop", type=float, default=0.67, help="share of the steps after which the rates drop x0.1")
 parser.add_argument("--clip", type=float, default=1.0, help="limit of the gradients' norm")
 parser.add_argument("--every", type=int, default=100, help="steps from one validation to the next")
@@ -62,10 +63,13 @@ def split(model):
 
 
 def distributed(model, args, logger):
-    """The method's optimizers, each wrapped for Horovod: AdamW for all, or Muon for the blocks' matrices."""
+    """The method's optimizers, each over Horovod: AdamW for all, or Muon for the blocks' matrices."""
     method = METHODS[args.method]
     matrices, others = split(model)
     adamw = {"lr": args.lr, "betas": (0.9, 0.95)}
+    if method.optimizer == "OneBitAdam":  # averages over the ranks by itself
+        options = {"warmup_steps": args.dense_steps, "weight_decay": args.weight_decay, "logger": logger}
+        return [hvd.OneBitAdam(model.parameters(), **adamw, named_parameters=model.named_parameters(), **options)]
     if method.optimizer == "Muon":
         parts = [(torch.optim.Muon, {"lr": args.muon_lr}, matrices), (torch.optim.AdamW, adamw, others)]
     else:
