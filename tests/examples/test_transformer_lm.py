@@ -118,7 +118,7 @@ def test_comparison(transformer_lm, tmp_path, monkeypatch, capfd):
     args = transformer_lm.parser.parse_args(words)
     script = compare.ROOT / "examples" / "pytorch" / "transformer_lm.py"
     compare.run(script, args)
-    assert "| AdamW: PowerSGD(4) " in capfd.readouterr().out
+    assert "| AdamW: PowerSGD(rank=4) " in capfd.readouterr().out
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG" and "4 steps, 2 ranks" in (out / "table.md").read_text()
     results = json.loads((out / "results.json").read_text())
     assert [*results] == methods
