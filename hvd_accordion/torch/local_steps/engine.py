@@ -14,6 +14,7 @@ from hvd_accordion.policy.auto import Advice
 from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.torch.exchange import rivals
 from hvd_accordion.torch.exchange.agreement import require_equal
+from hvd_accordion.torch.exchange.micro_batches import wide
 from hvd_accordion.torch.local_steps.fragment import Fragment
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.reports import CompressionReport, LayerReport, Logger, Stats
@@ -94,9 +95,8 @@ class LocalEngine:
         """Gives the buffers their mean over the ranks."""
         if not self.buffers or self.transport.size == 1:
             return
-        values = [x.float() if x.dtype != torch.float64 else x.clone() for x in self.buffers]
+        values = [x.to(wide(x), copy=True) for x in self.buffers]
         scales = 1.0 / self.transport.size, 1.0
-        values = [x.clone() if x is mine else x for x, mine in zip(values, self.buffers, strict=True)]
         means = self.transport.wait(self.transport.allreduce(values, f"{self.prefix}.buffers", scales=scales))
         torch._foreach_copy_(self.buffers, means)
         n = self.transport.size
@@ -128,7 +128,7 @@ class LocalEngine:
             exchange_seconds=sum(c.stats.exchange_seconds for c in parts),
             critical_layers=step * sum(c.stats.critical_layers for c in parts) / exchanges,
             critical_bytes=step * sum(c.stats.critical_bytes for c in parts) / exchanges,
-            updates=parts[0].stats.updates,
+            updates=max(c.stats.updates for c in parts),
         )
 
     def report(self, every: int, line: str) -> CompressionReport:

@@ -173,13 +173,13 @@ def local(
     if known is not None:
         logged = settings.logged(type(optimizer).__name__, compression, policy, place.size, "torch", torch.__version__)
         known.start({**logged, "local_steps": str(local_steps)})
+    sizes = {name: p.numel() for name, p in params.items()}
     parts = []
-    for number, names in enumerate(
-        fragments_of({name: p.numel() for name, p in params.items()}, local_steps.fragments)
-    ):
+    for number, names in enumerate(fragments_of(sizes, local_steps.fragments)):
         mine_of = {name: params[name] for name in names}
-        engine = _engine(mine_of, {name: policy[name] for name in names}, settings, lr, known)
-        parts.append(Fragment(number, mine_of, engine, local_steps))
+        if mine_of:
+            engine = _engine(mine_of, {name: policy[name] for name in names}, settings, lr, known)
+            parts.append(Fragment(number, mine_of, engine, local_steps))
     result._hvd = LocalEngine(parts, buffers, lr, prefix, place, active, known)
     training_of(local_steps, settings.process_set, settings.steps_per_epoch, settings.seed).join(result._hvd)
     return result
