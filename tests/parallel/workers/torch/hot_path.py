@@ -1,5 +1,6 @@
 """Between the backward hooks and the return of step() nothing waits for the device."""
 
+import functools
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvd_accordion.ops.torch
 import hvd_accordion.torch as hvd
+from hvd_accordion import QSGD, EFSignSGD, LocalSteps, PowerSGD, TopK
 from tests.parallel.workers.torch.common import SPECS, loss_of, model, sgd, train
 
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "allclose")
@@ -60,6 +62,29 @@ def test_no_wait_in_the_hot_path(name, monkeypatch):
                 patch.setattr(torch.Tensor, read, refuse(read))
             loss.backward()
             optimizer.step()
+
+
+LOCAL = {
+    "signs": (EFSignSGD(), LocalSteps(2)),
+    "fragments": (TopK(0.05), LocalSteps(2, fragments=2)),
+    "delay": (PowerSGD(2), LocalSteps(3, delay=1)),
+    "outer": (QSGD(1), LocalSteps(2, functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True))),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_no_wait_in_local_steps_and_their_exchange(name, monkeypatch):
+    monkeypatch.setattr(hvd_accordion.ops.torch, "is_on_cpu", lambda x: False)
+    compression, local = LOCAL[name]
+    net = model()
+    optimizer = hvd.DistributedOptimizer(
+        sgd(net), net.named_parameters(), compression=compression, local_steps=local, buffers=net.buffers()
+    )
+    train(net, optimizer, range(6))  # the first step compares the ranks' parameters
+    with NoWaiting(), monkeypatch.context() as patch:
+        for read in READS:
+            patch.setattr(torch.Tensor, read, refuse(read))
+        train(net, optimizer, range(6, 12))
 
 
 def refuse(name):
