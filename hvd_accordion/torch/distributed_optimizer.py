@@ -157,7 +157,7 @@ def _local(
     logger: Logger | None,
     local_steps: LocalSteps | None,
     buffers: Iterable[torch.Tensor] | None,
-) -> torch.optim.Optimizer:
+) -> Any:
     """Checks what local steps do not work with, and makes an optimizer that takes them."""
     if not isinstance(local_steps, LocalSteps):
         if local_steps is None:
@@ -186,7 +186,7 @@ def _distributed(
     compression: Any,
     settings: Settings,
     logger: Logger | None,
-) -> torch.optim.Optimizer:
+) -> Any:
     """Compares the ranks, and makes Horovod's own optimizer or one that compresses."""
     process_set, batch_size = settings.process_set, settings.batch_size
     elastic.check_process_set(process_set, global_process_set)
@@ -197,7 +197,7 @@ def _distributed(
     if horovods and batch_size is not None:
         horovods, compression = False, plain_spec(compression)
     compression = translated(compression)
-    policy = assign(None if horovods else compression, list(params))  # type: ignore[arg-type]
+    policy = assign(None if horovods else compression, list(params))
     if not horovods:
         check_op(settings.op, (Average, Sum), compression, batch_size)
 
@@ -214,11 +214,12 @@ def _distributed(
         return settings.logged(its_name, compression, policy, size, "torch", torch.__version__)
 
     member = Membership(logger, logged, ELASTIC_STATE)
+    result: Any
     if horovods:
         result = plain(optimizer, params, compression or NoneCompressor, settings, controller, member)
     else:
         later = {id(p): name for name, p in pairs or ()}
-        result = compressed(optimizer, params, compression, settings, controller, prefix, member, later)  # type: ignore
+        result = compressed(optimizer, params, compression, settings, controller, prefix, member, later)
     if not elastic.active():
         result._hvd.agree()
     return result
