@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from language_model import compare, text
+from language_model import compare, inner_state, text
 from language_model.methods import DENSE, METHODS
 
 import hvd_accordion.torch as hvd
@@ -43,6 +43,9 @@ parser.add_argument("--warmup", type=int, default=100, help="steps in which the 
 parser.add_argument("--dense-steps", type=int, default=300, help="of 1-bit Adam, before it sends momentum")
 parser.add_argument("--drop", type=float, default=0.67, help="share of the steps after which the rates drop x0.1")
 parser.add_argument("--clip", type=float, default=1.0, help="limit of the gradients' norm")
+parser.add_argument(
+    "--average-state", type=int, metavar="N", help="average the optimizers' moments each N steps: for local steps"
+)
 parser.add_argument("--every", type=int, default=100, help="steps from one validation to the next")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
@@ -165,6 +168,8 @@ def train(args):
             optimizer.zero_grad()
         loss_of(model, torch.from_numpy(next(batches))).backward()
         update(model, optimizers, args.clip)
+        if args.average_state and step % args.average_state == 0:
+            inner_state.average(hvd, optimizers)
         for scheduler in schedulers:
             scheduler.step()
         bar.update()
