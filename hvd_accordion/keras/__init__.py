@@ -12,11 +12,14 @@ import hvd_accordion.keras.callbacks as callbacks
 import hvd_accordion.keras.elastic as elastic
 from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables
 from hvd_accordion.tensorflow.keras.loading import load_model
+from hvd_accordion.tensorflow.keras.one_bit_adam import OneBitAdam, ZeroOneAdam
 from hvd_accordion.tensorflow.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 
 __all__ += [
     "DistributedOptimizer",
+    "OneBitAdam",
     "PartialDistributedOptimizer",
+    "ZeroOneAdam",
     "broadcast_global_variables",
     "callbacks",
     "elastic",

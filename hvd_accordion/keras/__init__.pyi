@@ -6,6 +6,8 @@ from hvd_accordion.keras import callbacks as callbacks
 from hvd_accordion.keras import elastic as elastic
 from hvd_accordion.tensorflow.broadcasting import broadcast_global_variables as broadcast_global_variables
 from hvd_accordion.tensorflow.keras.loading import load_model as load_model
+from hvd_accordion.tensorflow.keras.one_bit_adam import OneBitAdam as OneBitAdam
+from hvd_accordion.tensorflow.keras.one_bit_adam import ZeroOneAdam as ZeroOneAdam
 from hvd_accordion.tensorflow.keras.optimizer import DistributedOptimizer as DistributedOptimizer
 from hvd_accordion.tensorflow.keras.optimizer import PartialDistributedOptimizer as PartialDistributedOptimizer
 from hvd_accordion.utils.horovod_basics import *  # noqa: F403

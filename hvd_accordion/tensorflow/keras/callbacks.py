@@ -83,9 +83,7 @@ class BroadcastGlobalVariablesCallback(EpochCallback):
         with tf.device(self.device or None):
             broadcast_variables([v for key, v in unique.items() if key not in self._local], self.root_rank)
             for optimizer in optimizers:
-                sums = optimizer._hvd_sums
-                count = sums.count if sums.passes > 1 else None
-                optimizer._hvd.broadcast(self.root_rank, count, list(sums.sums.values()))
+                optimizer.broadcast(self.root_rank)
         self._done = naming.generation()
 
 

@@ -165,6 +165,11 @@ class Distributed:
         for count, number in counted:
             count.assign(number)
 
+    def broadcast(self, root_rank: int) -> None:
+        """Gives every rank what compression keeps on `root_rank`, but for residuals; `variables` are the caller's."""
+        sums = self._hvd_sums
+        self._hvd.broadcast(root_rank, sums.count if sums.passes > 1 else None, list(sums.sums.values()))
+
     def advice(self) -> Advice:
         """What an `Auto` measured, what each choice would cost, what it chose. Prints as a table."""
         return self._hvd.advice()

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from hvd_accordion.tensorflow.keras.compressed_momentum import CompressedMomentum
 from hvd_accordion.tensorflow.keras.distributed import Distributed
 from hvd_accordion.tensorflow.transport import world_size
 
@@ -40,7 +41,7 @@ class EpochCallback(keras.callbacks.Callback):
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
-    """The distributed optimizers of a model, each once: among its attributes, and within optimizers that wrap them."""
+    """Those of a model that average over the ranks, each once: among its attributes, and within optimizers that wrap them."""
     found: dict[int, Any] = {}
     seen: set[int] = set()
     left = list(members_of(model))
@@ -49,7 +50,7 @@ def optimizers_of(model: keras.Model) -> list[Any]:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, Distributed):
+        if isinstance(one, Distributed | CompressedMomentum):
             found[id(one)] = one
         left += members_of(one)
     return list(found.values())

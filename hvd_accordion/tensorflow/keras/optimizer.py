@@ -11,6 +11,7 @@ from hvd_accordion.policy.assignment import MIN_NUMEL, Compression
 from hvd_accordion.policy.batch_size import AccordionBatchSize
 from hvd_accordion.tensorflow.exchange.variables import trainable_of
 from hvd_accordion.tensorflow.internals import taken_over
+from hvd_accordion.tensorflow.keras.compressed_momentum import CompressedMomentum
 from hvd_accordion.tensorflow.keras.copies import Wrapping
 from hvd_accordion.tensorflow.keras.distributed import Distributed, distributed
 from hvd_accordion.tensorflow.keras.learning_rate import members
@@ -112,6 +113,8 @@ def DistributedOptimizer(
 def _check(optimizer: Any, op: Any, average: Any, batch_size: AccordionBatchSize | None) -> None:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
+    if isinstance(optimizer, CompressedMomentum):
+        raise ValueError(f"optimizer must not average by itself, as {type(optimizer).__name__} does: use it as it is")
     if isinstance(optimizer, Distributed) and not optimizer._hvd_copied:
         raise ValueError(
             "optimizer is a DistributedOptimizer of hvd_accordion already; pass the one that it was made from"
