@@ -38,7 +38,10 @@ CASES = [
         + "eclk differential keras_golden keras_checkpoint_save".split()
     ),
     Case("tensorflow/parity_tensorflow", after=("torch/parity_torch",)),
-    *(Case(f"tensorflow/{file}", transport="gloo") for file in ("keras_specs", "keras_optimizer")),
+    *(
+        Case(f"tensorflow/{file}", transport="gloo")
+        for file in ("keras_specs", "keras_optimizer", "keras_one_bit_adam")
+    ),
     Case("tensorflow/keras_checkpoint_resume", transport="gloo", after=("tensorflow/keras_checkpoint_save",)),
     Case("tensorflow/keras_traffic", transport="gloo", cycle_time="20"),
     Case("tensorflow/keras_optimizer", ranks=3),

@@ -9,6 +9,7 @@ import keras
 
 from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.tensorflow.keras import copies
+from hvd_accordion.tensorflow.keras.compressed_momentum import CompressedMomentum
 from hvd_accordion.tensorflow.keras.distributed import Distributed, distributed
 from hvd_accordion.tensorflow.keras.optimizer import DistributedOptimizer
 
@@ -39,7 +40,7 @@ def load_model(
     with copies.wrapped(wrapping):
         model = keras.models.load_model(filepath, custom_objects={**objects, **(custom_objects or {})})
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or isinstance(optimizer, Distributed):
+    if optimizer is None or isinstance(optimizer, Distributed | CompressedMomentum):
         return model
     # saved by Keras's own optimizer: compiled again with the same settings, and its state
     config = keras.saving.deserialize_keras_object(model.get_compile_config())

@@ -11,13 +11,14 @@ import hvd_accordion.compression as specs
 from hvd_accordion.compression import CompressionSpec, EFSignSGD
 from hvd_accordion.optim.momentum_schedule import Schedule
 from hvd_accordion.policy.assignment import Compression
+from hvd_accordion.tensorflow.keras import copies
 from hvd_accordion.tensorflow.keras.compressed_momentum import CompressedMomentum
 
 SIGNS = EFSignSGD()
 
 
 class Saved(CompressedMomentum):
-    """Its config: numbers, schedule and spec. A process set and a logger are of the process that saved it."""
+    """Its config: numbers, schedule and spec. A process set and a logger are given to `hvd.load_model`."""
 
     _schedule_names: tuple[str, ...] = ("warmup_steps",)
 
@@ -47,6 +48,10 @@ class Saved(CompressedMomentum):
                     "with compile=False, and compile with a new optimizer"
                 )
             config["compression"] = kind(**fields)
+        if (loading := copies.wrapping_of(cls, "")) is not None:  # by hvd.load_model
+            given = loading.arguments
+            config |= {key: given[key] for key in ("process_set", "logger")}
+            config |= {} if given["compression"] is None else {"compression": given["compression"]}
         return super().from_config(config, custom_objects)
 
 
@@ -76,8 +81,10 @@ class OneBitAdam(Saved):
         logger: as a `DistributedOptimizer`'s; metrics come with an epoch's end.
         options: as `keras.optimizers.Optimizer`'s. Clipping acts on the rank's own gradient.
 
+    `epsilon` is added to the corrected root, as in the papers and in torch; Keras's Adam adds it before the correction.
+
     Callbacks of this package end its epochs and broadcast its state. IndexedSlices are made dense. A model saved with it
-    loads by `keras.models.load_model` where this module is imported; save one file per rank to resume exactly.
+    loads by `hvd.load_model`, or by Keras's where this module is imported; save one file per rank to resume exactly.
 
     Raises ValueError or TypeError for arguments out of range; at the first step, on every rank the same, where ranks are
     configured differently; and under mixed_float16.
