@@ -75,8 +75,8 @@ class OneBitAdam(Saved):
     Args:
         learning_rate, beta_1, beta_2, epsilon, weight_decay: as `keras.optimizers.AdamW`'s, but for a `weight_decay` of None.
         warmup_steps: N >= 1; None: until ||v||_1, corrected for its start, has changed by less than 4 % in the last
-            1 / (1 - beta_2) steps. That is measured each tenth of these, for all ranks alike. Give N where gradients are clipped by norm,
-            under which ||v||_1 looks stable from the start.
+            1 / (1 - beta_2) steps. That is measured each tenth of these, for all ranks alike. Give N where
+            gradients are clipped by norm: then ||v||_1 looks stable from the start.
         compression: of first moments, as a `DistributedOptimizer`'s. 1-D and small tensors travel dense.
         process_set, seed, min_compress_numel: as a `DistributedOptimizer`'s; ranks outside of `process_set` must not use one.
         logger: as a `DistributedOptimizer`'s; metrics come with an epoch's end.

@@ -31,8 +31,8 @@ class OneBitAdam(CompressedMomentum):
     Args:
         params, lr, betas, eps, weight_decay: as `torch.optim.AdamW`'s, but for a `weight_decay` of 0.
         warmup_steps: N >= 1; None: until ||v||_1, corrected for its start, has changed by less than 4 % in the last
-            1 / (1 - beta2) steps. That is measured each tenth of these, on rank 0 for all. Give N where gradients are clipped by norm,
-            under which ||v||_1 looks stable from the start.
+            1 / (1 - beta2) steps. That is measured each tenth of these, on rank 0 for all. Give N where
+            gradients are clipped by norm: then ||v||_1 looks stable from the start.
         compression: of first moments, as a `DistributedOptimizer`'s. 1-D and small tensors travel dense.
         named_parameters, seed, min_compress_numel, process_set: as a `DistributedOptimizer`'s; ranks outside of
             `process_set` must not make one.
