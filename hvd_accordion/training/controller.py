@@ -82,6 +82,8 @@ class Controller:
 
     def log_to(self, logger: Logger | None) -> None:
         self.logger = logger
+        if logger is not None:
+            self.counters.logged()
 
     def _refresh(self) -> None:
         self.levels.refresh(self.counters.step, self.counters.epoch)

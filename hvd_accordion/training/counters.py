@@ -29,12 +29,19 @@ def no_epochs() -> str:
 
 @dataclass
 class _Silence:
-    """Whether a training that needs ends of epochs has had one."""
+    """Whether a training that needs ends of epochs has had one; `unlogged`: whether a logger still waits for the first."""
 
     steps: int = 0
     broken: bool = False
+    unlogged: bool = False
 
     def warn(self) -> None:
+        if self.steps and self.unlogged:
+            log.warning(
+                "logger: no epoch ended in %d steps, so no metrics of epochs were logged: pass steps_per_epoch or call "
+                "end_epoch()",
+                self.steps,
+            )
         if self.steps and not self.broken:
             log.warning(
                 "An Accordion counts epochs, but no epoch ended in %d steps: pass steps_per_epoch or call end_epoch(). "
@@ -74,6 +81,10 @@ class Counters:
         if silent and self.epoch == 0 and self.step_of_epoch > MAX_STEPS_OF_EPOCH:
             raise ValueError(no_epochs())
 
+    def logged(self) -> None:
+        """A logger waits for ends of epochs."""
+        self._silence.unlogged = self.epoch == 0 and self.steps_per_epoch is None
+
     @property
     def epoch_is_over(self) -> bool:
         """Whether the epoch has had all of its steps."""
@@ -100,6 +111,7 @@ class Counters:
         self.epoch += 1
         self.step_of_epoch = 0
         self._silence.broken = True
+        self._silence.unlogged = False
         return done
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -294,6 +295,19 @@ def test_a_training_without_an_epoch_is_warned_of_when_it_ends(caplog):
 
     (message,) = warnings_at_the_end_of(silent, caplog)
     assert "in 3 steps" in message and "steps_per_epoch" in message and "end_epoch()" in message
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_logger_that_hears_of_no_epoch_is_warned_of(ends, caplog):
+    def trained():
+        control = make(HIGH)
+        control.log_to(MagicMock())
+        step(control)
+        if ends:
+            decide(control, control.end_epoch())
+
+    found = warnings_at_the_end_of(trained, caplog)
+    assert [text.startswith("logger: no epoch ended in 1 steps") for text in found] == ([] if ends else [True])
 
 
 def test_no_warning_where_an_epoch_was_told_or_none_is_needed(caplog):

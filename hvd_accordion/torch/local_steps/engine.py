@@ -158,8 +158,9 @@ def require_common(params: Mapping[str, torch.Tensor], name: str, transport: Tra
     if transport.size == 1:
         return
     sums = torch.stack([bits(p).sum(dtype=torch.int64).cpu() for p in params.values()]).tolist()
+    checksums = [f"a checksum of {x}" for x in sums]
     try:
-        require_equal(dict(zip(params, sums, strict=True)), name, transport)
+        require_equal(dict(zip(params, checksums, strict=True)), name, transport)
     except ValueError as error:
         raise ValueError(
             "local steps must start from equal parameters on all ranks: call hvd.broadcast_parameters(model.state_dict(), "
