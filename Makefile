@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup check demo demo-tf demo-eclk ui test test-fast test-quick lint docs bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
+.PHONY: help setup check demo demo-tf demo-transformer demo-eclk ui test test-fast test-quick lint docs bench bench-accuracy bench-scaling bench-parts bench-keras image test-image dist clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(STAMP)    ## four compressions, three seeds, two ranks, links if root: t
 
 demo-tf: $(STAMP) ## the same with Keras on TensorFlow (build/demo-keras/)
 	$(BIN)/python examples/demo.py --framework keras
+
+demo-transformer: $(STAMP) ## a small GPT by four methods, three seeds, links if root: loss over bytes and seconds (build/transformer/)
+	$(BIN)/python examples/pytorch/transformer_lm.py --compare --steps 600
 
 demo-eclk: $(STAMP) ## error compensated Katyusha on logistic regression, ten simulated nodes (build/eclk/)
 	$(BIN)/python examples/eclk_logistic_regression.py --simulate 10 --mlflow-uri sqlite:///mlflow.db

@@ -65,6 +65,7 @@ METHODS = {
     **{f"muon-local{every}-sign": local("Muon", every, SIGNS) for every in (5, 20, 50)},
     "muon-local5-topk5": local("Muon", 5, TopK(0.05)),
     "muon-local20-qsgd1": local("Muon", 20, QSGD(levels=1)),
+    "muon-local20-qsgd1-16": local("Muon", 20, QSGD(levels=1, bucket_size=16)),
     "muon-accordion-local": by_accordion("Muon", 5, 20),
     "muon-accordion-local-sign": by_accordion("Muon", 5, 20, SIGNS),
 }
