@@ -12,12 +12,15 @@ from hvd_accordion import QSGD, Accordion, AccordionSteps, EFSignSGD, LocalSteps
 
 @dataclass(frozen=True)
 class Method:
-    """The factories make new objects for each training: policies have a state."""
+    """The factories make new objects for each training: policies have a state.
+
+    That of local steps gets a function, from a momentum to what makes an outer optimizer of it: SGD at the rate 1.
+    """
 
     optimizer: str  # "AdamW", "OneBitAdam", or "Muon": for the blocks' matrices, with AdamW elsewhere
     sends: str  # in words, for tables
     compression: Callable[[], Any] = lambda: None
-    local_steps: Callable[[], Any] = lambda: None
+    local_steps: Callable[[Callable[[float], Any]], Any] = lambda outer: None
 
     def __str__(self) -> str:
         return f"{self.optimizer}: {self.sends}"
@@ -31,17 +34,20 @@ def gradients(optimizer: str, compression: Any, sends: str | None = None) -> Met
     return Method(optimizer, sends or str(compression), lambda: copy.deepcopy(compression))
 
 
-def local(optimizer: str, every: int, compression: Any = None) -> Method:
+def local(optimizer: str, every: int, compression: Any = None, momentum: float = 0.0) -> Method:
     """The parameters' change each `every` steps."""
     sends = f"{'changes' if compression is None else compression} each {every} steps"
-    return Method(optimizer, sends, lambda: compression, lambda: LocalSteps(every))
+    if momentum:
+        sends += f", outer momentum {momentum:g}"
+        return Method(optimizer, sends, lambda: compression, lambda outer: LocalSteps(every, outer(momentum)))
+    return Method(optimizer, sends, lambda: compression, lambda outer: LocalSteps(every))
 
 
 def by_accordion(optimizer: str, critical: int, relaxed: int, compression: Any = None) -> Method:
     """The parameters' change each `critical` or `relaxed` steps."""
     sends = f"{'changes' if compression is None else compression} each {critical} or {relaxed} steps, by Accordion"
 
-    def local_steps() -> LocalSteps:
+    def local_steps(_: Any) -> LocalSteps:
         return LocalSteps(AccordionSteps(critical, relaxed, interval=WINDOW, unit="steps"))
 
     return Method(optimizer, sends, lambda: compression, local_steps)
@@ -55,7 +61,9 @@ METHODS = {
     "adamw-powersgd4": gradients("AdamW", PowerSGD(4)),
     "adamw-topk1": gradients("AdamW", TopK(0.01)),
     "adamw-accordion": gradients("AdamW", Accordion(interval=WINDOW, unit="steps"), "Accordion()"),
+    "adamw-local5": local("AdamW", 5),
     "adamw-local20": local("AdamW", 20),
+    "adamw-local20-momentum": local("AdamW", 20, momentum=0.5),
     "adamw-local20-sign": local("AdamW", 20, SIGNS),
     "onebit-adam": Method("OneBitAdam", "signs of momentum after dense steps"),
     DENSE_MUON: dense("Muon"),

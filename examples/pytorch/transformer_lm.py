@@ -10,6 +10,7 @@ tokens_per_second, sent_bytes and dense_bytes (of each rank), steps, seconds (of
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -65,6 +66,11 @@ def split(model):
     return matrices, {name: p for name, p in named.items() if name not in matrices}
 
 
+def outer(momentum):
+    """What makes the outer optimizer of local steps."""
+    return functools.partial(torch.optim.SGD, lr=1.0, momentum=momentum)
+
+
 def distributed(model, args, logger):
     """The method's optimizers, each over Horovod: AdamW for all, or Muon for the blocks' matrices."""
     method = METHODS[args.method]
@@ -77,7 +83,7 @@ def distributed(model, args, logger):
         parts = [(torch.optim.Muon, {"lr": args.muon_lr}, matrices), (torch.optim.AdamW, adamw, others)]
     else:
         parts = [(torch.optim.AdamW, adamw, dict(model.named_parameters()))]
-    compression, local_steps = method.compression(), method.local_steps()
+    compression, local_steps = method.compression(), method.local_steps(outer)
     # hvd_accordion: choose the compression, and how many steps each rank takes by itself.
     return [
         hvd.DistributedOptimizer(
