@@ -8,6 +8,7 @@ of Moonlight's scaling, with which 0.01 here is 0.02 there for all matrices but 
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -68,6 +69,11 @@ class Rate(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "warmup": self.warmup, "drop": self.drop}
 
 
+def outer(momentum):
+    """What makes the outer optimizer of local steps."""
+    return functools.partial(keras.optimizers.SGD, 1.0, momentum=momentum)
+
+
 def distributed(args, logger):
     """The method's optimizer over Horovod: AdamW for all, or Muon, which is AdamW for all but the blocks' matrices."""
     method = METHODS[args.method]
@@ -88,9 +94,8 @@ def distributed(args, logger):
     else:
         optimizer = keras.optimizers.AdamW(Rate(args.lr, **schedule), beta_2=0.95, **options)
     # hvd_accordion: choose the compression, and how many steps each rank takes by itself.
-    return hvd.DistributedOptimizer(
-        optimizer, compression=method.compression(), local_steps=method.local_steps(), seed=args.seed, logger=logger
-    )
+    local = {} if (steps := method.local_steps(outer)) is None else {"local_steps": steps}
+    return hvd.DistributedOptimizer(optimizer, compression=method.compression(), seed=args.seed, logger=logger, **local)
 
 
 class Record(keras.callbacks.Callback):

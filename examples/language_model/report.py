@@ -67,17 +67,18 @@ def notes(results: Mapping[str, Trials]) -> str:
 
 
 def draw(results: Mapping[str, Trials]) -> Figure:
-    """Loss over bytes, and over the seconds of both links; AdamW dashed, Muon solid."""
+    """Loss over bytes, and over the seconds of both links; Muon solid, others dashed."""
     figure = Figure(figsize=(14, 6), layout="constrained")
     sent, *timed = figure.subplots(1, 1 + len(REMOTE))
-    counts: dict[str, int] = {}
+    counts = {"solid": -1, "dashed": -1}
     for name, trials in results.items():
-        optimizer = METHODS[name].optimizer
-        i = counts[optimizer] = counts.get(optimizer, -1) + 1
+        line = "solid" if METHODS[name].optimizer == "Muon" else "dashed"
+        counts[line] += 1
+        i = counts[line]
         style = {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": "solid" if optimizer == "Muon" else "dashed",
+            "linestyle": line,
             "label": str(METHODS[name]),
         }
         by_point = zip(*(trial["points"] for trial in trials), strict=True)
