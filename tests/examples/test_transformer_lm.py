@@ -114,7 +114,7 @@ def test_comparison(transformer_lm, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(compare, "MLFLOW_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     out = tmp_path / "out"
     methods = ["adamw-powersgd4", "muon"]
-    words = [*TINY, "--compare", *methods, "--seeds", "5", "--local", "--out", str(out), "--timeout", "100"]
+    words = [*TINY, "--compare", *methods, "--seeds", "5", "--local", "--out", str(out), "--timeout", "200"]
     args = transformer_lm.parser.parse_args(words)
     script = compare.ROOT / "examples" / "pytorch" / "transformer_lm.py"
     compare.run(script, args)
