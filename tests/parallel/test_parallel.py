@@ -14,17 +14,15 @@ from tests.parallel.starts import Case, Starts
 pytestmark = pytest.mark.parallel
 
 SMOKE = ("torch/plain", "torch/horovod_names", "tensorflow/horovod_names")
+IN_ONE_TRACE = "layer_of_its_own or simulated or conserved"  # every spec, without a model for each
 # cases of one framework, number of ranks and transport share a start, in this order
 CASES = [
     *(
         Case(f"torch/{file}")
         for file in "plain horovod_names specs local_steps norms batch_size hot_path errors logging_run".split()
-        + "golden checkpoint_save parity_torch".split()
+        + "differential golden checkpoint_save parity_torch".split()
     ),
-    *(
-        Case(f"torch/{file}", transport="gloo")
-        for file in "specs optimizer eclk one_bit_adam uneven auto differential".split()
-    ),
+    *(Case(f"torch/{file}", transport="gloo") for file in "specs optimizer eclk one_bit_adam uneven auto".split()),
     Case("torch/checkpoint_resume", transport="gloo", after=("torch/checkpoint_save",)),
     # Horovod's ranks talk once a cycle, sent or not: few cycles, or a slow machine counts too much of that
     Case("torch/traffic", transport="gloo", cycle_time="20"),
@@ -35,18 +33,19 @@ CASES = [
     *(
         Case(f"tensorflow/{file}")
         for file in "horovod_names plain keras_norms keras_batch_size keras_auto keras_errors keras_logging".split()
-        + "eclk differential keras_golden keras_checkpoint_save".split()
+        + "eclk differential keras_specs keras_optimizer keras_golden keras_checkpoint_save".split()
     ),
     Case("tensorflow/parity_tensorflow", after=("torch/parity_torch",)),
-    *(
-        Case(f"tensorflow/{file}", transport="gloo")
-        for file in ("keras_specs", "keras_optimizer", "keras_one_bit_adam")
+    Case("tensorflow/keras_specs", transport="gloo", only=IN_ONE_TRACE),
+    Case("tensorflow/keras_one_bit_adam", transport="gloo"),
+    Case(
+        "tensorflow/keras_optimizer", transport="gloo", only="dtypes or process_set or precision or memory or policies"
     ),
     Case("tensorflow/keras_checkpoint_resume", transport="gloo", after=("tensorflow/keras_checkpoint_save",)),
     Case("tensorflow/keras_traffic", transport="gloo", cycle_time="20"),
     Case("tensorflow/keras_optimizer", ranks=3),
     Case("tensorflow/eclk", ranks=4, only="trajectory and eclk-powersgd"),
-    Case("tensorflow/keras_specs", ranks=4, only="bit_equal_after or simulated or conserved"),
+    Case("tensorflow/keras_specs", ranks=4, only=IN_ONE_TRACE),
 ]
 
 

@@ -71,6 +71,8 @@ def compiled(
     net = net or model()
     wrapped = hvd.DistributedOptimizer(optimizer or sgd(), compression=compression, **options)
     net.compile(wrapped, loss=loss(), **(compile_options or {}))
+    if net.built and net.optimizer is wrapped:
+        wrapped.build(net.trainable_variables)  # a step that makes variables is traced twice
     return net, wrapped
 
 
