@@ -65,14 +65,22 @@ def sgd(**options: Any) -> keras.optimizers.Optimizer:
 
 
 def compiled(
-    compression: Any = None, optimizer: Any = None, net: Any = None, compile_options: Any = None, **options: Any
+    compression: Any = None,
+    optimizer: Any = None,
+    net: Any = None,
+    compile_options: Any = None,
+    built: bool = False,
+    **options: Any,
 ):
-    """A model that trains under the compression, and its optimizer."""
+    """A model that trains under the compression, and its optimizer.
+
+    `built`: with its variables. A step that makes them is traced twice.
+    """
     net = net or model()
     wrapped = hvd.DistributedOptimizer(optimizer or sgd(), compression=compression, **options)
     net.compile(wrapped, loss=loss(), **(compile_options or {}))
-    if net.built and net.optimizer is wrapped:
-        wrapped.build(net.trainable_variables)  # a step that makes variables is traced twice
+    if built:
+        wrapped.build(net.trainable_variables)
     return net, wrapped
 
 

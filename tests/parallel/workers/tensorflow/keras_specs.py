@@ -19,7 +19,6 @@ from tests.parallel.workers.tensorflow import keras_common
 from tests.parallel.workers.tensorflow.keras_common import (
     STEPS,
     assert_ranks_equal,
-    compiled,
     data,
     everyone,
     fit,
@@ -28,9 +27,11 @@ from tests.parallel.workers.tensorflow.keras_common import (
     residuals,
     sgd,
 )
+from tests.parallel.workers.tensorflow.keras_common import compiled as compiled_of
 from tests.parallel.workers.tensorflow.keras_common import model as network
 
 SPECS = {**keras_common.SPECS, "users": RandomPart(4)}
+compiled = partial(compiled_of, built=True)
 
 
 @pytest.mark.parametrize("name", SPECS)
