@@ -97,6 +97,11 @@ class Rounds:
             return AfterStep()
         return AfterStep(self.all(), self._by_epochs, True)
 
+    def window_begins(self, after: AfterStep) -> bool:
+        """Whether a window begins with the step that comes after this one; an end of an epoch may lie within a window."""
+        begins = after.epoch_ends if self.rule is not None and self.rule.unit == "epochs" else after.window_ends
+        return begins and self.measures
+
     def restart(self) -> None:
         """All fragments have been exchanged: rounds begin anew."""
         self.position = 0

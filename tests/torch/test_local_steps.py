@@ -463,6 +463,26 @@ def test_the_link_decides_how_often(monkeypatch):
     assert all(torch.equal(params[name], others[name]) for name in SHAPES)
 
 
+def test_an_epoch_may_end_within_a_window():
+    """The norm is that of the whole window's movement: here of SGD's, over the sum of its rates."""
+
+    def script(rank, process_set):
+        params, log = start(), Log()
+        local = LocalSteps(AccordionSteps(2, 7, interval=8, unit="steps"))
+        optimizer = wrapped(params, process_set, local, logger=log, steps_per_epoch=5)
+        for step in range(8):
+            gradients(params, rank, step)
+            optimizer.step()
+        moved = sum(
+            (p.detach() - q.detach()).square().sum() for p, q in zip(params.values(), start().values(), strict=True)
+        )
+        return log.windows, float(moved.sqrt()) / (8 * LR)
+
+    windows, norm = on_ranks(script)[0]
+    ((_, layers),) = windows
+    assert layers["whole model"].norm == pytest.approx(norm, rel=1e-5)
+
+
 def test_epochs_end_rounds():
     def script(rank, process_set):
         params, log = start(), Log()

@@ -146,7 +146,7 @@ class LocalTraining:
                 for part in engine.fragments:
                     part.engine.end_epoch()
             self.rounds.next_epoch()
-        if self.displacement is not None and (after.window_ends or after.epoch_ends) and self.rounds.measures:
+        if self.displacement is not None and self.rounds.window_begins(after):
             self.displacement.begin(self.fragments)
 
     def _observe(self) -> None:
