@@ -19,8 +19,8 @@ from typing import Any
 
 import launching
 import shaped_links
-from demo_report import draw, notes, table
-from link_seconds import mean
+from demo_report import draw, table
+from link_seconds import mean, notes
 from mlflow_runs import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def main() -> None:
     with launching.alone(out):
         experiment = Experiment(MLFLOW_URI, script.stem, ROOT / "mlruns")
         results = trainings(script, args, out)
-        text = f"{table(results)}\n\n{notes(results)}"
+        text = f"{table(results)}\n\n{notes(results, 'epochs')}"
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         draw(results).savefig(out / "demo.png", dpi=120)

@@ -39,16 +39,6 @@ def spread(trials: Trials) -> str:
     return f"{statistics.fmean(values):.1%}{several}"
 
 
-def notes(results: Mapping[str, Trials]) -> str:
-    """The lines below the table: schedule, seeds, and how the seconds were found."""
-    trials = next(iter(results.values()))
-    seeds = ", ".join(f"{trial['seed']} ({trial['link']})" for trial in trials)
-    text = f"{trials[0]['epochs']} epochs, {trials[0]['ranks']} ranks; seeds and where they trained: {seeds}."
-    if any(not clock(trials, link).measured for link in LINKS):
-        text += "\n~: predicted by the cost model (latency + bytes / bandwidth, none of it hidden behind backward)."
-    return text
-
-
 def draw(results: Mapping[str, Trials]) -> Figure:
     """Accuracy over bytes, which layer was critical when, and accuracy over the seconds of both links."""
     figure = Figure(figsize=(11, 7.4), layout="constrained")

@@ -58,3 +58,13 @@ def predicted(trial: Mapping[str, Any], link: str) -> list[float]:
 
 def mean(trials: Trials, key: str) -> float:
     return statistics.fmean(trial[key] for trial in trials)
+
+
+def notes(results: Mapping[str, Trials], unit: str) -> str:
+    """The lines below a table: how much was trained in `unit` ("epochs"), the seeds, how the seconds were found."""
+    trials = next(iter(results.values()))
+    seeds = ", ".join(f"{trial['seed']} ({trial['link']})" for trial in trials)
+    text = f"{trials[0][unit]} {unit}, {trials[0]['ranks']} ranks; seeds and where they trained: {seeds}."
+    if any(not clock(trials, link).measured for link in LINKS):
+        text += "\n~: predicted by the cost model (latency + bytes / bandwidth, none of it hidden behind backward)."
+    return text

@@ -17,7 +17,7 @@ from typing import Any
 
 import launching
 import shaped_links
-from link_seconds import LOCAL, mean
+from link_seconds import LOCAL, mean, notes
 from mlflow_runs import Experiment
 
 from language_model import report
@@ -54,7 +54,7 @@ def run(script: Path, args: argparse.Namespace) -> None:
         results: dict[str, list[Trial]] = {}
         for name, trial in trials(script, args):
             results.setdefault(name, []).append(trial)
-        text = f"{report.table(results)}\n\n{report.notes(results)}"
+        text = f"{report.table(results)}\n\n{notes(results, 'steps')}"
         (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
         (args.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         report.draw(results).savefig(args.out / "loss.png", dpi=120)

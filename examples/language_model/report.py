@@ -56,16 +56,6 @@ def losses(trials: Trials) -> list[float]:
     return [statistics.fmean(loss for _, loss in point) for point in zip(*(t["points"] for t in trials), strict=True)]
 
 
-def notes(results: Mapping[str, Trials]) -> str:
-    """The lines below the table: what was trained, the seeds, and how the seconds were found."""
-    trials = next(iter(results.values()))
-    seeds = ", ".join(f"{trial['seed']} ({trial['link']})" for trial in trials)
-    text = f"{trials[0]['steps']} steps, {trials[0]['ranks']} ranks; seeds and where they trained: {seeds}."
-    if any(not clock(trials, link).measured for link in LINKS):
-        text += "\n~: predicted by the cost model (latency + bytes / bandwidth, none of it hidden behind backward)."
-    return text
-
-
 def draw(results: Mapping[str, Trials]) -> Figure:
     """Loss over bytes, and over the seconds of both links; Muon solid, others dashed."""
     figure = Figure(figsize=(14, 6), layout="constrained")

@@ -49,16 +49,17 @@ def test_seconds_over_a_link_are_measured_or_predicted(demo):
 
 
 def test_table(demo):
-    from demo_report import notes, table
-    from link_seconds import LOCAL
+    from demo_report import table
+    from link_seconds import LOCAL, notes
 
     results = made_up([LOCAL, "1 Gbit/s"])
     lines = table(results).splitlines()
     assert len({len(line) for line in lines}) == len({line.count("|") for line in lines}) == 1
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == ["accordion", "94.5% (94.0% to 95.0%)", "0.4", "20.0", "2.0", "2.0", "~2.0"]
-    assert "seeds and where they trained: 0 (this machine), 1 (1 Gbit/s)" in notes(results) and "~: " in notes(results)
-    assert "~: " not in notes(made_up([LOCAL, "1 Gbit/s", "100 Mbit/s"]))
+    below = notes(results, "epochs")
+    assert "seeds and where they trained: 0 (this machine), 1 (1 Gbit/s)" in below and "~: " in below
+    assert "~: " not in notes(made_up([LOCAL, "1 Gbit/s", "100 Mbit/s"]), "epochs")
 
 
 def test_picture(demo):

@@ -63,14 +63,14 @@ def test_text_at_hand_is_pythons_help(transformer_lm):
 
 def test_table(transformer_lm):
     from language_model import report
-    from link_seconds import LOCAL
+    from link_seconds import LOCAL, notes
 
     lines = report.table(made_up([LOCAL, "1 Gbit/s", "100 Mbit/s"])).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells[:5] == ["Muon: dense gradients", "1.200 (1.200 to 1.200)", "8.00", "1.0", "3.0"]
     assert cells[5:] == ["3.0", "2.0", "3.0", "2.0"]  # its second point is below AdamW's mean end, 1.59
-    assert "~: " in report.notes(made_up([LOCAL])) and "~3." in report.table(made_up([LOCAL]))
+    assert "~: " in notes(made_up([LOCAL]), "steps") and "~3." in report.table(made_up([LOCAL]))
     without = report.table({"muon": made_up([LOCAL])["muon"]})
     assert without.count("| - ") == 0 and " - |" in without  # nothing to reach
 
