@@ -157,14 +157,22 @@ class LocalSteps:
         """What decides by norms how many steps there are; None: nothing."""
         return self.every if isinstance(self.every, AccordionSteps) else None
 
+    def described(self) -> dict[str, str]:
+        """All in which ranks must agree, as text."""
+        outer = "None" if self.outer is None else outer_text(self.outer)
+        shared = ("every", "fragments", "delay", "residual_decay")
+        return {"local_steps.outer": outer, **{f"local_steps.{name}": repr(getattr(self, name)) for name in shared}}
+
     def __str__(self) -> str:
         more = {"fragments": 1, "delay": 0, "residual_decay": 1.0}
-        shown = [f"every={self.every}", *([] if self.outer is None else [f"outer={outer_name(self.outer)}"])]
+        shown = [f"every={self.every}", *([] if self.outer is None else [f"outer={outer_text(self.outer)}"])]
         changed = [f"{name}={getattr(self, name)}" for name, default in more.items() if getattr(self, name) != default]
         return f"LocalSteps({', '.join([*shown, *changed])})"
 
 
-def outer_name(outer: Callable[..., Any]) -> str:
-    """Of the function or class that makes an outer optimizer."""
-    function = getattr(outer, "func", outer)  # of functools.partial
-    return str(getattr(function, "__name__", type(function).__name__))
+def outer_text(outer: Callable[..., Any]) -> str:
+    """The name of what makes an outer optimizer, with the arguments that a functools.partial gives it."""
+    function = getattr(outer, "func", outer)
+    name = str(getattr(function, "__name__", type(function).__name__))
+    given = [*map(repr, getattr(outer, "args", ())), *(f"{k}={v!r}" for k, v in getattr(outer, "keywords", {}).items())]
+    return f"{name}({', '.join(given)})" if given else name

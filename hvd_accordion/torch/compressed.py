@@ -11,30 +11,27 @@ from typing import Any
 import torch
 
 from hvd_accordion.comm.naming import Prefix
-from hvd_accordion.policy.assignment import Compression, assign
-from hvd_accordion.torch import configuration, horovod_takeover
+from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.torch.exchange import state, uneven
 from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.grad_scaler import refuse_scaler
 from hvd_accordion.torch.learning_rate import batch_rate, largest_rate
-from hvd_accordion.torch.reports import STATE, Reports
+from hvd_accordion.torch.reports import STATE
+from hvd_accordion.torch.wrapped import Wrapped, wrapped
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.membership import Membership
 from hvd_accordion.training.settings import Settings
 from hvd_accordion.utils import validation
 
 
-class Compressed(Reports):
+class Compressed(Wrapped):
     """What a DistributedOptimizer adds to the class of the user's optimizer, which comes after it among the bases.
 
     Attributes:
         _hvd: exchanges the gradients.
-        _compression: for parameters that come later, whose names `_name_of` has by their identity.
     """
 
     _hvd: Engine
-    _compression: Compression
-    _name_of: Mapping[int, str]
     _should_synchronize = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -155,25 +152,6 @@ class Compressed(Reports):
         self._hvd.discard()
         super().zero_grad(*args, **options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Exchanges these parameters too. Every rank must add them at the same point.
-
-        Their names are those of `(name, parameter)` where torch is given such, else those that `named_parameters` had
-        for them, else made-up ones.
-        """
-        super().add_param_group(param_group)
-        try:
-            i = len(self.param_groups) - 1
-            pairs = configuration.of_group(f"param_groups.{i}", self.param_groups[i])
-            if "param_names" not in self.param_groups[i]:
-                pairs = [(self._name_of.get(id(p), name), p) for name, p in pairs]
-            configuration.check_unique([*self._hvd.params, *(name for name, _ in pairs)])
-            more = dict(pairs)
-            self._hvd.add(more, assign(self._compression, list(more), strict=False))
-        except BaseException:
-            self.param_groups.pop()
-            raise
-
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and this rank's residuals, factors, regimes and counts under "hvd_accordion"."""
         return {**super().state_dict(), STATE: state.saved(self._hvd)}
@@ -205,13 +183,7 @@ def compressed(
 
     `name_of`: names by the parameters' identity, for those that come later.
     """
-    kind: Any = horovod_takeover.class_of(type(optimizer), Compressed)
-    result = kind.__new__(kind)
-    result.__dict__.update(optimizer.__dict__)
-    result.__dict__.pop("step", None)  # a scheduler's wrapper around the old object's step
-    result._compression, result._name_of = compression, name_of
-    result.backward_passes_per_step = settings.backward_passes_per_step
-    result.op, result.process_set = settings.op, settings.process_set
+    result = wrapped(optimizer, Compressed, settings, compression, name_of)
     itself = weakref.ref(result)  # no cycle: its hooks go as soon as the user lets go of it
     result._hvd = Engine(params, controller, settings, lambda: largest_rate(itself()), prefix, membership)
     uneven.live.add(result)

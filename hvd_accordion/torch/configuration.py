@@ -24,6 +24,12 @@ def layer_of(name: str, p: torch.Tensor) -> Layer:
     return Layer(name, tuple(p.shape), ops.dtype(p), str(p.device))
 
 
+def placeholder(like: torch.Tensor, dtype: torch.dtype, requires_grad: bool = True) -> torch.nn.Parameter:
+    """A parameter of this shape and device, in the memory of one element: what carries a gradient of no user's parameter."""
+    values = torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
+    return torch.nn.Parameter(values, requires_grad=requires_grad)
+
+
 def named(parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Name -> parameter for all parameters of the optimizer's groups, in their order.
 

@@ -12,7 +12,7 @@ from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
 from hvd_accordion.policy.auto import Advice, advice_of
 from hvd_accordion.torch import transport
-from hvd_accordion.torch.configuration import described, layer_of
+from hvd_accordion.torch.configuration import described, layer_of, placeholder
 from hvd_accordion.torch.exchange import state
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.exchange.engine import Engine
@@ -122,7 +122,7 @@ class GradientExchange:
             raise ValueError(
                 f"gradients: the first call must have a tensor for every name, got None for {missing[0]!r}"
             )
-        params = {name: placeholder(grad) for name, grad in gradients.items() if grad is not None}
+        params = {name: placeholder(grad, grad.dtype) for name, grad in gradients.items() if grad is not None}
         settings, process_set = self.settings, self.settings.process_set
         layers = [layer_of(name, p) for name, p in params.items()]
         policy = assign(self.compression, list(params))
@@ -203,9 +203,3 @@ class GradientExchange:
             self._saved = copy.deepcopy(dict(state_dict)) or None  # the saver's tensors change meanwhile
         elif state_dict:
             state.load(self._engine, state_dict)
-
-
-def placeholder(grad: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter of the gradient's kind, in the memory of one element."""
-    values = torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
-    return torch.nn.Parameter(values)

@@ -45,7 +45,7 @@ def test_rule_refuses(arguments, message):
 def test_text_names_what_is_not_the_default():
     assert str(LocalSteps(5)) == "LocalSteps(every=5)"
     outer = functools.partial(dict, lr=1)
-    assert str(LocalSteps(5, outer, fragments=2)) == "LocalSteps(every=5, outer=dict, fragments=2)"
+    assert str(LocalSteps(5, outer, fragments=2)) == "LocalSteps(every=5, outer=dict(lr=1), fragments=2)"
     rule = AccordionSteps(1, 10)
     assert str(LocalSteps(rule)) == "LocalSteps(every=AccordionSteps(critical=1, relaxed=10, eta=0.5, every 10 epochs))"
 

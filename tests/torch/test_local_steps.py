@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import hvd_accordion.torch as hvd
@@ -25,6 +28,7 @@ from hvd_accordion import (
     PowerSGD,
     TopK,
 )
+from hvd_accordion.torch.local_steps.clock import Clock
 from tests.torch.simulated_ranks import HostileTransport, SimulatedRanks
 
 LR = 0.1
@@ -483,6 +487,53 @@ def test_an_epoch_may_end_within_a_window():
     assert layers["whole model"].norm == pytest.approx(norm, rel=1e-5)
 
 
+def test_what_waits_for_a_delayed_exchange_counts_as_its_time(monkeypatch):
+    """And nothing is timed any more when the choice is made."""
+    now = iter(range(10_000))
+    monkeypatch.setattr("hvd_accordion.torch.local_steps.clock.time.perf_counter", lambda: float(next(now)))
+    clock = Clock(fragments=1)
+    for exchanged in (0, 1, 0, 1, 0, 1):  # each second step begins an exchange, which is waited for after the next
+        clock.step_ends()
+        clock.step_begins(exchanged)
+    assert clock.exchanges == [2.0] * 3 and clock.steps == [1.0] * 5 and clock.seconds() == [1.0, 2.0]
+
+    def script(rank, process_set):
+        _, optimizer = trained(rank, process_set, LocalSteps(AutoSteps(least=2, most=4)), 30)
+        return optimizer._hvd.training
+
+    for training in on_ranks(script):
+        assert training.rounds.chosen and len(training.clock.steps) < 10
+
+
+def test_a_training_lives_as_long_as_its_optimizers():
+    def ended():
+        local = LocalSteps(2)
+        return [weakref.ref(local), *on_ranks(lambda r, p: weakref.ref(trained(r, p, local)[1]._hvd.training))]
+
+    references = ended()
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+
+
+def test_states_of_another_kind_start_anew():
+    def script(rank, process_set):
+        params, mine = trained(rank, process_set, LocalSteps(2), 3)
+        sgd = torch.optim.SGD(params.values(), LR)
+        theirs = hvd.DistributedOptimizer(sgd, params.items(), compression=TopK(0.1), process_set=process_set)
+        with pytest.warns(UserWarning, match="what local steps kept"):
+            theirs.load_state_dict(mine.state_dict())
+        again = wrapped(start(), process_set, LocalSteps(2))
+        with pytest.warns(UserWarning, match="anchors and residuals of local steps"):
+            again.load_state_dict(theirs.state_dict())
+        parts = wrapped(start(), process_set, LocalSteps(2, fragments=2))
+        with pytest.warns(UserWarning, match="not of these fragments"):
+            parts.load_state_dict(mine.state_dict())
+        gradients(params, rank, 3)
+        theirs.step()
+
+    on_ranks(script, 1)
+
+
 def test_epochs_end_rounds():
     def script(rank, process_set):
         params, log = start(), Log()
@@ -538,10 +589,21 @@ def test_refuses(options, message):
     on_ranks(script)
 
 
-def test_ranks_with_other_settings_are_refused():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda rank: LocalSteps(2 + rank), r"every = 2.*every = 3"),
+        (
+            lambda rank: LocalSteps(2, functools.partial(torch.optim.SGD, lr=0.5 + rank)),
+            r"SGD\(lr=0.5\).*SGD\(lr=1.5\)",
+        ),
+        (lambda rank: LocalSteps(AccordionSteps(lr_drop=0.5 + rank / 4)), r"lr_drop=0.5.*lr_drop=0.75"),
+    ],
+)
+def test_ranks_with_other_settings_are_refused(settings, message):
     def script(rank, process_set):
-        with pytest.raises(ValueError, match=r"configured differently.*every=2.*every=3"):
-            wrapped(start(), process_set, LocalSteps(2 + rank))
+        with pytest.raises(ValueError, match=f"configured differently.*{message}"):
+            wrapped(start(), process_set, settings(rank))
 
     on_ranks(script)
 
@@ -578,7 +640,7 @@ def act(name, params, optimizer):
 
 
 @given(ACTS, st.sampled_from(sorted(SETTINGS)), st.sampled_from(["dense", "topk", "signs"]))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=30, deadline=None, derandomize=True)
 def test_whatever_a_user_does_ranks_end_equal(acts, name, spec):
     compression = {"dense": Dense(), **SPECS}[spec]
 

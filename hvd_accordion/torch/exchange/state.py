@@ -38,6 +38,9 @@ def saved(engine: Engine) -> dict[str, Any]:
 
 def take_up(engine: Engine, state: Mapping[str, Any] | None) -> None:
     """Loads state; where a backward pass has started exchanges, when these have ended. None: nothing was saved."""
+    if state is not None and "residual" not in state:
+        resume.warn_of(["what local steps kept, for gradients are exchanged now"], stacklevel=4)
+        state = None
     if engine.in_flight:
         if state is not None:  # an update is on its way: micro-batches of another are none of its
             engine.when_exchanged = functools.partial(load, engine, {**state, "accumulated": NO_MICRO_BATCHES})

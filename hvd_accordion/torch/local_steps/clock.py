@@ -20,7 +20,7 @@ class Clock:
         self.steps: list[float] = []
         self.exchanges: list[float] = []
         self._step_began: float | None = None
-        self._step_ended = 0.0
+        self._step_ended = self._waited = 0.0
 
     def step_ends(self) -> None:
         """What comes until `step_begins` is the exchange."""
@@ -29,11 +29,12 @@ class Clock:
             self.steps.append(self._step_ended - self._step_began)
 
     def step_begins(self, exchanged: int) -> None:
-        """`exchanged`: how many fragments were since the step ended."""
+        """`exchanged`: how many fragments were since the step ended. With a delay they are waited for after later steps."""
         self._step_began = time.perf_counter()
+        self._waited += self._step_began - self._step_ended
         if exchanged:
-            seconds = self._step_began - self._step_ended
-            self.exchanges += [seconds / exchanged] * exchanged
+            self.exchanges += [self._waited / exchanged] * exchanged
+            self._waited = 0.0
 
     @property
     def is_done(self) -> bool:

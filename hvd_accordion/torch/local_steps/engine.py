@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from hvd_accordion.comm.collectives import AllReduce, sent
 from hvd_accordion.comm.naming import Prefix
 from hvd_accordion.comm.transport import Transport
-from hvd_accordion.policy.auto import Advice
 from hvd_accordion.policy.protocol import Policy
 from hvd_accordion.torch.exchange import rivals
 from hvd_accordion.torch.exchange.agreement import require_equal
@@ -75,7 +75,6 @@ class LocalEngine:
         return self.transport.size
 
     completes_batch = True  # every step is an update
-    in_flight = False  # of gradients
 
     def take_anchors(self) -> None:
         """Before a step: parameters that are new to the exchange are common now.
@@ -99,14 +98,11 @@ class LocalEngine:
         scales = 1.0 / self.transport.size, 1.0
         means = self.transport.wait(self.transport.allreduce(values, f"{self.prefix}.buffers", scales=scales))
         torch._foreach_copy_(self.buffers, means)
-        n = self.transport.size
-        self.buffer_bytes += 2 * (n - 1) / n * sum(x.nbytes for x in means)
+        self.buffer_bytes += sent(AllReduce, sum(x.nbytes for x in means), self.transport.size)
 
-    def add(self, params: Mapping[str, torch.nn.Parameter], placeholders: Any, policy: Mapping[str, Policy]) -> None:
+    def add(self, params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Policy]) -> None:
         """Takes in more parameters, the same on every rank: as part of the last fragment."""
-        last = self.fragments[-1]
-        last.engine.add(placeholders, policy)
-        last.params.update(params)
+        self.fragments[-1].add(params, policy)
         rivals.claim(self)
 
     def release(self) -> None:
@@ -147,10 +143,6 @@ class LocalEngine:
         done, self._epoch_start = now.since(self._epoch_start), now
         if self.logger is not None:
             self.logger.log_epoch(epoch, {**done.metrics(), **more, "updates": float(done.updates)})
-
-    @property
-    def advice(self) -> Advice | None:
-        return None
 
 
 def require_common(params: Mapping[str, torch.Tensor], name: str, transport: Transport) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from hvd_accordion.policy.local_steps import LocalSteps
+from hvd_accordion.policy.protocol import Policy
+from hvd_accordion.torch.configuration import placeholder
 from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.exchange.micro_batches import wide
 
@@ -49,6 +51,11 @@ class Fragment:
         self.outer: torch.optim.Optimizer | None = None
         self.pending: Pending | None = None
         self.behind = 0
+
+    def add(self, params: Mapping[str, torch.nn.Parameter], policy: Mapping[str, Policy]) -> None:
+        """Takes in more parameters, the same on every rank."""
+        self.engine.add({name: placeholder(p, wide(p), p.requires_grad) for name, p in params.items()}, policy)
+        self.params.update(params)
 
     def new_names(self) -> list[str]:
         """Parameters that take part from now on."""

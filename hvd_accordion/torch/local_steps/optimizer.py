@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from hvd_accordion.comm.naming import Prefix
-from hvd_accordion.policy.assignment import Compression, assign
+from hvd_accordion.policy.assignment import Compression
 from hvd_accordion.policy.local_steps import LocalSteps
 from hvd_accordion.policy.protocol import Policy
-from hvd_accordion.torch import configuration, transport
-from hvd_accordion.torch.configuration import described, layer_of
+from hvd_accordion.torch import transport
+from hvd_accordion.torch.configuration import described, layer_of, placeholder
 from hvd_accordion.torch.exchange.agreement import require_equal
 from hvd_accordion.torch.exchange.engine import Engine
 from hvd_accordion.torch.exchange.micro_batches import wide
 from hvd_accordion.torch.grad_scaler import scaled_back
-from hvd_accordion.torch.horovod_takeover import class_of
 from hvd_accordion.torch.learning_rate import largest_rate
 from hvd_accordion.torch.local_steps import state
 from hvd_accordion.torch.local_steps.engine import LocalEngine
 from hvd_accordion.torch.local_steps.fragment import Fragment
 from hvd_accordion.torch.local_steps.training import training_of
-from hvd_accordion.torch.reports import STATE, Reports
+from hvd_accordion.torch.reports import STATE
+from hvd_accordion.torch.wrapped import Wrapped, wrapped
 from hvd_accordion.training.controller import Controller
 from hvd_accordion.training.membership import Membership
 from hvd_accordion.training.reports import CompressionReport, LayerRecord, Logger, Stats
@@ -34,12 +34,10 @@ from hvd_accordion.training.settings import Settings
 from hvd_accordion.utils import validation
 
 
-class Local(Reports):
+class Local(Wrapped):
     """What a DistributedOptimizer with local steps adds to the class of the user's optimizer, which comes after it."""
 
-    _hvd: LocalEngine  # type: ignore[assignment]
-    _compression: Compression
-    _name_of: Mapping[int, str]
+    _hvd: LocalEngine
 
     # then GradScaler calls step() also where this rank's gradients overflow: all ranks count the same steps
     _step_supports_amp_scaling = True
@@ -84,22 +82,6 @@ class Local(Reports):
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Any number of backward passes may come before a step: their gradients add up locally."""
         self.backward_passes_per_step = validation.integer("passes", passes, 1)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Takes in these parameters too, with the last fragment. Every rank must add them at the same point."""
-        super().add_param_group(param_group)
-        try:
-            groups: Any = self.param_groups
-            i = len(groups) - 1
-            pairs = configuration.of_group(f"param_groups.{i}", groups[i])
-            if "param_names" not in groups[i]:
-                pairs = [(self._name_of.get(id(p), name), p) for name, p in pairs]
-            configuration.check_unique([*self._hvd.params, *(name for name, _ in pairs)])
-            more = dict(pairs)
-            self._hvd.add(more, placeholders(more), assign(self._compression, list(more), strict=False))
-        except BaseException:
-            self.param_groups.pop()
-            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and under "hvd_accordion" anchors, residuals, counts and the outer optimizers' states."""
@@ -158,15 +140,8 @@ def local(
     prefix, place = Prefix(settings.process_set), transport.connect(settings.process_set)
     active = settings.process_set.included()
     if active:
-        mine = {**described(params, policy, settings), "local_steps": str(local_steps)}
-        require_equal(mine, str(prefix), place)
-    kind: Any = class_of(type(optimizer), Local)
-    result = kind.__new__(kind)
-    result.__dict__.update(optimizer.__dict__)
-    result.__dict__.pop("step", None)  # a scheduler's wrapper around the old object's step
-    result._compression, result._name_of = compression, name_of
-    result.backward_passes_per_step = settings.backward_passes_per_step
-    result.op, result.process_set = settings.op, settings.process_set
+        require_equal({**described(params, policy, settings), **local_steps.described()}, str(prefix), place)
+    result = wrapped(optimizer, Local, settings, compression, name_of)
     itself = weakref.ref(result)
     lr = lambda: largest_rate(itself())  # noqa: E731
     known = logger if active and place.rank == 0 else None
@@ -193,7 +168,7 @@ def _engine(
     logger: Logger | None,
 ) -> Engine:
     """Exchanges what is put into the placeholders of these parameters."""
-    held = placeholders(params)
+    held = {name: placeholder(p, wide(p), p.requires_grad) for name, p in params.items()}
     layers = [layer_of(name, p) for name, p in held.items() if p.requires_grad]
     size = settings.process_set.size() if settings.process_set.included() else 1
     controller = Controller(layers, policy, size, None, None, settings.min_compress_numel)
@@ -201,12 +176,3 @@ def _engine(
     engine = Engine(held, controller, settings, lr, Prefix(settings.process_set), member)
     engine.agree()
     return engine
-
-
-def placeholders(params: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
-    """For each parameter one of its shape, fp32 at least, in the memory of one element."""
-    found = {}
-    for name, p in params.items():
-        values = torch.zeros((), dtype=wide(p), device=p.device).expand(p.shape)
-        found[name] = torch.nn.Parameter(values, requires_grad=p.requires_grad)
-    return found

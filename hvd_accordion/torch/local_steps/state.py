@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvd_accordion.torch.broadcasting import broadcast_tree
@@ -19,16 +19,12 @@ def saved(engine: LocalEngine) -> dict[str, Any]:
 
 def load(engine: LocalEngine, saved_state: Mapping[str, Any] | None) -> None:
     """Takes up saved state; None: nothing was saved. Other fragments than those of now start anew, with a warning."""
-    theirs = None if saved_state is None else saved_state.get("fragments")
-    mine = [list(part.params) for part in engine.fragments]
-    fits = theirs is not None and [sorted(part["anchor"]) for part in theirs] == [
-        sorted(name for name in names if name in part["anchor"]) for names, part in zip(mine, theirs, strict=False)
-    ]
-    if theirs is None or saved_state is None or len(theirs) != len(mine) or not fits:
+    theirs = [] if saved_state is None else saved_state.get("fragments", [])
+    if saved_state is None or not _fits(engine, theirs):
         for part in engine.fragments:
             part.forget()
         if saved_state is not None:
-            resume.warn_of(["anchors and residuals of local steps, which are of other fragments"], stacklevel=4)
+            resume.warn_of(["anchors and residuals of local steps, which are not of these fragments"], stacklevel=4)
         return
     engine.training.load_state_dict(saved_state["training"])
     engine.steps = engine.training.begun
@@ -37,6 +33,18 @@ def load(engine: LocalEngine, saved_state: Mapping[str, Any] | None) -> None:
         part.forget()
         state.load(part.engine, its["exchange"])
         part.load_state_dict(its)
+
+
+def _fits(engine: LocalEngine, saved_parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each fragment has all parameters of its saved anchors, in their shapes."""
+    if len(saved_parts) != len(engine.fragments):
+        return False
+    pairs = [
+        (part.params, saved_part["anchor"]) for part, saved_part in zip(engine.fragments, saved_parts, strict=True)
+    ]
+    return all(
+        name in params and x.shape == params[name].shape for params, anchor in pairs for name, x in anchor.items()
+    )
 
 
 def broadcast(engine: LocalEngine, root_rank: int) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
-
-import torch
 
 from hvd_accordion.policy.batch_size import MODEL
 from hvd_accordion.policy.local_steps import AutoSteps, LocalSteps
+from hvd_accordion.torch.common_parameters import showing
 from hvd_accordion.torch.exchange.agreement import from_rank_0
 from hvd_accordion.torch.local_steps.clock import Clock
 from hvd_accordion.torch.local_steps.displacement import Displacement
@@ -19,15 +18,17 @@ from hvd_accordion.torch.local_steps.fragment import Fragment
 from hvd_accordion.training.reports import LayerRecord
 from hvd_accordion.training.rounds import AfterStep, Rounds
 
-# the trainings of LocalSteps objects that further optimizers may join, by process set
-_open: weakref.WeakKeyDictionary[LocalSteps, dict[Any, LocalTraining]] = weakref.WeakKeyDictionary()
+Trainings = weakref.WeakValueDictionary[Any, "LocalTraining"]  # by process set; each lives as long as its optimizers
+
+# of LocalSteps objects: what further optimizers may join
+_open: weakref.WeakKeyDictionary[LocalSteps, Trainings] = weakref.WeakKeyDictionary()
 
 
 def training_of(settings: LocalSteps, process_set: Any, steps_per_epoch: int | None, seed: int) -> LocalTraining:
     """The training of this very object and process set that has not begun; a new one where there is none."""
-    trainings = _open.setdefault(settings, {})
+    trainings = _open.setdefault(settings, Trainings())
     found = trainings.get(process_set.process_set_id)
-    if found is None or found.begun or not found.engines:
+    if found is None or found.begun:
         found = trainings[process_set.process_set_id] = LocalTraining(settings, steps_per_epoch, seed)
     return found
 
@@ -82,7 +83,9 @@ class LocalTraining:
         """What follows the step that was begun last, once."""
         if self.rounds.step == self.begun:
             return
-        self.clock.step_ends()
+        timed = self.rounds.times
+        if timed is not None:
+            self.clock.step_ends()
         for part in self.fragments:
             if part.stepped():
                 part.finish()
@@ -91,8 +94,8 @@ class LocalTraining:
             self._end_round(after)
         elif after.fragments:
             self._exchange(after.fragments, waits=self.settings.delay == 0)
-        if self.rounds.times is not None:
-            self._choose(self.rounds.times, len(after.fragments))
+        if timed is not None:
+            self._choose(timed, len(after.fragments))
 
     def _choose(self, auto: AutoSteps, exchanged: int) -> None:
         """The interval, once enough exchanges were timed; all ranks take rank 0's."""
@@ -174,19 +177,7 @@ class LocalTraining:
         if self.displacement is not None:
             self.displacement.before = dict(state["window_start"])
 
-    @contextmanager
-    def common_parameters(self) -> Iterator[None]:
+    def common_parameters(self) -> AbstractContextManager[None]:
         """The parameters are the common ones, as of the last exchange; afterwards each rank's own again. Sends nothing."""
         pairs = [(part.params[name], x) for part in self.fragments for name, x in part.anchor.items()]
-        own = [p.detach().clone() for p, _ in pairs]
-        copy_to([p for p, _ in pairs], [x for _, x in pairs])
-        try:
-            yield
-        finally:
-            copy_to([p for p, _ in pairs], own)
-
-
-@torch.no_grad()
-def copy_to(params: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    if params:
-        torch._foreach_copy_(params, values)
+        return showing([p for p, _ in pairs], [x for _, x in pairs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,7 @@ from hvd_accordion.optim.momentum_schedule import Counts, Kind, Schedule, mark_i
 from hvd_accordion.policy.assignment import MIN_NUMEL, Compression, assign
 from hvd_accordion.torch import transport
 from hvd_accordion.torch.broadcasting import broadcast_tree
+from hvd_accordion.torch.common_parameters import showing
 from hvd_accordion.torch.configuration import named
 from hvd_accordion.torch.exchange.agreement import any_rank, from_rank_0, require_equal
 from hvd_accordion.torch.exchange.micro_batches import wide
@@ -198,19 +199,10 @@ class CompressedMomentum(MomentumReports, torch.optim.Optimizer):
 
     # state
 
-    @contextmanager
-    def common_parameters(self) -> Iterator[None]:
+    def common_parameters(self) -> AbstractContextManager[None]:
         """Within this context the parameters are those of the last exchange, equal on all ranks."""
-        own = [(p, p.detach().clone()) for p in self._names if "anchor" in self.state[p]]
-        with torch.no_grad():
-            for p, _ in own:
-                p.copy_(self.state[p]["anchor"])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, x in own:
-                    p.copy_(x)
+        params = [p for p in self._names if "anchor" in self.state[p]]
+        return showing(params, [self.state[p]["anchor"] for p in params])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """RuntimeError after construction: the ranks have agreed on its parameters."""
